@@ -1,0 +1,1 @@
+"""Merge a checkpoint into ONNX graphs, quantise, verify, and write a bundle."""

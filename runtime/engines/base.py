@@ -1,0 +1,65 @@
+"""The one seam between a model and the search (DESIGN section 4): every engine has `encode` and `step`.
+
+Rows are grouped by image: row r belongs to image r // (rows / images).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+Bool = NDArray[np.bool_]
+
+
+class Candidates(NamedTuple):
+    """What a step hands to the search: the k best next tokens of each row, best first.
+
+    `logits` are raw (not log-probabilities), so that greedy and beam search both follow transformers;
+    `logits - logsumexp[:, None]` are the log-probabilities. Equal logits stand in order of the token id.
+    """
+
+    logits: Float32  # [rows, k]
+    token_ids: Int64  # [rows, k]
+    logsumexp: Float32  # [rows]
+
+
+class State(Protocol):
+    """Visual keys/values of some images and the key/value cache of their rows."""
+
+    @property
+    def images(self) -> int:
+        """How many images are still in the state."""
+        ...
+
+    def keep(self, images: Int64) -> None:
+        """Drop every image but `images` (indices into the present ones, ascending).
+
+        Only the visual state is gathered. The cache is gathered by the `parents` of the next step, which go on
+        naming rows of the previous step as it was before this call.
+        """
+        ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class Engine(Protocol[S]):
+    """A captioning model that the search can drive."""
+
+    def encode(self, pixels: UInt8) -> S:
+        """Encode images, uint8 pixels [images, height, width, 3], into a state with an empty cache."""
+        ...
+
+    def step(self, tokens: Int64, parents: Int64, state: S, k: int, *, mask: Bool | None = None) -> Candidates:
+        """Feed `tokens` [rows, T] and return the k best continuations of each row.
+
+        `parents` [rows]: the row of the previous step that each row continues; on the first step arange(images),
+        on the second the image's own row. `mask` [rows, T] is False at the left padding of prompts of different
+        lengths (first step only); None means that every token is real. Positions follow from the mask.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Greedy and beam search over an engine's candidates."""
