@@ -1,0 +1,246 @@
+"""The bundle: a folder that holds everything a captioner needs at run time, described by its `bundle.json`.
+
+A bundle comes from anywhere, so nothing in it is believed: the manifest is parsed strictly, every file it
+names must lie inside the folder and have the size and SHA-256 that the manifest gives, and whatever is wrong
+becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import from_json
+
+from .errors import BundleError
+from .settings import ImageSettings, Settings, TextSettings
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+TOKENIZER = "tokenizer.json"
+
+_MEND = "copy the bundle again, or export it again"
+
+
+def _inside(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if not name.isprintable() or not parts or ".." in parts or "\\" in name:
+        raise ValueError(f"{name!r} is not the name of a file inside the bundle")
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
+        raise ValueError(f"{name!r} leaves the bundle's folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+"""A path relative to the bundle's folder, with forward slashes, that does not leave it."""
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class TensorSpec(Settings):
+    """One input or output of a graph; a dimension is its size, or the name of what varies."""
+
+    name: str
+    dtype: str
+    """As NumPy spells it: "float32", "int64", "uint8", "bool"..."""
+    shape: list[int | str]
+
+
+class Graph(Settings):
+    """One graph file, what it does, and what can run it."""
+
+    role: str
+    """"vision", "decoder", "decoder-heatmap"..."""
+    engine: str
+    """"any" (standard ONNX operators), "onnxruntime" or "tensorrt"."""
+    precision: str
+    file: FileName
+    external_data: list[FileName] = Field(default_factory=list)
+    """The files with the weights of a graph that is over ONNX's 2 GB."""
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    target: str | None = None
+    """The machine that a plan was built for, as the engine spells it; None when it runs anywhere."""
+
+
+class TokenSettings(Settings):
+    """The token ids around a caption, and the decoder's limits."""
+
+    begin: Count
+    end: Count
+    prompt: list[Count] = Field(default_factory=list)
+    """The ids of the prompt text, between `begin` and the caption."""
+    vocab_size: Positive
+    max_positions: Positive
+
+
+class DecoderSettings(Settings):
+    """The shape of the language model and its adapters: what an engine allocates, what a restore rebuilds."""
+
+    layers: Positive
+    heads: Positive
+    head_dim: Positive
+    hidden_size: Positive
+    adapter_layers: list[Count]
+    bottleneck: Positive
+    adapter_heads: Positive
+    lambda_: Finite = Field(validation_alias="lambda", serialization_alias="lambda")
+    score_scale: Finite
+    """The factor on Q K^T, already folded into the graph's weights."""
+    visual_tokens: Positive
+    visual_width: Positive
+
+
+class SearchDefaults(Settings):
+    """The search options of a caption that asks for nothing else, in the words of `transformers.generate`."""
+
+    num_beams: Positive = 5
+    max_new_tokens: Positive = 40
+    min_new_tokens: Count = 0
+    length_penalty: Finite = 1.0
+    early_stopping: bool | Literal["never"] = False
+    no_repeat_ngram_size: Count = 0
+    repetition_penalty: Annotated[Finite, Field(gt=0)] = 1.0
+
+
+class FileHash(Settings):
+    """What a file of the bundle must be."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Count
+
+    @classmethod
+    def of(cls, path: Path) -> FileHash:
+        """Hash a file without reading it into memory at once."""
+        with path.open("rb") as file:
+            return cls(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
+class Manifest(Settings):
+    """The content of `bundle.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    method: Literal["i-tuning"] = "i-tuning"
+    graphs: list[Graph]
+    image: ImageSettings
+    text: TextSettings
+    tokens: TokenSettings
+    decoder: DecoderSettings
+    search: SearchDefaults = SearchDefaults()
+    files: dict[FileName, FileHash]
+    """Every file of the bundle but the manifest itself."""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    license: str
+    """Of the weights, which is not the code's."""
+
+    def to_json(self) -> str:
+        """The text of `bundle.json`."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and whose files were checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, folder: Path, *, verify: bool = True) -> Bundle:
+        """Read and check a bundle; `verify=False` skips the hashes (sizes are always compared).
+
+        Raises:
+            BundleError: not a bundle, another schema version, a broken field, a file that is missing, damaged
+                or outside the folder.
+        """
+        bundle = cls(folder, _read_manifest(folder))
+        files = bundle.manifest.files
+        graphs = bundle.manifest.graphs
+        used = {TOKENIZER} | {name for graph in graphs for name in (graph.file, *graph.external_data)}
+        if unlisted := sorted(used - files.keys()):
+            raise BundleError(
+                f"{folder / MANIFEST}: files: {unlisted[0]!r} is not listed; export the bundle again"
+            )
+        for name, expected in files.items():
+            bundle._check(name, expected, verify)
+        return bundle
+
+    def path(self, name: str) -> Path:
+        """Where a file of the bundle is."""
+        return self.folder / name
+
+    def graph(self, role: str, engine: str = "any") -> Graph:
+        """The graph of `role` that `engine` runs: one made for it, else one that any engine runs.
+
+        Raises:
+            BundleError: the bundle has no such graph.
+        """
+        for wanted in (engine, "any"):
+            for graph in self.manifest.graphs:
+                if graph.role == role and graph.engine == wanted:
+                    return graph
+        there = ", ".join(f"{graph.role} for {graph.engine}" for graph in self.manifest.graphs) or "none"
+        raise BundleError(
+            f"{self.folder / MANIFEST}: graphs: no {role!r} graph for engine {engine!r} (there are: {there})"
+        )
+
+    def _check(self, name: str, expected: FileHash, verify: bool) -> None:
+        path = self.path(name)
+        try:
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                raise BundleError(f"{path} leads out of the bundle's folder; put a copy of the file there")
+            if not path.is_file():
+                raise BundleError(f"{path} is missing; {_MEND}")
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise BundleError(f"{path} is damaged ({size} bytes instead of {expected.bytes}); {_MEND}")
+            if verify and FileHash.of(path) != expected:
+                raise BundleError(f"{path} is damaged (wrong SHA-256); {_MEND}")
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+            raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def default_bundle() -> Path:
+    """The folder of the model that is installed with the package.
+
+    Raises:
+        BundleError: the package was built without a model.
+    """
+    models = Path(__file__).parent / "models"
+    found = sorted(manifest.parent for manifest in models.glob(f"*/{MANIFEST}"))
+    if len(found) != 1:
+        raise BundleError(f"{models} holds {len(found)} models instead of one; name a bundle's folder")
+    return found[0]
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; a bundle is the folder that itune-export writes")
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        content = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON ({error}); {_MEND}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema_version is {version!r}, but this itune reads version {SCHEMA_VERSION}; "
+            f"export the bundle again with this itune"
+        )
+    try:
+        return Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error
