@@ -1,1 +1,1 @@
-"""The command lines. Each module imports only what its command needs, so that --help and itune-run start fast."""
+"""The command lines. Each module imports only what its command needs: --help and itune-run start fast."""

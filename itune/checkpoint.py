@@ -1,0 +1,140 @@
+"""The adapter checkpoint: a folder with `adapters.safetensors` and `itune.json` (DESIGN section 4).
+
+The frozen language model and vision tower are referenced, by hub id or by a path relative to the folder, and
+held to a hash; they are not copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from .runtime.errors import ItuneError
+from .runtime.settings import ImageSettings, Settings, TextSettings
+
+CONFIG_FILE = "itune.json"
+WEIGHTS_FILE = "adapters.safetensors"
+
+
+class CheckpointError(ItuneError):
+    """A checkpoint is missing, incomplete, or does not fit its language model or tower."""
+
+
+class Source(Settings):
+    """Where a frozen backbone comes from, and the hash of its weight files."""
+
+    source: str
+    revision: str | None = None
+    sha256: str | None = None
+
+
+class VisionSource(Source):
+    """The vision tower, with the shape of its embeddings: `tokens` = N, `width` = d_v."""
+
+    kind: Literal["clip", "onnx"]
+    tokens: int = Field(gt=0)
+    width: int = Field(gt=0)
+
+
+class CheckpointConfig(Settings):
+    """`itune.json`."""
+
+    format: Literal[1] = 1
+    method: Literal["i-tuning"] = "i-tuning"
+    language_model: Source
+    vision: VisionSource
+    bottleneck: int = Field(gt=0)
+    heads: int = Field(default=1, gt=0)
+    lambda_: float = Field(default=1.0, alias="lambda")
+    score_scale: float
+    first_adapter_layer: int = Field(default=0, ge=0)
+    image: ImageSettings
+    text: TextSettings
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a folder stands for: itself, or the best one of a training's output folder."""
+    best = folder / "best"
+    return best if not (folder / CONFIG_FILE).is_file() and (best / CONFIG_FILE).is_file() else folder
+
+
+def load_config(folder: Path) -> CheckpointConfig:
+    """Read and check `itune.json`."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not an adapter checkpoint: it has no {CONFIG_FILE}")
+    try:
+        return CheckpointConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise CheckpointError(f"{path}: field {field}: {first['msg']}") from None
+
+
+def save_config(config: CheckpointConfig, folder: Path) -> None:
+    """Write `itune.json` atomically."""
+    text = json.dumps(config.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+    with atomic_path(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def resolve_source(source: str, folder: Path) -> str:
+    """A source as `itune.json` in `folder` means it: an existing path beside it, else a hub id."""
+    beside = folder / source
+    return str(beside) if beside.exists() else source
+
+
+def relative_source(source: str, folder: Path) -> str:
+    """The inverse of `resolve_source`: existing paths become relative to the checkpoint folder."""
+    path = Path(source)
+    return os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else source
+
+
+def hash_files(paths: list[Path]) -> str:
+    """SHA-256 of the files' contents, one after the other in order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, or vanishes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        if not folder.exists() and old.exists():
+            old.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, or vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Every setting of a training run, with its presets: the paper's sizes, and one for small data.
+
+The paper (section 4) gives batch, epochs, optimiser, backbones and Dropping. Where it is silent (learning rate,
+warm-up, regularisation) the values are ours, and marked so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from .runtime.errors import ItuneError
+
+DEFAULT_VISION = "openai/clip-vit-base-patch16"
+
+
+class ConfigError(ItuneError):
+    """Settings that contradict each other or lie outside their range."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A resolved training configuration; the defaults are the paper's base model."""
+
+    preset: str = "base"
+    """The preset that the other values started from."""
+
+    language_model: str = "openai-community/gpt2"
+    """Hub id or folder of a GPT-2-family checkpoint; frozen."""
+
+    vision: str = DEFAULT_VISION
+    """Hub id or folder of a CLIP vision checkpoint, or an ONNX tower; frozen."""
+
+    bottleneck: int | None = None
+    """Adapter width r; None is half the language model's width (reproduces the paper's parameter counts)."""
+
+    heads: int = 1
+    """Attention heads of each adapter (paper: one)."""
+
+    lambda_: float = 1.0
+    """The paper's lambda >= 1, the scale of what an adapter retrieves."""
+
+    score_scale: float | None = None
+    """Factor on Q K^T; None is 1/sqrt(r / heads) (ours: the literal 1.0 saturates, see the design)."""
+
+    first_adapter_layer: int = 0
+    """I-Tuning Dropping: decoder layers below this one carry no adapter and keep no activations."""
+
+    epochs: int = 30
+    """Passes over the training photos (paper: 30; 10 for the Visual Genome stage)."""
+
+    batch_size: int = 4096
+    """Captions per optimiser step (paper: 4,096), reached by accumulating gradients."""
+
+    images_per_forward: int = 32
+    """Images, with all their captions, that go through the model at once; bounds memory, not the result."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW (ours)."""
+
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay on matrices; biases have none (ours)."""
+
+    warmup: float = 0.05
+    """Fraction of all steps over which the learning rate rises linearly; a cosine to zero follows (ours)."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+
+    dropout: float = 0.0
+    """Dropout on what an adapter retrieves."""
+
+    visual_dropout: float = 0.0
+    """Fraction of an image's visual embeddings that a training step leaves out."""
+
+    label_smoothing: float = 0.0
+    """Weight of the uniform distribution in the training targets."""
+
+    ema_decay: float = 0.0
+    """Decay per step of the moving average of the weights that is evaluated and saved; 0 uses the weights."""
+
+    flip: bool = False
+    """Mirror half of the training photos (captions that tell left from right are never mirrored)."""
+
+    lower: bool = False
+    """Lower-case the captions."""
+
+    strip_period: bool = False
+    """Drop a caption's final period."""
+
+    prompt: str = ""
+    """Text that stands before every caption, and is not scored."""
+
+    max_caption_tokens: int = 64
+    """Longer captions are cut (and then have no end token)."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the forward pass; weights and optimiser stay float32."""
+
+    seed: int = 0
+    """Seeds initialisation, order, dropout and flips; a resumed run repeats them."""
+
+    num_beams: int = 5
+    """Beams of the dev evaluation that chooses the best checkpoint."""
+
+    max_new_tokens: int = 32
+    """Longest caption of the dev evaluation, in tokens."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 1, None),
+            ("batch_size", 1, None),
+            ("images_per_forward", 1, None),
+            ("learning_rate", 0.0, None),
+            ("weight_decay", 0.0, None),
+            ("warmup", 0.0, 1.0),
+            ("max_grad_norm", 0.0, None),
+            ("dropout", 0.0, 0.99),
+            ("visual_dropout", 0.0, 0.99),
+            ("label_smoothing", 0.0, 0.99),
+            ("ema_decay", 0.0, 0.99999),
+            ("lambda_", 0.0, None),
+            ("max_caption_tokens", 1, None),
+            ("num_beams", 1, None),
+            ("max_new_tokens", 1, None),
+        ):
+            value = getattr(self, name)
+            if not (value >= low and (high is None or value <= high)):
+                limits = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ConfigError(f"{flag(name)} must be {limits}, not {value}")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"--precision must be bf16 or fp32, not {self.precision}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        return asdict(self)
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "base": TrainConfig(),
+    "medium": TrainConfig(preset="medium", language_model="openai-community/gpt2-medium"),
+    "large": TrainConfig(preset="large", language_model="openai-community/gpt2-large", images_per_forward=16),
+    "large-drop18": TrainConfig(
+        preset="large-drop18",
+        language_model="openai-community/gpt2-large",
+        images_per_forward=16,
+        first_adapter_layer=18,
+    ),
+    "small-data": TrainConfig(
+        preset="small-data",
+        lambda_=4.0,
+        epochs=12,
+        batch_size=320,
+        images_per_forward=32,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        warmup=0.1,
+        dropout=0.2,
+        visual_dropout=0.2,
+        label_smoothing=0.1,
+        ema_decay=0.995,
+        flip=True,
+    ),
+}
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a configuration field."""
+    return "--" + field.strip("_").replace("_", "-")
+
+
+def resolve(preset: str, **overrides: Any) -> TrainConfig:
+    """The preset with every override that is not None."""
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset} does not exist: choose one of {', '.join(PRESETS)}")
+    return replace(PRESETS[preset], **{name: v for name, v in overrides.items() if v is not None})
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `TrainConfig.to_json`."""
+    known = {field.name for field in fields(TrainConfig)}
+    if odd := values.keys() - known:
+        raise ConfigError(f"the training configuration has an unknown field {min(odd)}")
+    return TrainConfig(**values)
