@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import BundleError
@@ -77,6 +77,12 @@ class TokenSettings(Settings):
     vocab_size: Positive
     max_positions: Positive
 
+    @model_validator(mode="after")
+    def _in_vocabulary(self) -> Self:
+        if max(self.begin, self.end, *self.prompt) >= self.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        return self
+
 
 class DecoderSettings(Settings):
     """The shape of the language model and its adapters: what an engine allocates, what a restore rebuilds."""
@@ -99,12 +105,12 @@ class SearchDefaults(Settings):
     """The search options of a caption that asks for nothing else, in the words of `transformers.generate`."""
 
     num_beams: Positive = 5
-    max_new_tokens: Positive = 40
+    max_new_tokens: Positive = 32
     min_new_tokens: Count = 0
     length_penalty: Finite = 1.0
     early_stopping: bool | Literal["never"] = False
     no_repeat_ngram_size: Count = 0
-    repetition_penalty: Annotated[Finite, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[Finite, Field(ge=1)] = 1.0
 
 
 class FileHash(Settings):
@@ -163,9 +169,7 @@ class Bundle:
         graphs = bundle.manifest.graphs
         used = {TOKENIZER} | {name for graph in graphs for name in (graph.file, *graph.external_data)}
         if unlisted := sorted(used - files.keys()):
-            raise BundleError(
-                f"{folder / MANIFEST}: files: {unlisted[0]!r} is not listed; export the bundle again"
-            )
+            raise BundleError(f"{folder / MANIFEST}: files: {unlisted[0]!r} is not listed; export the bundle again")
         for name, expected in files.items():
             bundle._check(name, expected, verify)
         return bundle
@@ -214,7 +218,7 @@ def default_bundle() -> Path:
     models = Path(__file__).parent / "models"
     found = sorted(manifest.parent for manifest in models.glob(f"*/{MANIFEST}"))
     if len(found) != 1:
-        raise BundleError(f"{models} holds {len(found)} models instead of one; name a bundle's folder")
+        raise BundleError(f"{models} holds {len(found)} models instead of one; give the folder of a bundle instead")
     return found[0]
 
 

@@ -1,0 +1,99 @@
+"""What the four command lines share: errors as one sentence, exit statuses, a console and progress on stderr."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from ..runtime.errors import ItuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells expect it."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"itune {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+def run(command: Callable[..., int | None], name: str | None = None) -> NoReturn:
+    """Run `command` as the program `name` (default: "itune-" and the function's name), and exit.
+
+    The exit status is what the command returns, 2 after an error of the user's and 130 after Ctrl-C.
+    """
+    name = name or f"itune-{command.__name__}"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name or a caption may be more than the locale can spell
+            stream.reconfigure(errors="backslashreplace")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        sys.exit(app(prog_name=name, standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except (ItuneError, OSError) as error:
+        _fail(name, str(error))
+    except Exception as error:
+        # Usage errors: click's ClickException, which Typer keeps under another name in every few releases.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help")
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise ItuneError unless the modules of an optional part of itune are installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ItuneError(f"{', '.join(missing)} not installed; this command needs: pip install 'itune[{extra}]'")
+
+
+@cache
+def console() -> Console:
+    """Rich's console on stderr, where everything goes that is not a result."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress(description: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while the block runs, on a terminal only: call what it yields with (done, total)."""
+    if not (enabled and sys.stderr.isatty()):
+        yield lambda _done, _total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def emit(line: str) -> None:
+    """Print a result at once, above the progress bar where both share a terminal."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        console().print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    else:
+        print(line, flush=True)

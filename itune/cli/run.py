@@ -1,0 +1,115 @@
+"""itune-run: images in, captions out. Imports the model's libraries only once there is something to caption."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+STDIN = "-"
+
+
+def run(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE...", help="Files, folders, quoted globs, or - for one image on stdin."),
+    ],
+    bundle: Annotated[
+        Path | None, typer.Option(help="Folder that itune-export wrote; default: the model inside the package.")
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy. Default: the bundle's, 5.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest caption, in tokens.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Shortest caption, in tokens.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Above 0 favours longer captions.")] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No n-gram of this size occurs twice; 0 is off.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, tokens of the caption so far become less likely.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: the engine's choice.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once through the model.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    _version: common.Version = False,
+) -> int:
+    """Caption images.
+
+    Prints the caption of a single image, and "path TAB caption" a line for several. With --json: image, caption,
+    score (length-normalised log-probability), tokens, candidates and milliseconds, or image and error. The exit
+    status is 1 if an image could not be read, after all others were captioned.
+    """
+    sources = expand(images)
+    from ..runtime.captioner import Captioner
+    from ..runtime.errors import ImageError
+
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of its complaints is in the ImageErrors
+    captioner = Captioner.load(bundle, engine=engine, threads=threads)
+    results = captioner.stream(
+        (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        length_penalty=length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        repetition_penalty=repetition_penalty,
+        batch_size=batch_size,
+    )
+    alone = len(sources) == 1 and sources == images  # the only file of a folder still gets its name printed
+    failures = 0
+    with common.progress("images", enabled=len(sources) > 1) as update:
+        for done, (name, (_, result)) in enumerate(zip(sources, results, strict=True), 1):
+            if isinstance(result, ImageError):
+                failures += 1
+                if as_json:
+                    common.emit(json.dumps({"image": name, "error": str(result)}))
+                else:
+                    print(f"itune-run: {result}", file=sys.stderr)
+            elif as_json:
+                common.emit(json.dumps({"image": name, **asdict(result)}))
+            else:
+                common.emit(result.caption if alone else f"{name}\t{result.caption}")
+            update(done, len(sources))
+    return 1 if failures else 0
+
+
+def expand(arguments: Iterable[str]) -> list[str]:
+    """Replace folders by the images directly inside, sorted by name, and globs by the files that match.
+
+    What is neither, or has none, stays as it is, so that its error names it.
+    """
+    return [source for argument in arguments for source in _inside(argument) or [argument]]
+
+
+def _inside(argument: str) -> list[str]:
+    from ..runtime.image import SUFFIXES
+
+    path = Path(argument)
+    try:
+        if argument == STDIN or path.is_file():
+            return []
+        if path.is_dir():
+            visible = (child for child in path.iterdir() if not child.name.startswith("."))
+            return sorted(str(child) for child in visible if child.suffix.lower() in SUFFIXES)
+        matches = glob.glob(argument, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        return sorted(match for match in matches if Path(match).is_file())
+    except OSError:
+        return []  # to be told when it is opened
+
+
+def main() -> None:
+    """Entry point."""
+    common.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Caption images with an exported bundle: NumPy, ONNX Runtime, tokenizers and Pillow, never torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .captioner import Candidate, Caption, Captioner
+    from .errors import BundleError, ImageError, ItuneError, SearchError
+
+_MODULES = {
+    "Bundle": ".bundle",
+    "BundleError": ".errors",
+    "Candidate": ".captioner",
+    "Caption": ".captioner",
+    "Captioner": ".captioner",
+    "ImageError": ".errors",
+    "ItuneError": ".errors",
+    "SearchError": ".errors",
+}
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Candidate",
+    "Caption",
+    "Captioner",
+    "ImageError",
+    "ItuneError",
+    "SearchError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

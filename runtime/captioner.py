@@ -1,0 +1,232 @@
+"""`Captioner`: images in, captions out. It joins an engine, the search, a tokenizer and the preprocessing.
+
+Nothing here knows which engine runs: a bundle's graphs and the eager PyTorch reference are driven alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from .bundle import TOKENIZER, Bundle, SearchDefaults, TokenSettings, default_bundle
+from .engines.base import Engine
+from .errors import BundleError, ImageError, ItuneError, SearchError
+from .image import Source, decode, preprocess
+from .search import SearchConfig, search
+from .settings import ImageSettings
+
+ENGINES = ("auto", "onnxruntime")
+T = TypeVar("T", bound=Source)
+
+
+class _Decoded(NamedTuple):
+    pixels: NDArray[np.uint8]
+    ms: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the captions that the search kept."""
+
+    caption: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds spent on one image; a batch's time is divided evenly over its images."""
+
+    decode_image: float
+    encode: float
+    search: float
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What an image shows, in the words of the best candidate."""
+
+    caption: str
+    score: float
+    """Sum of the tokens' log-probabilities / their number ** length_penalty."""
+    tokens: tuple[int, ...]
+    """Token ids of `caption`, without the begin, prompt and end tokens."""
+    candidates: tuple[Candidate, ...]
+    """The captions of all `num_beams` beams, best first; the first is `caption`."""
+    ms: Timings
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of a caption, as in `transformers.generate`; left out or None is the bundle's default."""
+
+    num_beams: int | None
+    """1 is greedy search. Bundles say 5 unless exported otherwise."""
+    max_new_tokens: int | None
+    """The end token counts."""
+    min_new_tokens: int | None
+    length_penalty: float | None
+    """Exponent of the length that divides the score: above 0 favours longer captions."""
+    early_stopping: bool | Literal["never"] | None
+    no_repeat_ngram_size: int | None
+    """No n-gram of this size occurs twice; 0 is off."""
+    repetition_penalty: float | None
+    """Above 1, tokens of the caption so far become less likely; 1 is off."""
+    bad_words: Sequence[str] | None
+    """Words or phrases that are never written, spelled as they would be in a caption."""
+
+
+class Captioner:
+    """Captions images with one loaded model.
+
+    >>> captioner = Captioner.load()
+    >>> captioner.caption("photo.jpg").caption
+    'a dog runs across the grass'
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any],
+        tokenizer: Tokenizer,
+        image: ImageSettings,
+        tokens: TokenSettings,
+        search: SearchDefaults,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.image = image
+        self.tokens = tokens
+        self.search = search
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, *, engine: str = "auto", threads: int | None = None) -> Captioner:
+        """Load a bundle: `folder`, or the model that is installed with the package.
+
+        `engine` is one of ENGINES; `threads` None lets the engine choose. Raises BundleError for a bundle that
+        is missing, damaged or of another schema version.
+        """
+        if engine not in ENGINES:
+            raise ItuneError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+        if threads is not None and threads < 1:
+            raise ItuneError(f"threads must be at least 1, not {threads}")
+        bundle = Bundle.load(default_bundle() if folder is None else Path(folder))
+        path = bundle.path(TOKENIZER)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from error
+        from .engines.onnxruntime import OnnxRuntimeEngine  # slow to import: only once the bundle is good
+
+        manifest = bundle.manifest
+        loaded = OnnxRuntimeEngine.load(bundle, threads=threads)
+        return cls(loaded, tokenizer, manifest.image, manifest.tokens, manifest.search)
+
+    @overload
+    def caption(self, images: T, *, batch_size: int = 8, **options: Unpack[SearchOptions]) -> Caption: ...
+
+    @overload
+    def caption(
+        self, images: list[T] | tuple[T, ...], *, batch_size: int = 8, **options: Unpack[SearchOptions]
+    ) -> list[Caption]: ...
+
+    def caption(
+        self, images: T | list[T] | tuple[T, ...], *, batch_size: int = 8, **options: Unpack[SearchOptions]
+    ) -> Caption | list[Caption]:
+        """Caption one image, or each image of a list.
+
+        An image is a path, an encoded file's bytes, a Pillow image or an array (see `image.decode`).
+
+        Raises:
+            ImageError: an image cannot be decoded; `stream` goes on with the others.
+            SearchError: the options contradict each other or the model.
+        """
+        if isinstance(images, list | tuple):
+            return [_raise_error(result) for _, result in self.stream(images, batch_size=batch_size, **options)]
+        return _raise_error(next(self.stream([images], batch_size=1, **options))[1])
+
+    def stream(
+        self, images: Iterable[T], *, batch_size: int = 8, **options: Unpack[SearchOptions]
+    ) -> Iterator[tuple[T, Caption | ImageError]]:
+        """Caption images as they come, in order; a bad image yields its error and stops nothing.
+
+        At most `batch_size` images are taken ahead of what was yielded.
+        """
+        if batch_size < 1:
+            raise ItuneError(f"batch_size must be at least 1, not {batch_size}")
+        return self._batches(images, batch_size, self._config(options))
+
+    def _batches(
+        self, images: Iterable[T], batch_size: int, config: SearchConfig
+    ) -> Iterator[tuple[T, Caption | ImageError]]:
+        remaining = iter(images)
+        while batch := list(islice(remaining, batch_size)):
+            decoded = [self._decode(source) for source in batch]
+            good = [image for image in decoded if not isinstance(image, ImageError)]
+            captions = iter(self._caption_batch(good, config) if good else ())
+            for source, image in zip(batch, decoded, strict=True):
+                yield source, image if isinstance(image, ImageError) else next(captions)
+
+    def _decode(self, source: Source) -> _Decoded | ImageError:
+        start = perf_counter()
+        try:
+            pixels = preprocess(decode(source), self.image)
+        except ImageError as error:
+            return error
+        return _Decoded(pixels, 1000 * (perf_counter() - start))
+
+    def _caption_batch(self, images: list[_Decoded], config: SearchConfig) -> list[Caption]:
+        start = perf_counter()
+        state = self.engine.encode(np.stack([image.pixels for image in images]))
+        encoded = perf_counter()
+        prompts = [[self.tokens.begin, *self.tokens.prompt]] * len(images)
+        found = search(self.engine, state, prompts, config, self.tokens.end)
+        encode_ms = 1000 * (encoded - start) / len(images)
+        search_ms = 1000 * (perf_counter() - encoded) / len(images)
+        captions = []
+        for image, hypotheses in zip(images, found, strict=True):
+            candidates = tuple(Candidate(self._text(each.tokens), each.score) for each in hypotheses)
+            captions.append(
+                Caption(
+                    caption=candidates[0].caption,
+                    score=candidates[0].score,
+                    tokens=hypotheses[0].tokens,
+                    candidates=candidates,
+                    ms=Timings(decode_image=image.ms, encode=encode_ms, search=search_ms),
+                )
+            )
+        return captions
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return " ".join(self.tokenizer.decode(list(tokens), skip_special_tokens=True).split())
+
+    def _spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each word at the start of a caption and, after a space, within it."""
+        if isinstance(words, str) or not all(word.strip() for word in words):
+            raise SearchError(f"bad_words must be a list of words, not {words!r}")
+        spelled = {space + word.strip() for word in words for space in ("", " ")}
+        return tuple(tuple(self.tokenizer.encode(word, add_special_tokens=False).ids) for word in sorted(spelled))
+
+    def _config(self, options: SearchOptions) -> SearchConfig:
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        bad_words = self._spellings(given.pop("bad_words", ()))
+        config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
+        # The last token is not fed back, so it needs no position; the begin token does.
+        room = self.tokens.max_positions - len(self.tokens.prompt)
+        if config.max_new_tokens > room:
+            raise SearchError(
+                f"max_new_tokens must be at most {room}, the decoder's positions after the prompt, "
+                f"not {config.max_new_tokens}"
+            )
+        return config
+
+
+def _raise_error(result: Caption | ImageError) -> Caption:
+    if isinstance(result, ImageError):
+        raise result
+    return result
