@@ -1,0 +1,37 @@
+"""Flickr8k's caption files, and the one cleaning of its captions that every stage of the recipe shares."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+IMAGE_FOLDER = "images"
+TOKEN_FILE = "Flickr8k.token.txt"
+SPLIT_FILES = {"train": "Flickr_8k.trainImages.txt", "dev": "Flickr_8k.devImages.txt"}
+
+
+def clean(caption: str) -> str:
+    """Undo Flickr8k's tokenisation: "A dog , wet , runs ." becomes "a dog, wet, runs".
+
+    Lower case, no quotation marks, no space before punctuation or a clitic ('s, n't), no final period.
+    """
+    text = " ".join(caption.lower().replace('"', " ").split())
+    text = re.sub(r" +(?=[,.;:!?]|'s\b|n't\b)", "", text)
+    return text.rstrip(" .,;:")
+
+
+def read_split(data: Path, split: str) -> dict[Path, list[str]]:
+    """Photo -> its captions as the data set has them, in the order of the split's list."""
+    names = (data / SPLIT_FILES[split]).read_text(encoding="utf-8").split()
+    captions: dict[str, list[str]] = defaultdict(list)
+    for line in (data / TOKEN_FILE).read_text(encoding="utf-8").splitlines():
+        key, _, caption = line.partition("\t")
+        captions[key.partition("#")[0]].append(caption)
+    return {data / IMAGE_FOLDER / name: captions[name] for name in names}
+
+
+def clean_captions(data: Path, split: str) -> list[str]:
+    """All cleaned captions of a split; the few that are empty are left out."""
+    texts = (clean(caption) for captions in read_split(data, split).values() for caption in captions)
+    return [text for text in texts if text]
