@@ -1,0 +1,144 @@
+"""From records to what a training step reads: caption tokens, an epoch's order, padded batches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .config import TrainConfig
+from .data import Record, clean_caption
+from .runtime.errors import ItuneError
+from .runtime.settings import TextSettings
+
+_SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TokenizedRecord:
+    """A photo with its captions as token ids: begin [prompt] caption end."""
+
+    image: Path
+    captions: tuple[tuple[int, ...], ...]
+    mirrorable: bool
+    """No caption tells left from right."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that go through the model at once; rows are grouped by image, equally many each."""
+
+    images: tuple[Path, ...]
+    flip: tuple[bool, ...]
+    input_ids: Tensor  # int64 [rows, T], right-padded
+    mask: Tensor  # bool [rows, T]: tokens to be predicted
+
+    @property
+    def targets(self) -> int:
+        """How many tokens the loss covers."""
+        return int(self.mask.sum())
+
+
+def special_token(tokenizer: Tokenizer, token: str, field: str) -> int:
+    """The id of a special token of the text settings."""
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise ItuneError(f"text.{field}: the language model's tokenizer.json has no token {token!r}")
+    return found
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of plain text, without special tokens."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def tokenize(
+    records: Sequence[Record], tokenizer: Tokenizer, text: TextSettings, max_caption_tokens: int
+) -> list[TokenizedRecord]:
+    """Captions as token ids; one that is cut at `max_caption_tokens` has no end token."""
+    head = [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
+    end = special_token(tokenizer, text.end, "end")
+
+    def encode(caption: str) -> tuple[int, ...]:
+        # GPT-2's pieces carry the space before a word: after a prompt a caption begins with one.
+        cleaned = clean_caption(caption, text)
+        ids = encode_text(tokenizer, f" {cleaned}" if text.prompt and not text.prompt[-1].isspace() else cleaned)
+        return (*head, *([*ids, end] if len(ids) <= max_caption_tokens else ids[:max_caption_tokens]))
+
+    return [
+        TokenizedRecord(
+            record.image,
+            tuple(encode(caption) for caption in record.captions),
+            not any(_SIDED.search(caption) for caption in record.captions),
+        )
+        for record in records
+    ]
+
+
+def head_length(tokenizer: Tokenizer, text: TextSettings) -> int:
+    """Tokens before the caption, which the loss does not cover."""
+    return 1 + len(encode_text(tokenizer, text.prompt))
+
+
+def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool], head: int) -> Batch:
+    """Pad captions to one length, and images to one number of captions (with rows that nothing is scored in)."""
+    per_image = max(len(record.captions) for record in records)
+    length = max(len(caption) for record in records for caption in record.captions)
+    input_ids = np.zeros((len(records) * per_image, length), np.int64)
+    mask = np.zeros(input_ids.shape, bool)
+    for i, record in enumerate(records):
+        for j, caption in enumerate(record.captions):
+            row = i * per_image + j
+            input_ids[row, : len(caption)] = caption
+            mask[row, head : len(caption)] = True
+    return Batch(
+        tuple(record.image for record in records),
+        tuple(flip),
+        torch.from_numpy(input_ids),
+        torch.from_numpy(mask),
+    )
+
+
+def images_per_step(records: Sequence[TokenizedRecord], batch_size: int) -> int:
+    """How many images make up `batch_size` captions."""
+    captions = sum(len(record.captions) for record in records) / len(records)
+    return max(1, min(len(records), round(batch_size / captions)))
+
+
+def epoch_steps(
+    records: Sequence[TokenizedRecord], config: TrainConfig, head: int, epoch: int
+) -> Iterator[list[Batch]]:
+    """The optimiser steps of an epoch, each a list of batches; the same for the same seed and epoch.
+
+    Within a step images are sorted by the length of their captions, which saves padding and changes nothing.
+    """
+    rng = np.random.default_rng([config.seed, epoch])
+    order = rng.permutation(len(records))
+    flips = rng.random(len(records)) < 0.5
+    size = images_per_step(records, config.batch_size)
+    for start in range(0, len(order), size):
+        chosen = sorted(
+            order[start : start + size], key=lambda i: (max(map(len, records[i].captions)), i), reverse=True
+        )
+        yield [
+            make_batch(
+                [records[i] for i in part],
+                [config.flip and bool(flips[i]) and records[i].mirrorable for i in part],
+                head,
+            )
+            for part in (
+                chosen[at : at + config.images_per_forward] for at in range(0, len(chosen), config.images_per_forward)
+            )
+        ]
+
+
+def steps_per_epoch(records: Sequence[TokenizedRecord], config: TrainConfig) -> int:
+    """Optimiser steps in an epoch."""
+    return -(-len(records) // images_per_step(records, config.batch_size))

@@ -1,0 +1,75 @@
+"""What a training run shows: a live line on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Self
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..train import Progress as Standing
+    from ..train import Trainer
+
+_LOG_SECONDS = 30.0
+
+
+class TrainingDisplay:
+    """Rate, loss and time left of a run (implements `train.Reporter`)."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.console = common.console()
+        self.live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+        )
+        self.task = TaskID(0)
+        self._rate: float | None = None  # images/s, smoothed
+        self._loss = 0.0
+        self._entropy = ""
+        self._last = self._logged = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.task = self.live.add_task("training", total=self.trainer.total_steps, status="")
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def step(self, progress: Standing, metrics: dict[str, float], images: int) -> None:
+        """Show an optimiser step."""
+        now = time.monotonic()
+        rate = images / max(now - self._last, 1e-9)
+        self._last = now
+        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        first = progress.step_in_epoch == 1
+        self._loss = metrics["loss"] if first else 0.95 * self._loss + 0.05 * metrics["loss"]
+        if "attention_entropy" in metrics:
+            self._entropy = f", attention entropy {metrics['attention_entropy']:.2f}"
+        images_left = (self.trainer.total_steps - progress.step) * len(self.trainer.records)
+        left = timedelta(seconds=round(images_left / self.trainer.steps_per_epoch / self._rate))
+        status = f"loss {self._loss:.3f}{self._entropy}, {self._rate:.1f} images/s, {left} left"
+        epoch = f"epoch {progress.epoch + 1}/{self.trainer.config.epochs}"
+        self.live.update(self.task, completed=progress.step, description=epoch, status=status)
+        if not self.console.is_terminal and now - self._logged > _LOG_SECONDS:
+            self._logged = now
+            self.console.print(f"{epoch}, step {progress.step}/{self.trainer.total_steps}: {status}", highlight=False)
+
+    def evaluating(self, done: int, images: int) -> None:
+        """Show how far the dev split is captioned."""
+        self._last = time.monotonic()
+        self.live.update(self.task, status=f"captioning dev photos: {done}/{images}")
+
+    def epoch(self, progress: Standing, metrics: dict[str, float], is_best: bool) -> None:
+        """Print an epoch's result."""
+        cider = f", dev CIDEr-D {100 * metrics['cider']:.2f}{' (best)' if is_best else ''}" if metrics else ""
+        self.console.print(f"epoch {progress.epoch}: loss {self._loss:.4f}{self._entropy}{cider}", highlight=False)

@@ -1,0 +1,201 @@
+"""itune-train: photos and captions in, an adapter checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import PRESETS, TrainConfig, flag, from_json, resolve
+from ..runtime.errors import ItuneError
+from . import common
+from .display import TrainingDisplay
+
+if TYPE_CHECKING:
+    from ..data import Record
+    from ..features import Features
+    from ..train import Trainer
+
+_PRESETS = ", ".join(PRESETS)
+
+
+def train(
+    data: Annotated[
+        Path,
+        typer.Option(help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for best/, last/ and logs.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the photos, if not beside the captions.")] = None,
+    dev_data: Annotated[Path | None, typer.Option(help="Captions of the dev split, if in a file of its own.")] = None,
+    dev_fraction: Annotated[
+        float | None, typer.Option(help="Hold out this fraction of the training photos as dev split.")
+    ] = None,
+    dev_images: Annotated[int | None, typer.Option(help="Evaluate on the first so many dev photos only.")] = None,
+    preset: Annotated[str, typer.Option(help=f"Where the other settings start: {_PRESETS}.")] = "base",
+    cache_features: Annotated[
+        Path | None, typer.Option(help="Compute visual embeddings once and keep them (fp16) in this folder.")
+    ] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Start from this checkpoint's adapters.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    language_model: Annotated[str | None, typer.Option(help="GPT-2 checkpoint: hub id or folder.")] = None,
+    vision: Annotated[str | None, typer.Option(help="CLIP vision checkpoint or ONNX tower: hub id or folder.")] = None,
+    bottleneck: Annotated[int | None, typer.Option(help="Adapter width; default: half the language model's.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads of an adapter.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Scale of what an adapter adds.")] = None,
+    score_scale: Annotated[
+        float | None,
+        typer.Option(help="Factor on Q K^T; default 1/sqrt(bottleneck / heads); 1 is the paper's."),
+    ] = None,
+    first_adapter_layer: Annotated[
+        int | None, typer.Option(help="I-Tuning Dropping: no adapters below this decoder layer.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the photos.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Captions per optimiser step.")] = None,
+    images_per_forward: Annotated[
+        int | None, typer.Option(help="Images at once through the model; bounds memory, not the result.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Fraction of the steps that warm up.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 does not clip.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout on what an adapter retrieves.")] = None,
+    visual_dropout: Annotated[float | None, typer.Option(help="Visual embeddings left out, as a fraction.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="Label smoothing.")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Moving average of the weights; 0 is off.")] = None,
+    flip: Annotated[bool | None, typer.Option(help="Mirror half of the training photos.")] = None,
+    lower: Annotated[bool | None, typer.Option(help="Lower-case the captions.")] = None,
+    strip_period: Annotated[bool | None, typer.Option(help="Drop the final period.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
+    max_caption_tokens: Annotated[int | None, typer.Option(help="Cut longer captions.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of the dev evaluation.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest caption of the dev evaluation.")] = None,
+) -> None:
+    """Train I-Tuning adapters between a frozen vision tower and a frozen GPT-2."""
+    given = dict(locals())
+    overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if name != "preset"}
+    config = _configuration(preset, overrides, output, resume, init_from)
+    common.require("train", "torch", "transformers", "safetensors", "tensorboard")
+    splits = Splits(data, images, dev_data, dev_fraction, dev_images)
+    trainer = _prepare(config, splits, output, cache_features)
+    if init_from:
+        trainer.init_from(init_from)
+    if resume:
+        trainer.resume()
+    _run(trainer)
+
+
+def _configuration(
+    preset: str, overrides: dict[str, Any], output: Path, resume: bool, init_from: Path | None
+) -> TrainConfig:
+    if resume and init_from:
+        raise ItuneError("--resume goes on with the run in --output; it cannot start --init-from another one")
+    saved = output / "config.json"
+    if resume:
+        changed = sorted(flag(name) for name, value in overrides.items() if value is not None)
+        if changed:
+            raise ItuneError(f"--resume keeps the run's configuration: leave {', '.join(changed)} out")
+        try:
+            return from_json(json.loads(saved.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ItuneError(f"--resume: {output} holds no run to resume (no config.json)") from None
+        except (ValueError, TypeError) as error:
+            raise ItuneError(f"--resume: {saved} is damaged ({error})") from None
+    if (output / "last").exists():
+        raise ItuneError(f"{output} holds a run already: --resume it, or choose another --output")
+    return resolve(preset, **overrides)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Where the training and the dev records come from, as the flags say."""
+
+    data: Path
+    images: Path | None
+    dev_data: Path | None
+    dev_fraction: float | None
+    dev_images: int | None
+
+    def load(self, seed: int) -> tuple[list[Record], list[Record]]:
+        """The training and the dev records."""
+        from ..data import load_records, split_records
+
+        if self.dev_data and self.dev_fraction:
+            raise ItuneError("--dev-data and --dev-fraction exclude each other: name a file or hold out a fraction")
+        train = load_records(self.data, images=self.images, split="train")
+        if self.dev_fraction:
+            train, dev = split_records(train, self.dev_fraction, seed)
+        elif self.dev_data:
+            dev = load_records(self.dev_data, images=self.images, split=None)
+        else:
+            dev = load_records(self.data, images=self.images, split="dev")
+        return train, dev[: self.dev_images]
+
+
+def _prepare(config: TrainConfig, splits: Splits, output: Path, cache: Path | None) -> Trainer:
+    from ..backbones import load_language_model, load_vision_tower
+    from ..features import FeatureCache, LiveFeatures
+    from ..train import Trainer, left_out
+
+    console = common.console()
+    console.print_json(data=config.to_json())
+    train, dev = splits.load(config.seed)
+    language = load_language_model(config.language_model)
+    tower = load_vision_tower(config.vision)
+    features: Features = FeatureCache(cache, tower) if cache else LiveFeatures(tower)
+    with common.progress("photos") as update:
+        unreadable = features.prepare([r.image for r in train], flip=config.flip, progress=update)
+        unreadable |= features.prepare([r.image for r in dev], progress=update)
+    for reason in unreadable.values():
+        console.print(f"left out: {reason}", style="yellow", markup=False)
+    train, dev = left_out(train, unreadable), left_out(dev, unreadable)
+    if not train:
+        raise ItuneError(f"{splits.data}: no photo of the training split can be read")
+    trainer = Trainer(config, language, tower, features, train, dev, output)
+    trainable = sum(weight.numel() for weight in trainer.weights.values())
+    console.print(
+        f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "
+        f"{trainer.total_steps} steps",
+        highlight=False,
+    )
+    return trainer
+
+
+def _run(trainer: Trainer) -> None:
+    from ..train import Interrupted
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        trainer.stop_requested = True
+        # A second Ctrl-C does not wait for the step to end.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    console = common.console()
+    try:
+        with TrainingDisplay(trainer) as display:
+            progress = trainer.run(display)
+    except Interrupted:
+        console.print(f"stopped and saved: add --resume to go on ({trainer.output / 'last'})", highlight=False)
+        raise typer.Exit(130) from None
+    best = f", dev CIDEr-D {100 * progress.best_cider:.1f} in epoch {progress.best_epoch + 1}"
+    console.print(
+        f"done: {trainer.output / 'best'}{best if trainer.dev else ''}\n"
+        f"next: itune-export {trainer.output / 'best'} --target onnx --precision int8 -o BUNDLE",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    common.run(train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Caption a split and score it against its references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .batches import encode_text, special_token
+from .checkpoint import CONFIG_FILE, atomic_path, find_checkpoint
+from .data import Record
+from .features import Features
+from .metrics import Scores, score
+from .model import EagerEngine, LoadedCheckpoint
+from .runtime import Captioner
+from .runtime.bundle import SearchDefaults, TokenSettings
+from .runtime.errors import ImageError
+from .runtime.search import SearchConfig, search
+from .runtime.settings import TextSettings
+
+Progress = Callable[[int, int], None]
+"""Told (images done, images in all)."""
+_BATCH = 16  # images whose beams are searched at once
+
+
+def caption_features(
+    engine: EagerEngine,
+    features: Features,
+    images: Sequence[Path],
+    tokenizer: Tokenizer,
+    text: TextSettings,
+    config: SearchConfig,
+    *,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Caption photos whose visual embeddings are at hand (during training)."""
+    prompt = [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
+    end = special_token(tokenizer, text.end, "end")
+    captions: list[str] = []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        state = engine.encode_features(features.read(batch))
+        for hypotheses in search(engine, state, [prompt] * len(batch), config, end):
+            captions.append(tokenizer.decode(list(hypotheses[0].tokens), skip_special_tokens=True).strip())
+        if progress:
+            progress(len(captions), len(images))
+    return captions
+
+
+def load_captioner(folder: Path, *, threads: int | None = None) -> Captioner:
+    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (its engine)."""
+    checkpoint = find_checkpoint(folder)
+    if not (checkpoint / CONFIG_FILE).is_file():
+        return Captioner.load(folder, threads=threads)
+    loaded = LoadedCheckpoint.load(checkpoint)
+    return eager_captioner(loaded)
+
+
+def eager_captioner(loaded: LoadedCheckpoint) -> Captioner:
+    """The captioner that runs a checkpoint in eager PyTorch."""
+    text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
+    tokens = TokenSettings(
+        begin=special_token(tokenizer, text.begin, "begin"),
+        end=special_token(tokenizer, text.end, "end"),
+        prompt=encode_text(tokenizer, text.prompt),
+        vocab_size=gpt2.vocab_size,
+        max_positions=gpt2.n_positions,
+    )
+    return Captioner(EagerEngine(loaded.model, loaded.tower), tokenizer, loaded.config.image, tokens, SearchDefaults())
+
+
+def caption_records(
+    captioner: Captioner,
+    records: Sequence[Record],
+    *,
+    progress: Progress | None = None,
+    **search_options: Any,
+) -> tuple[dict[str, str], dict[Path, str]]:
+    """Captions by record id, and the photos that could not be captioned with the reason.
+
+    `search_options` are those of `Captioner.stream`.
+    """
+    captions: dict[str, str] = {}
+    failed: dict[Path, str] = {}
+    stream = captioner.stream([record.image for record in records], **search_options)
+    for done, (record, (_, result)) in enumerate(zip(records, stream, strict=True), 1):
+        if isinstance(result, ImageError):
+            failed[record.image] = str(result)
+        else:
+            captions[record.id] = result.caption
+        if progress:
+            progress(done, len(records))
+    return captions, failed
+
+
+def score_captions(captions: dict[str, str], records: Sequence[Record]) -> Scores:
+    """CIDEr-D and BLEU of captions by record id, against the records' own captions."""
+    references = {record.id: record.captions for record in records if record.id in captions}
+    return score(captions, references)
+
+
+def write_results(captions: dict[str, str], path: Path) -> None:
+    """Write captions in COCO's results format, `[{"image_id", "caption"}]`; digits become numbers."""
+    results = [
+        {"image_id": int(key) if key.isdecimal() else key, "caption": caption} for key, caption in captions.items()
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

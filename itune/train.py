@@ -1,0 +1,374 @@
+"""Train I-Tuning adapters: next-token cross-entropy on the captions, AdamW, best checkpoint by dev CIDEr-D.
+
+The output folder holds `best/` and `last/` (adapter checkpoints), `config.json`, `metrics.jsonl` and
+TensorBoard events. `last/` also carries the optimiser, so that a run can be stopped anywhere and resumed; a
+resumed run repeats the order, the mirroring and the dropout that the uninterrupted one would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .adapter import AdapterConfig
+from .backbones import LanguageModel, VisionTower
+from .batches import Batch, TokenizedRecord, epoch_steps, head_length, steps_per_epoch, tokenize
+from .checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointConfig,
+    CheckpointError,
+    Source,
+    VisionSource,
+    atomic_folder,
+    atomic_path,
+    find_checkpoint,
+    relative_source,
+    save_config,
+)
+from .config import TrainConfig
+from .data import Record
+from .evaluate import caption_features
+from .features import Features
+from .metrics import CiderD
+from .model import EagerEngine, ITuningModel
+from .runtime.search import SearchConfig
+from .runtime.settings import TextSettings
+
+_STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
+_SAVE_SECONDS = 300.0  # a killed run loses at most this much
+
+
+class Reporter(Protocol):
+    """What a run tells while it goes on; the command line shows it."""
+
+    def step(self, progress: Progress, metrics: dict[str, float], images: int) -> None:
+        """An optimiser step was made, over this many images."""
+        ...
+
+    def evaluating(self, done: int, images: int) -> None:
+        """The dev split is being captioned."""
+        ...
+
+    def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
+        """An epoch ended and was evaluated."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best_cider: float = -1.0
+    best_epoch: int = -1
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and is saved
+    """The run stopped at a step boundary, with everything saved in `last/`."""
+
+
+class Trainer:
+    """One training run; `run` may raise `Interrupted` after `stop_requested` was set."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        language: LanguageModel,
+        tower: VisionTower,
+        features: Features,
+        train: Sequence[Record],
+        dev: Sequence[Record],
+        output: Path,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config, self.language, self.tower, self.features = config, language, tower, features
+        self.output, self.dev = output, list(dev)
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.text = TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period)
+        self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens)
+        self.head = head_length(language.tokenizer, self.text)
+        torch.manual_seed(config.seed)
+        width = language.model.config.n_embd
+        self.model = ITuningModel(
+            language.model,
+            AdapterConfig(
+                hidden_size=width,
+                visual_width=features.width,
+                bottleneck=config.bottleneck or width // 2,
+                heads=config.heads,
+                lambda_=config.lambda_,
+                score_scale=config.score_scale,
+                dropout=config.dropout,
+            ),
+            config.first_adapter_layer,
+        ).to(self.device)
+        self.weights = dict(self.model.adapters.named_parameters())
+        self.average = {name: w.detach().clone() for name, w in self.weights.items()}
+        matrices = [w for w in self.weights.values() if w.ndim > 1]
+        vectors = [w for w in self.weights.values() if w.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+        )
+        self.steps_per_epoch = steps_per_epoch(self.records, config)
+        self.progress = Progress()
+        self.stop_requested = False
+        self.cider = CiderD({record.id: record.captions for record in self.dev}) if self.dev else None
+        self._saved = time.monotonic()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps_per_epoch * self.config.epochs
+
+    def init_from(self, checkpoint: Path) -> None:
+        """Start from another checkpoint's adapters instead of from the untouched language model."""
+        self.model.load_adapters(find_checkpoint(checkpoint) / WEIGHTS_FILE)
+        self._copy_average()
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        warmup = max(1, round(self.config.warmup * self.total_steps))
+        if step < warmup:
+            return self.config.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.total_steps - warmup)
+        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def run(self, reporter: Reporter) -> Progress:
+        """Train from where `progress` stands to the last epoch."""
+        self._write_json(self.output / "config.json", self.config.to_json())
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step) as board:
+            while self.progress.epoch < self.config.epochs:
+                self._epoch(reporter, board)
+                metrics = self.evaluate(reporter)
+                self._end_epoch(metrics, reporter, board)
+        return self.progress
+
+    def _epoch(self, reporter: Reporter, board: Any) -> None:
+        self.model.train(True)
+        steps = epoch_steps(self.records, self.config, self.head, self.progress.epoch)
+        with ThreadPoolExecutor(1) as pool:
+            for number, batches in enumerate(steps):
+                if number < self.progress.step_in_epoch:
+                    continue
+                metrics = self._step(batches, pool)
+                self.progress.step += 1
+                self.progress.step_in_epoch += 1
+                for name, value in metrics.items():
+                    board.add_scalar(f"train/{name}", value, self.progress.step)
+                reporter.step(self.progress, metrics, sum(len(batch.images) for batch in batches))
+                if self.stop_requested:
+                    self.save_last()
+                    raise Interrupted
+                if time.monotonic() - self._saved > _SAVE_SECONDS:
+                    self.save_last()
+
+    def _step(self, batches: list[Batch], pool: ThreadPoolExecutor) -> dict[str, float]:
+        # Seeded by the step's number, so that a resumed run draws the same dropout.
+        torch.manual_seed(self.config.seed * 1_000_003 + self.progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.progress.step)
+        targets = sum(batch.targets for batch in batches)
+        total = 0.0
+        entropy: float | None = None
+        reading = pool.submit(self.features.read, batches[0].images, batches[0].flip)
+        for i, batch in enumerate(batches):
+            visual = reading.result().to(self.device)
+            if i + 1 < len(batches):
+                reading = pool.submit(self.features.read, batches[i + 1].images, batches[i + 1].flip)
+            visual = self._drop_visual(visual)
+            input_ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
+            with self._autocast():
+                if i == 0 and self.progress.step % 50 == 0:
+                    entropy = self.model.attention_entropy(input_ids, mask, visual)
+                loss = self.model.loss(input_ids, mask, visual, self.config.label_smoothing) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm or math.inf))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise CheckpointError(
+                f"the loss is no longer a number at step {self.progress.step}: lower --learning-rate or --lambda"
+                f" and start again from {self.output / 'last'} with --init-from"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update_average()
+        metrics = {"loss": total, "learning_rate": self.learning_rate(self.progress.step), "grad_norm": norm}
+        return metrics if entropy is None else metrics | {"attention_entropy": entropy}
+
+    def _autocast(self) -> Any:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _drop_visual(self, visual: Tensor) -> Tensor:
+        kept = round(visual.shape[1] * (1 - self.config.visual_dropout))
+        if kept == visual.shape[1]:
+            return visual
+        return visual[:, torch.randperm(visual.shape[1])[: max(1, kept)]]
+
+    def evaluate(self, reporter: Reporter) -> dict[str, float]:
+        """CIDEr-D of the dev split with the averaged weights; empty without one."""
+        if self.cider is None:
+            return {}
+        with self._averaged():
+            captions = caption_features(
+                EagerEngine(self.model, self.tower),
+                self.features,
+                [record.image for record in self.dev],
+                self.language.tokenizer,
+                self.text,
+                SearchConfig(num_beams=self.config.num_beams, max_new_tokens=self.config.max_new_tokens),
+                progress=reporter.evaluating,
+            )
+        return {"cider": self.cider.score(dict(zip((r.id for r in self.dev), captions, strict=True)))}
+
+    def _end_epoch(self, metrics: dict[str, float], reporter: Reporter, board: Any) -> None:
+        for name, value in metrics.items():
+            board.add_scalar(f"dev/{name}", value, self.progress.step)
+        is_best = metrics.get("cider", math.inf) > self.progress.best_cider
+        if is_best:
+            self.progress.best_cider = metrics.get("cider", -1.0)
+            self.progress.best_epoch = self.progress.epoch
+            with atomic_folder(self.output / "best") as folder:
+                self._write_checkpoint(folder, self.output / "best", metrics)
+        self.progress.epoch += 1
+        self.progress.step_in_epoch = 0
+        self.save_last()
+        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": self.progress.epoch, "step": self.progress.step, **metrics}) + "\n")
+        reporter.epoch(self.progress, metrics, is_best)
+
+    # Saving and resuming
+
+    def save_last(self) -> None:
+        """Write `last/`: a checkpoint of the averaged weights, and what resuming needs."""
+        state: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            state[f"weight.{name}"] = weight.detach()
+            state[f"average.{name}"] = self.average[name]
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                state[f"{key}.{name}"] = value
+        with atomic_folder(self.output / "last") as folder:
+            self._write_checkpoint(folder, self.output / "last", {})
+            save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / _STATE)
+            self._write_json(folder / _PROGRESS, vars(self.progress))
+        self._saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from `last/` of the output folder."""
+        folder = self.output / "last"
+        try:
+            state = load_file(folder / _STATE)
+            self.progress = Progress(**json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
+            for name, weight in self.weights.items():
+                weight.data.copy_(state[f"weight.{name}"])
+                self.average[name].copy_(state[f"average.{name}"])
+                self.optimizer.state[weight] = {
+                    key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder} cannot be resumed ({type(error).__name__}: {error}): train into a new folder with "
+                f"--init-from {self.output / 'best'}"
+            ) from None
+
+    def _write_checkpoint(self, folder: Path, home: Path, metrics: dict[str, float]) -> None:
+        with self._averaged():
+            self.model.save_adapters(folder / WEIGHTS_FILE)
+        config, adapter = self.config, self.model.config
+        assert adapter.score_scale is not None
+        save_config(
+            CheckpointConfig(
+                language_model=Source(source=relative_source(config.language_model, home), sha256=self.language.sha256),
+                vision=VisionSource(
+                    source=relative_source(config.vision, home),
+                    sha256=self.tower.sha256,
+                    kind=self.tower.kind,
+                    tokens=self.features.tokens,
+                    width=self.features.width,
+                ),
+                bottleneck=adapter.bottleneck,
+                heads=adapter.heads,
+                lambda_=adapter.lambda_,
+                score_scale=adapter.score_scale,
+                first_adapter_layer=config.first_adapter_layer,
+                image=self.tower.image,
+                text=self.text,
+                training={
+                    **config.to_json(),
+                    "epoch": self.progress.epoch + 1,
+                    "step": self.progress.step,
+                    **{f"dev_{name}": value for name, value in metrics.items()},
+                },
+            ),
+            folder,
+        )
+
+    @staticmethod
+    def _write_json(path: Path, values: dict[str, Any]) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    # The moving average of the weights
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # The decay ramps up, or the average would remember the initialisation for hundreds of steps.
+        decay = min(self.config.ema_decay, (1 + self.progress.step) / (10 + self.progress.step))
+        for name, weight in self.weights.items():
+            self.average[name].lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
+    def _copy_average(self) -> None:
+        for name, weight in self.weights.items():
+            self.average[name].copy_(weight)
+
+    def _averaged(self) -> _Swap:
+        return _Swap(self.weights, self.average)
+
+
+class _Swap:
+    """Within the block, parameters hold other values."""
+
+    def __init__(self, weights: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -> None:
+        self.weights, self.values = weights, values
+
+    def __enter__(self) -> None:
+        self.kept = {name: w.detach().clone() for name, w in self.weights.items()}
+        self._set(self.values)
+
+    def __exit__(self, *_error: object) -> None:
+        self._set(self.kept)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(values[name])
+
+
+def left_out(records: Sequence[Record], unreadable: dict[Path, str]) -> list[Record]:
+    """The records whose photo can be read."""
+    return [record for record in records if record.image not in unreadable]
+
+
+__all__ = ["Interrupted", "Progress", "Reporter", "TokenizedRecord", "Trainer", "left_out"]

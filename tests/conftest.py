@@ -1,0 +1,188 @@
+"""Tiny random models in the real Hugging Face format, and where the real photos are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Two processes with two threads each would fight over two cores.
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CAPTIONS = [
+    "A dog runs through the grass .",
+    "Two children play on a red swing .",
+    "A man in a blue shirt is riding a bicycle .",
+    "A woman is standing on the left side of a street .",
+    "Three people are sitting at a table with food .",
+    "A black cat sleeps on a sofa .",
+]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with Flickr8k and the metric tie-outs; tests that need it skip without it."""
+    folder = Path(os.environ.get("ITUNE_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder} (set ITUNE_DATA)")
+    return folder
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    """A byte-level BPE tokenizer like GPT-2's, with a small vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def make_language_model(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 0, **config: object) -> Path:
+    """A random GPT-2 folder; weights are large, so that its choices are far apart."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = make_tokenizer(folder)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "n_positions": 64,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": 4,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "initializer_range": 0.2,
+    }
+    GPT2LMHeadModel(GPT2Config(**(values | config))).save_pretrained(folder)
+    return folder
+
+
+def make_clip(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """A random CLIP vision folder with its preprocessor configuration: 32 x 32 pixels, 17 embeddings of 24."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(seed)
+    values = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "initializer_range": 0.2,
+    }
+    CLIPVisionModel(CLIPVisionConfig(**(values | config))).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def make_checkpoint(
+    folder: Path,
+    language_model: Path,
+    vision: Path,
+    *,
+    bottleneck: int = 16,
+    heads: int = 1,
+    lambda_: float = 1.0,
+    first_adapter_layer: int = 0,
+    prompt: str = "",
+    seed: int = 0,
+) -> Path:
+    """An adapter checkpoint with random weights and biases that look hard at the image."""
+    from itune.adapter import AdapterConfig
+    from itune.backbones import load_language_model, load_vision_tower
+    from itune.checkpoint import (
+        WEIGHTS_FILE,
+        CheckpointConfig,
+        Source,
+        VisionSource,
+        relative_source,
+        save_config,
+    )
+    from itune.model import ITuningModel
+    from itune.runtime.settings import TextSettings
+
+    language, tower = load_language_model(str(language_model)), load_vision_tower(str(vision))
+    config = AdapterConfig(language.model.config.n_embd, tower.width, bottleneck, heads, lambda_)
+    model = ITuningModel(language.model, config, first_adapter_layer)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.adapters.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (0.5 if weight.ndim > 1 else 0.2))
+    model.save_adapters(folder / WEIGHTS_FILE)
+    assert config.score_scale is not None
+    save_config(
+        CheckpointConfig(
+            language_model=Source(source=relative_source(str(language_model), folder), sha256=language.sha256),
+            vision=VisionSource(
+                source=relative_source(str(vision), folder),
+                sha256=tower.sha256,
+                kind=tower.kind,
+                tokens=tower.tokens,
+                width=tower.width,
+            ),
+            bottleneck=bottleneck,
+            heads=heads,
+            lambda_=lambda_,
+            score_scale=config.score_scale,
+            first_adapter_layer=first_adapter_layer,
+            image=tower.image,
+            text=TextSettings(prompt=prompt),
+        ),
+        folder,
+    )
+    return folder
+
+
+def random_photo(seed: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
+    """A photo-like image: coarse random colours, smoothly enlarged."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def language_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random GPT-2."""
+    return make_language_model(tmp_path_factory.mktemp("models") / "language-model")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP vision tower."""
+    return make_clip(tmp_path_factory.mktemp("models") / "vision")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(
+    tmp_path_factory: pytest.TempPathFactory, language_model_folder: Path, clip_folder: Path
+) -> Path:
+    """A tiny random adapter checkpoint."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("models") / "checkpoint", language_model_folder, clip_folder, heads=2, lambda_=2.5
+    )
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Six random photos."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = [folder / f"photo{i}.png" for i in range(6)]
+    for i, path in enumerate(paths):
+        random_photo(i).save(path)
+    return paths
