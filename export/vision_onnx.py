@@ -1,0 +1,65 @@
+"""Splice an ONNX vision tower into the vision graph, behind its normalisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import compose, helper, inliner, version_converter
+
+from ..backbones import BackboneError, OnnxTower
+from .graph import OPSET, Graph
+
+PREFIX = "tower/"
+TOWER_INPUT = PREFIX + "pixel_values"
+TOWER_OUTPUT = PREFIX + "last_hidden_state"
+
+
+def append_onnx(graph: Graph, pixels: str, tower: OnnxTower) -> str:
+    """Append the tower; returns its embeddings [images, N, d_v] of pixels uint8 [images, H, W, 3].
+
+    All its names get the prefix `tower/`, by which a restore finds them again. Raises BackboneError for a graph
+    whose operators have no opset-20 form.
+    """
+    with graph.scope("normalize"):
+        x = graph.op("Transpose", pixels, perm=[0, 3, 1, 2])
+        x = graph.op("Cast", x, to=onnx.TensorProto.FLOAT)
+        # Folded into the first convolution this would be wrong at its padded borders.
+        mean, std = np.array(tower.image.mean), np.array(tower.image.std)
+        scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        x = graph.op("Mul", x, graph.initializer("normalize.scale", scale[:, None, None]))
+        graph.op("Add", x, graph.initializer("normalize.shift", shift[:, None, None]), name=TOWER_INPUT)
+    spliced = Graph.from_model(_prefixed(tower), tower.folder)
+    graph.nodes += spliced.nodes
+    graph.weights |= spliced.weights
+    graph.opsets = spliced.opsets | graph.opsets
+    return TOWER_OUTPUT
+
+
+def _prefixed(tower: OnnxTower) -> onnx.ModelProto:
+    """The tower in opset 20, every name prefixed, its input and output under canonical names."""
+    model = onnx.load(tower.file)
+    outputs = [o.name for o in model.graph.output]
+    output = "last_hidden_state" if "last_hidden_state" in outputs else outputs[0]
+    weights = {t.name for t in model.graph.initializer}
+    source = next(i.name for i in model.graph.input if i.name not in weights)
+
+    model = inliner.inline_local_functions(model)
+    version = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
+    if version != OPSET:
+        try:
+            model = version_converter.convert_version(model, OPSET)
+        except Exception as error:  # the converter raises RuntimeError and its own kinds
+            raise BackboneError(
+                f"{tower.file}: its operators are of opset {version} and cannot be converted to opset {OPSET} "
+                f"({str(error).strip().splitlines()[0][:200]}): export the tower with opset {OPSET}"
+            ) from None
+    model = compose.add_prefix(model, PREFIX)
+    nodes = model.graph.node
+    for i, node in enumerate(nodes):
+        if node.name == PREFIX:  # had no name of its own
+            node.name = f"{PREFIX}{node.op_type}_{i}"
+    if PREFIX + source != TOWER_INPUT:
+        nodes.insert(0, helper.make_node("Identity", [TOWER_INPUT], [PREFIX + source], PREFIX + "input"))
+    if PREFIX + output != TOWER_OUTPUT:
+        nodes.append(helper.make_node("Identity", [PREFIX + output], [TOWER_OUTPUT], PREFIX + "output"))
+    return model
