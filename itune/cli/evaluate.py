@@ -29,7 +29,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Write the captions here, in COCO's results format.")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
-    version: common.Version = False,
+    _version: common.Version = False,
 ) -> None:
     """Caption a split with beam search and print CIDEr-D and BLEU-1..4."""
     common.require("train", "torch", "transformers", "safetensors")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checkpoint import find_checkpoint, load_config, resolve_source
 from ..config import PRESETS, TrainConfig, flag, from_json, resolve
 from ..runtime.errors import ItuneError
 from . import common
@@ -76,6 +77,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams of the dev evaluation.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest caption of the dev evaluation.")] = None,
+    _version: common.Version = False,
 ) -> None:
     """Train I-Tuning adapters between a frozen vision tower and a frozen GPT-2."""
     given = dict(locals())
@@ -109,7 +111,33 @@ def _configuration(
             raise ItuneError(f"--resume: {saved} is damaged ({error})") from None
     if (output / "last").exists():
         raise ItuneError(f"{output} holds a run already: --resume it, or choose another --output")
+    if init_from:
+        overrides = _inherit(overrides, find_checkpoint(init_from))
     return resolve(preset, **overrides)
+
+
+def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What --init-from decides: the frozen parts and the text unless given, the adapters' shape in any case."""
+    found = load_config(checkpoint)
+    shape = {
+        "bottleneck": found.bottleneck,
+        "heads": found.heads,
+        "lambda_": found.lambda_,
+        "score_scale": found.score_scale,
+        "first_adapter_layer": found.first_adapter_layer,
+    }
+    for name, value in shape.items():
+        if overrides[name] not in (None, value):
+            raise ItuneError(f"{flag(name)} {overrides[name]} contradicts --init-from {checkpoint}, which has {value}")
+    defaults = {
+        "language_model": resolve_source(found.language_model.source, checkpoint),
+        "vision": resolve_source(found.vision.source, checkpoint),
+        "lower": found.text.lower,
+        "strip_period": found.text.strip_period,
+        "prompt": found.text.prompt,
+    }
+    kept = {name: value if overrides[name] is None else overrides[name] for name, value in defaults.items()}
+    return overrides | shape | kept
 
 
 @dataclass(frozen=True)
