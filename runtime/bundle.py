@@ -26,11 +26,10 @@ _MEND = "copy the bundle again, or export it again"
 
 
 def _inside(name: str) -> str:
-    parts = PurePosixPath(name).parts
-    if not name.isprintable() or not parts or ".." in parts or "\\" in name:
-        raise ValueError(f"{name!r} is not the name of a file inside the bundle")
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
-        raise ValueError(f"{name!r} leaves the bundle's folder")
+    path = PurePosixPath(name)
+    elsewhere = path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or "\\" in name
+    if elsewhere or not path.parts or not name.isprintable():
+        raise ValueError(f"{name!r} names no file inside the bundle's folder")
     return name
 
 
@@ -246,5 +245,5 @@ def _read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
         raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error

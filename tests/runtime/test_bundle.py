@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from itune.runtime import bundle as bundle_module
+from itune.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, default_bundle
+from itune.runtime.errors import BundleError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def rewrite(folder: Path, change: Change) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    change(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def refusal(folder: Path, *, verify: bool = True) -> str:
+    with pytest.raises(BundleError) as caught:
+        Bundle.load(folder, verify=verify)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+def test_reads_what_was_written(bundle: Path) -> None:
+    loaded = Bundle.load(bundle)
+    assert loaded.manifest.name == "colours"
+    assert loaded.manifest.schema_version == SCHEMA_VERSION
+    assert loaded.path(loaded.graph("vision").file).is_file()
+    assert (bundle / MANIFEST).read_text() == loaded.manifest.to_json()
+    assert json.loads(loaded.manifest.to_json())["decoder"]["lambda"] == 1.0
+
+
+def test_prefers_the_graph_made_for_an_engine(bundle: Path) -> None:
+    loaded = Bundle.load(bundle)
+    vision = loaded.manifest.graphs[0]
+    own = vision.model_copy(update={"engine": "onnxruntime", "precision": "int8"})
+    both = Bundle(bundle, loaded.manifest.model_copy(update={"graphs": [vision, own]}))
+    assert both.graph("vision", "onnxruntime") is own
+    assert both.graph("vision", "tensorrt") is vision
+    assert both.graph("vision") is vision
+    with pytest.raises(BundleError, match=r"no 'decoder' graph for engine 'tensorrt' \(there are: vision for any"):
+        both.graph("decoder", "tensorrt")
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    assert "is not a folder" in refusal(tmp_path / "absent")
+    assert "has no bundle.json" in refusal(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    assert "is not JSON" in refusal(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).mkdir()
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "1", 1.5, None, [1]])
+def test_another_schema_version(copy: Path, version: object) -> None:
+    # Fields of another version are not looked at: only the version is told.
+    rewrite(copy, lambda content: content.update(schema_version=version, tokens="?"))
+    message = refusal(copy)
+    assert f"schema_version is {version!r}" in message
+    assert f"reads version {SCHEMA_VERSION}" in message
+    assert "export the bundle again" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda content: content.pop("image"), "image"),
+        (lambda content: content["image"].update(size=[224, 0]), "image.size.1"),
+        (lambda content: content["image"].update(size=["224", 224]), "image.size.0"),
+        (lambda content: content["image"].update(resize="stretch"), "image.resize"),
+        (lambda content: content["tokens"].update(begin=-1), "tokens.begin"),
+        (lambda content: content["tokens"].update(end=10**6), "tokens"),
+        (lambda content: content["decoder"].pop("lambda"), "decoder.lambda"),
+        (lambda content: content["search"].update(num_beams=0), "search.num_beams"),
+        (lambda content: content["search"].update(beams=5), "search.beams"),
+        (lambda content: content["graphs"][0].update(file=3), "graphs.0.file"),
+        (lambda content: content["files"]["vision.onnx"].update(sha256="?"), "files.vision.onnx.sha256"),
+        (lambda content: content.update(method="prefix"), "method"),
+        (lambda content: content.update(extra=1), "extra"),
+        (lambda content: content.update({"new\nline": 1}), r"new\nline"),
+        (lambda content: content.update(schema_version=True), "schema_version"),
+    ],
+)
+def test_a_broken_field_is_named(copy: Path, change: Change, field: str) -> None:
+    rewrite(copy, change)
+    assert f"bundle.json: {field}: " in refusal(copy)
+
+
+def test_damaged_and_missing_files(copy: Path) -> None:
+    graph = copy / "decoder.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    assert "decoder.onnx is damaged (wrong SHA-256); copy the bundle again" in refusal(copy)
+    Bundle.load(copy, verify=False)
+    graph.write_bytes(content[:-1])
+    assert "decoder.onnx is damaged" in refusal(copy, verify=False)
+    graph.unlink()
+    assert "decoder.onnx is missing" in refusal(copy, verify=False)
+    graph.mkdir()
+    assert "decoder.onnx is missing" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vision.onnx"])
+def test_every_used_file_needs_a_hash(copy: Path, name: str) -> None:
+    rewrite(copy, lambda content: content["files"].pop(name))
+    assert f"files: '{name}' is not listed" in refusal(copy)
+
+
+OUTSIDE = ["/etc/passwd", "../decoder.onnx", "a/../../b", "C:\\b", "C:b", "..\\b", "", ".", "a\nb", "a\0b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("place", ["file", "external_data", "files"])
+def test_names_that_leave_the_folder(copy: Path, place: str, name: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        graph = content["graphs"][0]
+        if place == "file":
+            graph["file"] = name
+        elif place == "external_data":
+            graph["external_data"] = [name]
+        else:
+            content["files"][name] = content["files"]["vision.onnx"]
+
+    rewrite(copy, change)
+    assert f"{name!r} names no file inside the bundle's folder" in refusal(copy)
+
+
+def test_links_that_leave_the_folder(copy: Path, bundle: Path) -> None:
+    graph = copy / "vision.onnx"
+    graph.rename(copy / "elsewhere.onnx")
+    graph.symlink_to("elsewhere.onnx")
+    Bundle.load(copy)
+    graph.unlink()
+    graph.symlink_to(bundle / "vision.onnx")
+    assert "vision.onnx leads out of the bundle's folder" in refusal(copy, verify=False)
+    graph.unlink()
+    graph.symlink_to("vision.onnx")
+    assert "vision.onnx" in refusal(copy)
+
+
+def test_the_folder_itself_may_be_a_link(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    assert Bundle.load(tmp_path / "link").manifest.name == "colours"
+
+
+def test_the_default_bundle_is_the_only_one(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "__file__", str(tmp_path / "bundle.py"))
+    with pytest.raises(BundleError, match="holds 0 models"):
+        default_bundle()
+    shutil.copytree(bundle, tmp_path / "models" / "first")
+    (tmp_path / "models" / "not-a-bundle").mkdir()
+    assert default_bundle() == tmp_path / "models" / "first"
+    shutil.copytree(bundle, tmp_path / "models" / "second")
+    with pytest.raises(BundleError, match="holds 2 models"):
+        default_bundle()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=8,
+)
+
+
+def load_or_refuse(folder: Path, manifest: bytes) -> None:
+    (folder / MANIFEST).write_bytes(manifest)
+    try:
+        Bundle.load(folder, verify=False)
+    except BundleError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (loading it is right, too)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(junk=st.binary(max_size=64) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_junk_is_refused_in_a_sentence(copy: Path, junk: bytes) -> None:
+    load_or_refuse(copy, junk)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_any_changed_value_is_accepted_or_refused_in_a_sentence(bundle: Path, copy: Path, data: st.DataObject) -> None:
+    content = place = json.loads((bundle / MANIFEST).read_text())
+    while True:
+        keys = range(len(place)) if isinstance(place, list) else sorted(place)
+        key = data.draw(st.sampled_from(keys))
+        if not (isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans())):
+            break
+        place = place[key]
+    place[key] = data.draw(json_values)
+    load_or_refuse(copy, json.dumps(content).encode())

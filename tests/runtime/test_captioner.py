@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from itune.runtime import BundleError, Caption, Captioner, ImageError, ItuneError, SearchError
+from itune.runtime.bundle import MANIFEST, TOKENIZER, FileHash, Manifest
+from PIL import Image
+
+RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
+
+
+@pytest.fixture(scope="module")
+def captioner(bundle: Path) -> Captioner:
+    return Captioner.load(bundle, threads=1)
+
+
+def test_captions_every_kind_of_image(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    path = paint("red")
+    image = Image.open(path)
+    array = np.asarray(image)
+    for source in (path, str(path), path.read_bytes(), image, array, array / 255):
+        caption = captioner.caption(source)
+        assert isinstance(caption, Caption)
+        assert caption.caption == RED
+
+
+def test_a_list_gives_a_list_whatever_the_batches(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    paths = [paint(colour) for colour in ("red", "blue", "green", "blue", "red")]
+    alone = [captioner.caption(path) for path in paths]
+    assert [each.caption for each in alone] == [RED, BLUE, GREEN, BLUE, RED]
+    for batch_size in (1, 2, 3, 8):
+        together = captioner.caption(paths, batch_size=batch_size)
+        assert [each.tokens for each in together] == [each.tokens for each in alone]
+        assert [each.candidates for each in together] == [each.candidates for each in alone]
+    assert captioner.caption([]) == []
+    assert [each.caption for each in captioner.caption((paths[2],))] == [GREEN]
+
+
+def test_what_a_caption_holds(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    caption = captioner.caption(paint("green"), num_beams=3)
+    assert caption.tokens == (6, 7, 8)  # neither begin nor end
+    assert len(caption.candidates) == 3
+    assert (caption.candidates[0].caption, caption.candidates[0].score) == (caption.caption, caption.score)
+    scores = [candidate.score for candidate in caption.candidates]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] <= 0
+    assert min(caption.ms.decode_image, caption.ms.encode, caption.ms.search) > 0
+    assert len(captioner.caption(paint("green"), num_beams=1).candidates) == 1
+    assert len(captioner.caption(paint("green")).candidates) == 5
+
+
+def test_search_options_reach_the_search(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    path = paint("red")
+    assert captioner.caption(path, max_new_tokens=2).caption == "a dog"
+    assert len(captioner.caption(path, min_new_tokens=9).tokens) >= 9
+    assert "dog" not in captioner.caption(path, bad_words=["dog"]).caption
+    assert "dog runs" not in captioner.caption(path, bad_words=[" dog runs "]).caption
+    longer = captioner.caption(path, length_penalty=3.0).score
+    assert longer == pytest.approx(captioner.caption(path, length_penalty=1.0).score / 6**2)
+    assert captioner.caption(path, num_beams=None, length_penalty=None).caption == RED
+
+
+def test_options_that_cannot_be_followed(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    path = paint("red")
+    assert captioner.caption(path, max_new_tokens=40).caption == RED
+    with pytest.raises(SearchError, match="max_new_tokens must be at most 40"):
+        captioner.caption(path, max_new_tokens=41)
+    with pytest.raises(SearchError, match="num_beams"):
+        captioner.caption(path, num_beams=0)
+    with pytest.raises(SearchError, match="bad_words must be a list"):
+        captioner.caption(path, bad_words="dog")
+    with pytest.raises(ItuneError, match="batch_size"):
+        captioner.stream([path], batch_size=0)  # at once, not at the first caption
+    with pytest.raises(TypeError, match="beams"):
+        captioner.caption(path, beams=3)  # type: ignore[call-overload]
+
+
+def test_a_bad_image_stops_a_list_but_not_a_stream(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    bad = paint("red").parent / "bad.png"
+    bad.write_bytes(paint("red").read_bytes()[:60])
+    images = [paint("red"), bad, Path("missing.jpg"), paint("blue"), bad]
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        captioner.caption(images)
+    for batch_size in (1, 2, 8):
+        results = list(captioner.stream(images, batch_size=batch_size))
+        assert [source for source, _ in results] == images
+        kinds = [result.caption if isinstance(result, Caption) else type(result) for _, result in results]
+        assert kinds == [RED, ImageError, ImageError, BLUE, ImageError]
+
+
+def test_a_stream_takes_no_more_than_a_batch_ahead(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    path, taken = paint("red"), 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield path
+
+    stream = captioner.stream(endless(), batch_size=3, num_beams=1)
+    for given in range(1, 8):
+        next(stream)
+        assert given <= taken < given + 3
+
+
+def test_a_prompt_is_fed_but_not_returned(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    prompted = Captioner(
+        captioner.engine,
+        captioner.tokenizer,
+        captioner.image,
+        captioner.tokens.model_copy(update={"prompt": [1, 2]}),
+        captioner.search,
+    )
+    assert prompted.caption(paint("blue")).caption == "runs on grass"
+    with pytest.raises(SearchError, match="at most 38"):
+        prompted.caption(paint("blue"), max_new_tokens=39)
+
+
+def test_what_load_refuses(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ItuneError, match="engine must be one of auto, onnxruntime, not 'cuda'"):
+        Captioner.load(bundle, engine="cuda")
+    with pytest.raises(ItuneError, match="threads must be at least 1"):
+        Captioner.load(bundle, threads=0)
+    with pytest.raises(BundleError, match="not a folder"):
+        Captioner.load(tmp_path / "absent")
+    broken = shutil.copytree(bundle, tmp_path / "broken")
+    (broken / TOKENIZER).write_text("{}")
+    manifest = Manifest.model_validate_json((broken / MANIFEST).read_bytes())
+    files = manifest.files | {TOKENIZER: FileHash.of(broken / TOKENIZER)}
+    (broken / MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
+    with pytest.raises(BundleError, match="is not a tokenizer"):
+        Captioner.load(broken)
