@@ -112,6 +112,17 @@ class SearchDefaults(Settings):
     repetition_penalty: Annotated[Finite, Field(ge=1)] = 1.0
 
 
+class RestoreSettings(Settings):
+    """What `itune-export --restore` needs besides the graphs' weights; nothing at run time reads it."""
+
+    language_model: dict[str, Any]
+    """Its `config.json`."""
+    vision: dict[str, Any] | None
+    """The `config.json` of a CLIP tower; None for an ONNX tower, which is in the vision graph as it was."""
+    checkpoint: dict[str, Any]
+    """The adapters' `itune.json`."""
+
+
 class FileHash(Settings):
     """What a file of the bundle must be."""
 
@@ -140,6 +151,7 @@ class Manifest(Settings):
     files: dict[FileName, FileHash]
     """Every file of the bundle but the manifest itself."""
     provenance: dict[str, Any] = Field(default_factory=dict)
+    restore: RestoreSettings | None = None
     license: str
     """Of the weights, which is not the code's."""
 
