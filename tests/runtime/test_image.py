@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from itune.runtime.errors import ImageError
+from itune.runtime.image import MAX_ASPECT, MAX_PIXELS, decode
+from PIL import Image, ImageCms, ImageOps
+
+LEFT, RIGHT = (200, 30, 40), (10, 60, 250)
+
+
+def photo(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def refusal(source: object, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode(source, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "GIF", "WEBP", "JPEG", "JPEG2000", "ICO", "AVIF"])
+def test_every_format(kind: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (32, 32), LEFT)
+    path = tmp_path / "photo"  # the content tells, not the suffix
+    path.write_bytes(encoded(image, kind))
+    for source in (path, str(path), path.read_bytes()):
+        decoded = decode(source)
+        assert decoded.mode == "RGB"
+        assert decoded.size == (32, 32)
+        np.testing.assert_allclose(np.asarray(decoded), np.asarray(image), atol=4)  # JPEG and its like
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_exif_orientation(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photo(), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert expected.size == ((40, 30) if orientation < 5 else (30, 40))
+    np.testing.assert_array_equal(np.asarray(decode(content)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(decode(Image.open(io.BytesIO(content)))), np.asarray(expected))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0", b"?" * 40])
+def test_a_broken_exif_block_does_not_matter(exif: bytes) -> None:
+    image = photo()
+    np.testing.assert_array_equal(np.asarray(decode(encoded(image, "PNG", exif=exif))), np.asarray(image))
+    assert decode(encoded(image, "JPEG", exif=exif)).size == image.size
+
+
+def test_an_orientation_that_does_not_exist() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    assert decode(encoded(photo(), "PNG", exif=exif)).size == (40, 30)
+
+
+def test_transparency_lies_on_white() -> None:
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    clear.putpixel((1, 0), (*LEFT, 255))
+    half = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
+    grey = Image.new("LA", (1, 1), (0, 0))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RIGHT, *LEFT])
+    palette.putpixel((1, 0), 1)
+    assert pixels(encoded(clear, "PNG")) == [(255, 255, 255), LEFT]
+    assert pixels(encoded(half, "PNG")) == [(127, 127, 127)]
+    assert pixels(encoded(grey, "PNG")) == [(255, 255, 255)]
+    assert pixels(encoded(palette, "PNG", transparency=0)) == [(255, 255, 255), LEFT]
+    assert pixels(encoded(palette, "PNG", transparency=b"\0\xff")) == [(255, 255, 255), LEFT]
+    assert pixels(encoded(palette, "GIF", transparency=0)) == [(255, 255, 255), LEFT]
+    assert pixels(encoded(palette, "PNG")) == [RIGHT, LEFT]
+    assert pixels(encoded(Image.new("RGB", (1, 1), LEFT), "PNG", transparency=LEFT)) == [(255, 255, 255)]
+    assert pixels(encoded(Image.new("L", (1, 1), 9), "PNG", transparency=9)) == [(255, 255, 255)]
+    assert pixels(clear.convert("RGBa")) == [(255, 255, 255), LEFT]
+
+
+def pixels(source: bytes | Image.Image) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(decode(source)).reshape(-1, 3).tolist()]
+
+
+def test_colour_modes() -> None:
+    assert pixels(encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF")) == [(255, 0, 0)]
+    assert pixels(encoded(Image.new("CMYK", (1, 1), (0, 0, 0, 255)), "JPEG")) == [(0, 0, 0)]
+    assert pixels(encoded(Image.new("1", (1, 1), 1), "PNG")) == [(255, 255, 255)]
+    assert pixels(encoded(Image.new("L", (1, 1), 77), "PNG")) == [(77, 77, 77)]
+    ycbcr = Image.new("RGB", (1, 1), LEFT).convert("YCbCr")
+    np.testing.assert_allclose(pixels(ycbcr), [LEFT], atol=2)
+    np.testing.assert_allclose(pixels(Image.new("RGB", (1, 1), LEFT).convert("HSV")), [LEFT], atol=3)
+
+
+def test_sixteen_bit_greys_keep_their_range() -> None:
+    values = np.array([[0, 128, 256, 257, 32768, 65407, 65535]], np.uint16)
+    expected = [0, 0, 1, 1, 128, 255, 255]
+    big_endian = Image.frombytes("I;16B", (7, 1), values.astype(">u2").tobytes())
+    pgm = b"P5 7 1 65535\n" + values.astype(">u2").tobytes()
+    integers = Image.fromarray(values.astype(np.int32))
+    for source in (
+        encoded(Image.fromarray(values), "PNG"),
+        encoded(Image.fromarray(values), "TIFF"),
+        pgm,
+        big_endian,
+        integers,
+    ):
+        assert [pixel[0] for pixel in pixels(source)] == expected
+    dark = encoded(Image.fromarray(np.full((1, 1), 200, np.uint16)), "PNG")
+    assert pixels(dark) == [(1, 1, 1)]  # 16 bits say what white is, however dark the photo
+
+
+def test_float_and_integer_greys() -> None:
+    def grey(mode: str, *values: float) -> list[int]:
+        image = Image.new(mode, (len(values), 1))
+        image.putdata(values)
+        return [pixel[0] for pixel in pixels(encoded(image, "TIFF"))]
+
+    assert grey("F", 0, 0.5, 1) == [0, 128, 255]
+    assert grey("F", 0, 100, 255) == [0, 100, 255]
+    assert grey("F", 0, 32768, 65535) == [0, 128, 255]
+    assert grey("I", 0, 100, 255) == [0, 100, 255]
+    for mode, value in (("F", -0.1), ("F", float("nan")), ("F", 1e9), ("I", -1), ("I", 2**20)):
+        assert "grey values" in refusal(encoded(Image.new(mode, (1, 1), value), "TIFF"))
+
+
+def test_only_the_first_frame_counts() -> None:
+    frames = [Image.new("RGB", (8, 8), LEFT), Image.new("RGB", (8, 8), RIGHT)]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        np.testing.assert_allclose(pixels(content), [LEFT] * 64, atol=4)
+
+
+def test_too_large_is_refused_before_it_is_decoded() -> None:
+    def header(width: int, height: int) -> bytes:  # a PNG without pixels, which decoding would miss
+        content = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+        content[16:24] = struct.pack(">II", width, height)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        return bytes(content)
+
+    assert f"10000 x 10000 = 100000000 pixels, over {MAX_PIXELS}" in refusal(header(10_000, 10_000))
+    assert "900000000 pixels" in refusal(header(30_000, 30_000))
+    assert "40 x 30 = 1200 pixels, over 1199" in refusal(photo(), max_pixels=1199)
+    assert decode(photo(), max_pixels=1200).size == (40, 30)
+    assert "longer than 500 : 1" in refusal(Image.new("L", (1, MAX_ASPECT + 1)))
+    assert decode(Image.new("L", (MAX_ASPECT, 1))).size == (MAX_ASPECT, 1)
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    text = tmp_path / "notes.jpg"
+    text.write_text("not a photo")
+    assert f"{text} is in no known image format (JPEG, PNG" in refusal(text)
+    text.write_bytes(b"")
+    assert refusal(text) == f"{text} is empty"
+    assert refusal(b"") == "the image is empty"
+    assert refusal(tmp_path / "absent.jpg") == f"{tmp_path / 'absent.jpg'} cannot be read (No such file or directory)"
+    assert refusal(str(tmp_path)) == f"{tmp_path} is a folder without images, not an image"
+    assert "is not a path" in refusal("a\0b")
+    assert refusal(3) == "a int is not an image: give a path, bytes, a Pillow image or an array"
+    assert "truncated or damaged" in refusal(closed())
+    assert "0 x 5" in refusal(Image.new("RGB", (0, 5)))
+
+
+def closed() -> Image.Image:
+    image = Image.open(io.BytesIO(encoded(photo(), "PNG")))
+    image.close()
+    return image
+
+
+def test_postscript_is_not_run() -> None:
+    assert "no known image format" in refusal(encoded(photo(), "EPS"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG", "AVIF"])
+def test_truncated(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo"
+    content = encoded(photo(200, 200), kind)
+    for part in (0.9, 0.5):
+        path.write_bytes(content[: int(part * len(content))])
+        message = refusal(path)
+        assert message.startswith(f"{path} is ")
+        assert "damaged" in message or kind == "AVIF"  # half an AVIF file is not even recognised
+
+
+def test_arrays() -> None:
+    colour = np.asarray(photo())
+    grey = colour[:, :, 0]
+    for array, expected in (
+        (colour, colour),
+        (colour[:, ::-1], colour[:, ::-1]),
+        (grey, np.stack([grey] * 3, axis=2)),
+        (grey[:, :, None], np.stack([grey] * 3, axis=2)),
+        (colour / 255, colour),
+        ((colour / 255).astype(np.float32), colour),
+        (np.dstack([colour, np.full_like(grey, 255)]), colour),
+        (np.dstack([colour, np.zeros_like(grey)]), np.full_like(colour, 255)),
+    ):
+        np.testing.assert_array_equal(np.asarray(decode(array)), expected)
+    assert "shape must be" in refusal(colour.transpose(2, 0, 1))
+    assert "shape must be" in refusal(colour[None])
+    assert "shape must be" in refusal(colour[:0])
+    assert "uint16 [30, 40, 3] is not an image: its values must be uint8" in refusal(colour.astype(np.uint16))
+    assert "must lie in 0..1" in refusal(colour / 254)
+    assert "must lie in 0..1" in refusal(colour / 255 - 0.01)
+    assert "must lie in 0..1" in refusal(np.full((4, 4), np.nan))
+
+
+def test_warnings_stay_inside(capfd: pytest.CaptureFixture[str]) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    damaged_tiff = bytearray(encoded(photo(), "TIFF", compression="tiff_lzw"))
+    damaged_tiff[-40:] = b"\xff" * 40
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decode(encoded(photo(), "JPEG", icc_profile=profile, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\xff"))
+        refusal(Image.new("L", (10_000, 9_000)))
+        with pytest.raises(ImageError):
+            decode(bytes(damaged_tiff))
+    assert caught == []
+    assert capfd.readouterr() == ("", "")
+
+
+FORMATS = st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "JPEG2000", "AVIF"])
+
+
+def decode_or_refuse(content: bytes) -> None:
+    try:
+        image = decode(content, max_pixels=100_000)
+    except ImageError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (decoding it is right, too)
+    else:
+        assert image.mode == "RGB"
+        image.getpixel((0, 0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=FORMATS, changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_bytes_are_decoded_or_refused(kind: str, changes: list[tuple[float, int]]) -> None:
+    content = bytearray(encoded(photo(20, 16), kind))
+    for place, value in changes:
+        content[int(place * (len(content) - 1))] = value
+    decode_or_refuse(bytes(content))
+
+
+STARTS = st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P6 9 9 "])
+
+
+@settings(max_examples=200, deadline=None)
+@given(start=STARTS, junk=st.binary())
+def test_junk_is_decoded_or_refused(start: bytes, junk: bytes) -> None:
+    decode_or_refuse(start + junk)
