@@ -1,0 +1,234 @@
+"""itune-run, most of it within this process, and as a process where signals, pipes and terminals matter."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from itune.runtime.bundle import MANIFEST
+
+from itune import __version__
+from itune.cli import run as command
+from itune.cli.run import expand
+
+RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
+Paint = Callable[..., Path]
+
+
+class Result:
+    def __init__(self, status: object, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+        assert "Traceback" not in err
+
+
+@pytest.fixture
+def run(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run itune-run with the test bundle."""
+
+    def runner(*arguments: object, model: Path | None = bundle) -> Result:
+        given = ["itune-run", *map(str, arguments), *(["--bundle", str(model)] if model else [])]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        return Result(ended.value.code or 0, *capsys.readouterr())
+
+    return runner
+
+
+def process(bundle: Path, *arguments: object, **options: object) -> subprocess.Popen[bytes]:
+    given = [sys.executable, "-m", "itune.cli.run", "--bundle", bundle, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([str(each) for each in given], **(pipes | options))  # type: ignore[call-overload, no-any-return]
+
+
+def test_one_image_prints_its_caption(run: Callable[..., Result], paint: Paint) -> None:
+    result = run(paint("green"))
+    assert (result.status, result.out, result.err) == (0, f"{GREEN}\n", "")
+
+
+def test_several_images_print_their_names(run: Callable[..., Result], paint: Paint) -> None:
+    red, blue = paint("red"), paint("blue")
+    result = run(blue, red, "--batch-size", 1)
+    assert (result.status, result.out, result.err) == (0, f"{blue}\t{BLUE}\n{red}\t{RED}\n", "")
+
+
+def test_json(run: Callable[..., Result], paint: Paint) -> None:
+    red, missing = paint("red"), "missing \udce9.jpg"  # a name that is not UTF-8
+    result = run("--json", red, missing, "--num-beams", 2)
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert result.status == 1
+    assert result.err == ""
+    caption, error = lines
+    assert list(caption) == ["image", "caption", "score", "tokens", "candidates", "ms"]
+    assert caption["image"] == str(red)
+    assert caption["caption"] == RED
+    assert caption["tokens"] == [1, 2, 3, 4, 5]
+    assert caption["candidates"][0] == {"caption": RED, "score": caption["score"]}
+    assert len(caption["candidates"]) == 2
+    assert list(caption["ms"]) == ["decode_image", "encode", "search"]
+    assert error == {"image": missing, "error": f"{missing} cannot be read (No such file or directory)"}
+
+
+def test_unreadable_images_do_not_stop_the_others(run: Callable[..., Result], paint: Paint) -> None:
+    red, bad = paint("red"), paint("red", "bad.png")
+    bad.write_bytes(b"")
+    result = run(bad, red, "missing.jpg", red)
+    assert result.status == 1
+    assert result.out == f"{red}\t{RED}\n" * 2
+    assert result.err == (
+        f"itune-run: {bad} is empty\nitune-run: missing.jpg cannot be read (No such file or directory)\n"
+    )
+    result = run(bad)
+    assert (result.status, result.out, result.err) == (1, "", f"itune-run: {bad} is empty\n")
+
+
+def test_folders_and_globs(run: Callable[..., Result], paint: Paint, tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.PNG", "b/.hidden.png", "b/deeper/3.png", "a.png", "[x].png"):
+        paint("red", name)
+    (tmp_path / "b" / "notes.txt").write_text("no photo")
+    (tmp_path / "empty").mkdir()
+
+    def found(*arguments: str) -> list[str]:
+        absolute = [argument if argument == "-" else str(tmp_path / argument) for argument in arguments]
+        return [source.removeprefix(f"{tmp_path}/") for source in expand(absolute)]
+
+    assert found("b") == ["b/1.PNG", "b/2.png"]
+    assert found("a.png", "b", "a.png") == ["a.png", "b/1.PNG", "b/2.png", "a.png"]
+    assert found("*.png") == ["[x].png", "a.png"]
+    assert found("[x].png") == ["[x].png"]  # a file of that name comes before the pattern
+    assert found("b/**/*.png") == ["b/2.png", "b/deeper/3.png"]
+    assert found("*") == ["[x].png", "a.png"]
+    assert found("*.gif", "absent", "empty", "-") == ["*.gif", "absent", "empty", "-"]
+    assert found("x" * 300) == ["x" * 300]
+    assert run(tmp_path / "b").out == f"{tmp_path}/b/1.PNG\t{RED}\n{tmp_path}/b/2.png\t{RED}\n"
+    assert run(tmp_path / "b" / "2*").out == f"{tmp_path}/b/2.png\t{RED}\n"  # the name is news
+    assert run(tmp_path / "empty").err == f"itune-run: {tmp_path}/empty is a folder without images, not an image\n"
+
+
+def test_stdin(run: Callable[..., Result], paint: Paint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def feed(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    feed(paint("blue").read_bytes())
+    assert run("-").out == f"{BLUE}\n"
+    feed(paint("blue").read_bytes())
+    assert json.loads(run("--json", "-").out)["image"] == "-"
+    feed(b"")
+    result = run("-")
+    assert (result.status, result.out, result.err) == (1, "", "itune-run: the image is empty\n")
+
+
+def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
+    red = paint("red")
+    assert run(red, "--max-new-tokens", 3).out == "a dog runs\n"
+    assert len(run(red, "--min-new-tokens", 8).out.split()) >= 8
+    assert len(json.loads(run(red, "--json", "--num-beams", 3).out)["candidates"]) == 3
+    plain, penalised = (json.loads(run(red, "--json", "--length-penalty", p).out)["score"] for p in (0, 1))
+    assert penalised == pytest.approx(plain / 6)
+    again = run(red, "--min-new-tokens", 30, "--num-beams", 1).out.split()
+    without = run(red, "--min-new-tokens", 30, "--num-beams", 1, "--no-repeat-ngram-size", 1).out.split()
+    assert len(set(again)) < len(again)
+    assert len(set(without)) == len(without)
+    penalty = run(red, "--min-new-tokens", 30, "--num-beams", 1, "--repetition-penalty", 9).out.split()
+    assert penalty != again
+    assert run(red, "--engine", "onnxruntime", "--threads", 1).out == f"{RED}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument 'IMAGE...'; see itune-run --help"),
+        (["a.jpg", "--beams", "3"], "No such option: --beams"),
+        (["a.jpg", "--num-beams", "many"], "Invalid value for '--num-beams'"),
+        (["a.jpg", "--num-beams", "0"], "num_beams must be a whole number of at least 1, not 0"),
+        (["a.jpg", "--max-new-tokens", "99"], "max_new_tokens must be at most 40"),
+        (["a.jpg", "--engine", "cuda"], "engine must be one of auto, onnxruntime, not 'cuda'"),
+        (["a.jpg", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["a.jpg", "--threads", "0"], "threads must be at least 1, not 0"),
+    ],
+)
+def test_usage_errors(run: Callable[..., Result], arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith(f"itune-run: error: {message}")
+    assert result.err.count("\n") == 1
+
+
+def test_bundle_errors(run: Callable[..., Result], bundle: Path, paint: Paint, tmp_path: Path) -> None:
+    result = run(paint("red"), model=tmp_path / "absent")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith(f"itune-run: error: {tmp_path / 'absent'} is not a folder")
+    broken = shutil.copytree(bundle, tmp_path / "broken")
+    content = json.loads((broken / MANIFEST).read_text()) | {"schema_version": 9}
+    (broken / MANIFEST).write_text(json.dumps(content))
+    result = run(paint("red"), model=broken)
+    assert result.status == 2
+    assert "schema_version is 9" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_version_and_help(run: Callable[..., Result]) -> None:
+    result = run("--version", model=None)
+    assert (result.status, result.out, result.err) == (0, f"itune {__version__}\n", "")
+    result = run("--help", model=None)
+    assert result.status == 0
+    assert "--num-beams" in result.out
+
+
+def test_a_locale_that_cannot_spell_a_name(bundle: Path, paint: Paint) -> None:
+    path = paint("red", "déjà.png")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = process(bundle, path, path, env=environment)
+    out, err = done.communicate(timeout=60)
+    assert (done.returncode, err) == (0, b"")
+    assert out.count(rb"d\xe9j\xe0.png") == 2
+
+
+def test_ctrl_c_is_quiet_and_what_was_captioned_is_out(bundle: Path, paint: Paint) -> None:
+    running = process(bundle, "--batch-size", 1, paint("red"), "-", stdin=subprocess.PIPE)
+    assert running.stdout is not None
+    assert running.stdout.readline().endswith(f"{RED}\n".encode())  # now it waits for stdin
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130
+    assert running.stderr is not None
+    assert running.stderr.read() == b""
+    for stream in (running.stdin, running.stdout, running.stderr):
+        assert stream is not None
+        stream.close()
+
+
+def test_a_reader_that_leaves_is_no_error(bundle: Path, paint: Paint) -> None:
+    running = process(bundle, "--batch-size", 1, *[paint("red")] * 50)
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(timeout=60) == 1
+    assert running.stderr.read() == b""
+    running.stderr.close()
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, False), (3, True)])
+def test_progress_on_a_terminal(bundle: Path, paint: Paint, count: int, shown: bool) -> None:
+    ours, theirs = pty.openpty()
+    path = paint("red")
+    running = process(bundle, *[path] * count, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    out, _ = running.communicate(timeout=60)
+    os.close(theirs)
+    try:
+        terminal = os.read(ours, 100_000)
+    except OSError:  # Linux: nothing was written and the other end is closed
+        terminal = b""
+    os.close(ours)
+    assert running.returncode == 0
+    assert out.decode() == (f"{path}\t{RED}\n" * count if count > 1 else f"{RED}\n")
+    assert (f"{count}/{count}".encode() in terminal) == shown
