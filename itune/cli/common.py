@@ -91,9 +91,9 @@ def progress(description: str, *, enabled: bool = True) -> Iterator[Callable[[in
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def emit(line: str) -> None:
-    """Print a result at once, above the progress bar where both share a terminal."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
+def emit(line: str, *, beside_progress: bool) -> None:
+    """Print a result at once; where it shares a terminal with a running `progress`, above the bar."""
+    if beside_progress and sys.stdout.isatty() and sys.stderr.isatty():
         console().print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
         print(line, flush=True)

@@ -21,7 +21,7 @@ STDIN = "-"
 def run(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE...", help="Files, folders, quoted globs, or - for one image on stdin."),
+        typer.Argument(metavar="IMAGE", help="Files, folders, quoted globs, or - for one image on stdin."),
     ],
     bundle: Annotated[
         Path | None, typer.Option(help="Folder that itune-export wrote; default: the model inside the package.")
@@ -64,20 +64,19 @@ def run(
         repetition_penalty=repetition_penalty,
         batch_size=batch_size,
     )
-    alone = len(sources) == 1 and sources == images  # the only file of a folder still gets its name printed
+    several = len(sources) > 1
+    named = several or sources != images  # even the only file of a folder has its name printed
     failures = 0
-    with common.progress("images", enabled=len(sources) > 1) as update:
+    with common.progress("images", enabled=several) as update:
         for done, (name, (_, result)) in enumerate(zip(sources, results, strict=True), 1):
-            if isinstance(result, ImageError):
-                failures += 1
-                if as_json:
-                    common.emit(json.dumps({"image": name, "error": str(result)}))
-                else:
-                    print(f"itune-run: {result}", file=sys.stderr)
-            elif as_json:
-                common.emit(json.dumps({"image": name, **asdict(result)}))
+            failures += isinstance(result, ImageError)
+            if as_json:
+                record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
+                common.emit(json.dumps({"image": name, **record}), beside_progress=several)
+            elif isinstance(result, ImageError):
+                print(f"itune-run: {result}", file=sys.stderr)
             else:
-                common.emit(result.caption if alone else f"{name}\t{result.caption}")
+                common.emit(f"{name}\t{result.caption}" if named else result.caption, beside_progress=several)
             update(done, len(sources))
     return 1 if failures else 0
 

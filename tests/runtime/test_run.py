@@ -146,7 +146,7 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing argument 'IMAGE...'; see itune-run --help"),
+        ([], "Missing argument 'IMAGE'; see itune-run --help"),
         (["a.jpg", "--beams", "3"], "No such option: --beams"),
         (["a.jpg", "--num-beams", "many"], "Invalid value for '--num-beams'"),
         (["a.jpg", "--num-beams", "0"], "num_beams must be a whole number of at least 1, not 0"),
@@ -217,6 +217,15 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path, paint: Paint) -> None:
     running.stderr.close()
 
 
+def read_terminal(end: int) -> str:
+    try:
+        return os.read(end, 100_000).decode()
+    except OSError:  # Linux: nothing was written and the other end is closed
+        return ""
+    finally:
+        os.close(end)
+
+
 @pytest.mark.parametrize(("count", "shown"), [(1, False), (3, True)])
 def test_progress_on_a_terminal(bundle: Path, paint: Paint, count: int, shown: bool) -> None:
     ours, theirs = pty.openpty()
@@ -224,11 +233,16 @@ def test_progress_on_a_terminal(bundle: Path, paint: Paint, count: int, shown: b
     running = process(bundle, *[path] * count, stderr=theirs, env=os.environ | {"TERM": "xterm"})
     out, _ = running.communicate(timeout=60)
     os.close(theirs)
-    try:
-        terminal = os.read(ours, 100_000)
-    except OSError:  # Linux: nothing was written and the other end is closed
-        terminal = b""
-    os.close(ours)
     assert running.returncode == 0
     assert out.decode() == (f"{path}\t{RED}\n" * count if count > 1 else f"{RED}\n")
-    assert (f"{count}/{count}".encode() in terminal) == shown
+    assert (f"{count}/{count}" in read_terminal(ours)) == shown
+
+
+def test_captions_and_progress_share_a_terminal(bundle: Path, paint: Paint) -> None:
+    ours, theirs = pty.openpty()
+    running = process(bundle, *[paint("red")] * 3, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    assert running.wait(timeout=60) == 0
+    os.close(theirs)
+    terminal = read_terminal(ours)
+    assert terminal.count(RED) == 3
+    assert "3/3" in terminal
