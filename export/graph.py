@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from onnx import helper, numpy_helper
 
 from ..checkpoint import atomic_path
+from ..runtime.errors import ItuneError
 
 OPSET = 20
 IR_VERSION = 10
@@ -85,9 +86,7 @@ class Graph:
             self.initializer(name, array)
         return name
 
-    def op(
-        self, op_type: str, *inputs: str, name: str | None = None, domain: str = "", **attributes: Any
-    ) -> str:
+    def op(self, op_type: str, *inputs: str, name: str | None = None, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output and return the output's name; "" is an input left out."""
         return self.ops(op_type, *inputs, names=[name], domain=domain, **attributes)[0]
 
@@ -103,14 +102,11 @@ class Graph:
         node_name = self._free(f"{self._scope}{op_type}")
         defaults = [node_name, *(f"{node_name}.{i}" for i in range(1, len(names)))]
         outputs = [
-            default if name is None else self._claim(name)
-            for name, default in zip(names, defaults, strict=True)
+            default if name is None else self._claim(name) for name, default in zip(names, defaults, strict=True)
         ]
         if domain:
             self.opsets.setdefault(domain, 1)
-        self.nodes.append(
-            helper.make_node(op_type, inputs, outputs, name=node_name, domain=domain, **attributes)
-        )
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=node_name, domain=domain, **attributes))
         return outputs
 
     @contextmanager
@@ -169,10 +165,14 @@ def _read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     where = {entry.key: entry.value for entry in tensor.external_data}
+    path, offset = folder / where["location"], int(where.get("offset", 0))
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ItuneError(f"{path}: external weights outside the graph's folder are not read; put them beside it")
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(
-        folder / where["location"], dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims) or (1,)
-    ).reshape(tuple(tensor.dims))
+    try:
+        return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
+    except (OSError, ValueError) as error:
+        raise ItuneError(f"{path}: weight {tensor.name} cannot be read ({error}); copy the file again") from error
 
 
 def _stream_tensor(name: str, array: Array, location: str, file: Any) -> onnx.TensorProto:

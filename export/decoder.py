@@ -1,0 +1,242 @@
+"""The decoder graph: one step of a GPT-2 with merged I-Tuning adapters, in standard ONNX operators.
+
+    tokens, positions   int64 [rows, T]           parents   int64 [rows]   row of the previous step
+    mask                bool [rows, P + T]        k         int64 [1]
+    past_key_values.{i}.key|value                 float32 [past rows, heads, P, head_dim], P may be 0
+    visual.{i}.keys     float32 [images, adapter heads, r / adapter heads, N]      (adapted layers only)
+    visual.{i}.values   float32 [images, adapter heads, N, r / adapter heads]
+    -> logits float32, token_ids int64 [rows, k]; logsumexp float32 [rows]; present.{i}.key|value
+
+Rows are grouped by image. Initializers keep the language model's own names, so that a bundle can be restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model import ITuningModel
+from ..runtime.errors import ItuneError
+from .graph import Array, Graph
+from .merge import merge
+
+
+def build_decoder(model: ITuningModel) -> Graph:
+    """The decoder graph of a model, its adapters merged.
+
+    Raises:
+        ItuneError: the language model has an activation that the graph has no operators for, or broken weights.
+    """
+    language_model, adapter = model.language_model, model.config
+    assert adapter.score_scale is not None
+    tensors = language_model.state_dict()
+    if language_model.lm_head.weight is language_model.transformer.wte.weight:
+        del tensors["lm_head.weight"]
+    weights = merge(
+        _arrays(tensors),
+        _arrays(model.adapter_state()),
+        score_scale=adapter.score_scale,
+        lambda_=adapter.lambda_,
+    )
+    return _Decoder(model, weights).build()
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+
+class _Decoder:
+    """Appends the decoder's parts to a graph; every value is float32 [rows, T, width] unless stated."""
+
+    def __init__(self, model: ITuningModel, weights: dict[str, Array]) -> None:
+        config: Any = model.language_model.config
+        self.layers, self.heads = config.n_layer, config.n_head
+        self.width, self.inner = config.n_embd, config.n_inner or 4 * config.n_embd
+        self.head_dim = self.width // self.heads
+        self.epsilon = config.layer_norm_epsilon
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.inverse_layer_scaling = config.scale_attn_by_inverse_layer_idx
+        if config.activation_function not in _ACTIVATIONS:
+            raise ItuneError(
+                f"the language model's activation_function {config.activation_function!r} cannot be exported; "
+                f"these can: {', '.join(sorted(_ACTIVATIONS))}"
+            )
+        self.activation = _ACTIVATIONS[config.activation_function]
+        self.adapter_layers = model.adapter_layers
+        self.adapter_heads, self.bottleneck = model.config.heads, model.config.bottleneck
+        self.weights = weights
+        self.graph = Graph("decoder")
+
+    def build(self) -> Graph:
+        g = self.graph
+        tokens = g.input("tokens", np.int64, ["rows", "T"])
+        positions = g.input("positions", np.int64, ["rows", "T"])
+        mask = g.input("mask", np.bool_, ["rows", "P + T"])
+        parents = g.input("parents", np.int64, ["rows"])
+        k = g.input("k", np.int64, [1])
+        self.declare_visual()
+        with g.scope("step"):
+            bias = self.mask_bias(tokens, mask)
+            self.declare_shapes(tokens)
+        with g.scope("embeddings"):
+            hidden = g.op(
+                "Add",
+                g.op("Gather", self.weight("transformer.wte.weight"), tokens),
+                g.op("Gather", self.weight("transformer.wpe.weight"), positions),
+            )
+        for i in range(self.layers):
+            with g.scope(f"h.{i}"):
+                hidden = g.op("Add", hidden, self.attention(i, hidden, parents, bias))
+                hidden = g.op("Add", hidden, self.feed_forward(i, hidden))
+        with g.scope("head"):
+            self.head(hidden, k)
+        return g
+
+    def declare_visual(self) -> None:
+        width = self.bottleneck // self.adapter_heads
+        for i in self.adapter_layers:
+            self.graph.input(f"visual.{i}.keys", np.float32, ["images", self.adapter_heads, width, "N"])
+            self.graph.input(f"visual.{i}.values", np.float32, ["images", self.adapter_heads, "N", width])
+
+    def declare_shapes(self, tokens: str) -> None:
+        """Shapes that all layers share: Q grouped by image, and what was retrieved, grouped by row again."""
+        g = self.graph
+        images = g.op("Shape", f"visual.{self.adapter_layers[0]}.keys", start=0, end=1)
+        heads, width = self.adapter_heads, self.bottleneck // self.adapter_heads
+        grouped = [1, -1, width] if heads == 1 else [-1, heads, width]
+        self.by_image = g.op("Concat", images, g.constant(grouped), axis=0)
+        self.by_row = g.op("Concat", g.op("Shape", tokens), g.constant([self.bottleneck]), axis=0)
+
+    def mask_bias(self, tokens: str, mask: str) -> str:
+        """What attention scores gain [rows, 1, T, P + T]: 0 at visible positions, the lowest float elsewhere.
+
+        Not minus infinity: a padded position sees nothing at all, and must not turn into NaN.
+        """
+        g = self.graph
+        zero, one = g.constant(0), g.constant(1)
+        end = g.op("Gather", g.op("Shape", mask), one)
+        start = g.op("Sub", end, g.op("Gather", g.op("Shape", tokens), one))
+        queries = g.op("Unsqueeze", g.op("Range", start, end, one), g.constant([1]))
+        causal = g.op("GreaterOrEqual", queries, g.op("Range", zero, end, one))
+        visible = g.op("And", g.op("Unsqueeze", mask, g.constant([1, 2])), causal)
+        lowest = g.constant(np.finfo(np.float32).min, np.float32)
+        return g.op("Where", visible, g.constant(0, np.float32), lowest)
+
+    def attention(self, i: int, hidden: str, parents: str, bias: str) -> str:
+        g, name = self.graph, f"transformer.h.{i}.attn"
+        with g.scope("attn"):
+            normed = self.layer_norm(f"transformer.h.{i}.ln_1", hidden)
+            qkv = self.linear(f"{name}.c_attn", normed)
+            # [rows, 3 heads, T, head_dim]: one transposition for all three
+            split = g.op("Reshape", qkv, g.constant([0, 0, 3 * self.heads, self.head_dim]))
+            split = g.op("Transpose", split, perm=[0, 2, 1, 3])
+            query, *new = g.ops("Split", split, names=[None] * 3, axis=1, num_outputs=3)
+            key, value = (
+                self.extend_cache(i, part, parents, state) for part, state in zip(("key", "value"), new, strict=True)
+            )
+            scaling = self.scaling / (i + 1) if self.inverse_layer_scaling else self.scaling
+            query = g.op("Mul", query, g.constant(scaling, np.float32))
+            scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))
+            scores = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
+            context = g.op("Transpose", g.op("MatMul", scores, value), perm=[0, 2, 1, 3])
+            context = g.op("Reshape", context, g.constant([0, 0, self.width]))
+            return self.linear(f"{name}.c_proj", context)
+
+    def extend_cache(self, i: int, part: str, parents: str, new: str) -> str:
+        g = self.graph
+        shape = self.heads, "P", self.head_dim
+        past = g.input(f"past_key_values.{i}.{part}", np.float32, ["past_rows", *shape])
+        name = f"present.{i}.{part}"
+        g.op("Concat", g.op("Gather", past, parents), new, axis=2, name=name)
+        return g.output(name, np.float32, ["rows", self.heads, "P + T", self.head_dim])
+
+    def feed_forward(self, i: int, hidden: str) -> str:
+        """The feed-forward block, and the adapter inside it where the layer has one."""
+        g, name = self.graph, f"transformer.h.{i}.mlp"
+        with g.scope("mlp"):
+            normed = self.layer_norm(f"transformer.h.{i}.ln_2", hidden)
+            inner = self.linear(f"{name}.c_fc", normed)
+            if i not in self.adapter_layers:
+                return self.linear(f"{name}.c_proj", self.activation(g, inner))
+            sizes = g.constant([self.inner, self.bottleneck])
+            inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
+            joined = g.op("Concat", self.activation(g, inner), self.retrieve(i, query), axis=-1)
+            bias = g.op(
+                "Add",
+                self.weight(f"{name}.c_proj.bias"),
+                self.weight(f"layers.{i}.output.bias"),
+            )
+            return g.op("Add", g.op("MatMul", joined, self.weight(f"{name}.c_proj.weight")), bias)
+
+    def retrieve(self, i: int, query: str) -> str:
+        """S U [rows, T, r]: an image's rows are its queries side by side, so K and U are never repeated."""
+        g, several = self.graph, self.adapter_heads > 1
+        with g.scope("adapter"):
+            query = g.op("Reshape", query, self.by_image)
+            if several:
+                query = g.op("Transpose", query, perm=[0, 2, 1, 3])
+            weights = g.op("Softmax", g.op("MatMul", query, f"visual.{i}.keys"), axis=-1)
+            retrieved = g.op("MatMul", weights, f"visual.{i}.values")
+            if several:
+                retrieved = g.op("Transpose", retrieved, perm=[0, 2, 1, 3])
+            return g.op("Reshape", retrieved, self.by_row)
+
+    def head(self, hidden: str, k: str) -> None:
+        """The k best next tokens of the last position, and the log-sum-exp of all."""
+        g = self.graph
+        last = self.layer_norm("transformer.ln_f", g.op("Gather", hidden, g.constant(-1), axis=1))
+        name = "lm_head.weight" if "lm_head.weight" in self.weights else "transformer.wte.weight"
+        logits = g.op("Gemm", last, self.weight(name), transB=1)
+        best, _ = g.ops("TopK", logits, k, names=["logits", "token_ids"], axis=-1)
+        largest = g.op("Slice", best, g.constant([0]), g.constant([1]), g.constant([1]))
+        total = g.op("ReduceSum", g.op("Exp", g.op("Sub", logits, largest)), g.constant([1]), keepdims=0)
+        g.op("Add", g.op("Log", total), g.op("Squeeze", largest, g.constant([1])), name="logsumexp")
+        g.output("logits", np.float32, ["rows", "k"])
+        g.output("token_ids", np.int64, ["rows", "k"])
+        g.output("logsumexp", np.float32, ["rows"])
+
+    def layer_norm(self, name: str, x: str) -> str:
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.graph.op("LayerNormalization", x, weight, bias, epsilon=self.epsilon)
+
+    def linear(self, name: str, x: str) -> str:
+        product = self.graph.op("MatMul", x, self.weight(f"{name}.weight"))
+        return self.graph.op("Add", product, self.weight(f"{name}.bias"))
+
+    def weight(self, name: str) -> str:
+        if name not in self.graph.weights:
+            self.graph.initializer(name, self.weights[name])
+        return name
+
+
+def _gelu(graph: Graph, x: str) -> str:
+    return graph.op("Gelu", x)
+
+
+def _gelu_tanh(graph: Graph, x: str) -> str:
+    return graph.op("Gelu", x, approximate="tanh")
+
+
+def _relu(graph: Graph, x: str) -> str:
+    return graph.op("Relu", x)
+
+
+def _silu(graph: Graph, x: str) -> str:
+    return graph.op("Mul", x, graph.op("Sigmoid", x))
+
+
+_ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": _relu,
+    "silu": _silu,
+    "swish": _silu,
+}

@@ -1,0 +1,125 @@
+"""ONNX Runtime on the CPU: a session for the vision graph, a session for the decoder's step.
+
+The key/value cache stays in ONNX Runtime's own memory: what a step returns is fed back to the next.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle import Bundle
+from ..errors import BundleError
+from .base import Bool, Candidates, Int64, UInt8
+
+NAME = "onnxruntime"
+_PAST = "past_key_values."
+
+
+class OnnxRuntimeState:
+    """Visual keys/values of some images, the rows' cache, and the rows' mask of real tokens."""
+
+    def __init__(self, visual: dict[str, ort.OrtValue]) -> None:
+        self.visual = visual
+        self.past: dict[str, ort.OrtValue] = {}
+        self.mask: Bool | None = None  # [rows, cached tokens]
+
+    @property
+    def images(self) -> int:
+        """How many images are still in the state."""
+        return int(next(iter(self.visual.values())).shape()[0])
+
+    def keep(self, images: Int64) -> None:
+        """Drop every image but these (see `State.keep`)."""
+        self.visual = {name: _value(value.numpy()[images]) for name, value in self.visual.items()}
+
+
+class OnnxRuntimeEngine:
+    """A bundle's graphs behind the engine protocol."""
+
+    def __init__(self, vision: ort.InferenceSession, decoder: ort.InferenceSession, vocab_size: int) -> None:
+        self.vision, self.decoder = vision, decoder
+        self._vocab_size = vocab_size
+        self._pixels = vision.get_inputs()[0].name
+        self._visual = [output.name for output in vision.get_outputs()]
+        self._outputs = [output.name for output in decoder.get_outputs()]
+        self._caches = {
+            cache.name: (cache.shape[1], cache.shape[3])  # heads, head_dim
+            for cache in decoder.get_inputs()
+            if cache.name.startswith(_PAST)
+        }
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
+        """Load a bundle's vision and decoder graphs; `threads` None is one for each CPU this process may use.
+
+        Raises:
+            BundleError: the bundle lacks a graph, or ONNX Runtime cannot load one.
+        """
+        count = threads or available_cpus()
+        vision, decoder = (
+            open_session(bundle.path(bundle.graph(role, NAME).file), count) for role in ("vision", "decoder")
+        )
+        return cls(vision, decoder, bundle.manifest.tokens.vocab_size)
+
+    def encode(self, pixels: UInt8) -> OnnxRuntimeState:
+        """Images, uint8 [B, H, W, 3], to their keys/values."""
+        outputs = self.vision.run_with_ort_values(self._visual, {self._pixels: _value(pixels)})
+        return OnnxRuntimeState(dict(zip(self._visual, outputs, strict=True)))
+
+    def step(
+        self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
+    ) -> Candidates:
+        """One step of the decoder (see `Engine.step`)."""
+        real = np.ones(tokens.shape, np.bool_) if mask is None else mask
+        if state.mask is None:
+            state.past = {
+                name: _value(np.zeros((len(tokens), heads, 0, head_dim), np.float32))
+                for name, (heads, head_dim) in self._caches.items()
+            }
+        else:
+            real = np.concatenate([state.mask[parents], real], axis=1)
+        inputs = {
+            "tokens": tokens,
+            "positions": np.maximum(real.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :],
+            "mask": real,
+            "parents": parents,
+            "k": np.array([min(k, self._vocab_size)]),
+        }
+        values = {name: _value(array) for name, array in inputs.items()}
+        outputs = self.decoder.run_with_ort_values(self._outputs, values | state.past | state.visual)
+        named = dict(zip(self._outputs, outputs, strict=True))
+        state.mask = real
+        state.past = {name: named[name.replace(_PAST, "present.")] for name in self._caches}
+        return Candidates(*(named[name].numpy() for name in Candidates._fields))
+
+
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """A CPU session over a graph file; raises BundleError if ONNX Runtime cannot load it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors: they come back as exceptions, warnings tell the user nothing
+    # Two sessions share the CPUs: idle threads of one would spin against the other's working ones.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # int8 convolution weights become fp32 once, at load, instead of at every run.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        reason = str(error).strip().split("\n")[0]
+        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+
+
+def available_cpus() -> int:
+    """The CPUs this process may run on, containers' affinity included."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _value(array: Any) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
