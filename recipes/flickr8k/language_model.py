@@ -203,8 +203,6 @@ def train(arguments: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            if arguments.max_steps and step + 1 == arguments.max_steps:
-                break
         seconds = time.monotonic() - started
         dev = perplexity(model, ids["dev"], bf16=arguments.bf16)
         state.epoch = epoch + 1
@@ -244,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--attention-dropout", type=float, default=0.0)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64, help="captions")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=400, help="steps")
@@ -252,7 +250,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--max-steps", type=int, default=0, help="steps per epoch, for timing; 0 is all")
     return parser.parse_args()
 
 
