@@ -152,8 +152,8 @@ def build(network: EfficientNet, scale: Array | None = None, shift: Array | None
     With `scale` and `shift` [1280] the embeddings are multiplied and shifted, channel by channel.
     """
     graph = GraphBuilder()
-    graph.weight("zero", np.float32(0).reshape(()))
-    graph.weight("six", np.float32(6).reshape(()))
+    graph.weight("zero", np.array(0, np.float32))
+    graph.weight("six", np.array(6, np.float32))
     x, size = graph.conv("stem", "pixel_values", network._conv_stem, SIZE)
     x = graph.relu6(x)
     for index, block in enumerate(network._blocks):
@@ -309,7 +309,7 @@ def main() -> None:
     mean, deviation = channel_statistics(towers["snapped"], train)
     floor = 0.1 * float(np.median(deviation))  # a channel that hardly ever fires is not blown up
     report["channels_below_floor"] = int((deviation < floor).sum())
-    scale = 1 / np.maximum(deviation, floor)
+    scale = (1 / np.maximum(deviation, floor)).astype(np.float32)
     model = build(snapped, scale, -mean * scale)
     tower = session(model, arguments.threads)
     sample = np.concatenate([run(tower, pixels) for pixels in load_pixels(dev[:64])])
