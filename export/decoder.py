@@ -12,14 +12,14 @@ Rows are grouped by image. Initializers keep the language model's own names, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..model import ITuningModel
-from ..runtime.errors import ItuneError
+from .activations import append_activation
 from .graph import Array, Graph
 from .merge import merge
 
@@ -28,7 +28,7 @@ def build_decoder(model: ITuningModel) -> Graph:
     """The decoder graph of a model, its adapters merged.
 
     Raises:
-        ItuneError: the language model has an activation that the graph has no operators for, or broken weights.
+        ItuneError: the language model's activation function cannot be exported, or its weights are broken.
     """
     language_model, adapter = model.language_model, model.config
     assert adapter.score_scale is not None
@@ -59,12 +59,7 @@ class _Decoder:
         self.epsilon = config.layer_norm_epsilon
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.inverse_layer_scaling = config.scale_attn_by_inverse_layer_idx
-        if config.activation_function not in _ACTIVATIONS:
-            raise ItuneError(
-                f"the language model's activation_function {config.activation_function!r} cannot be exported; "
-                f"these can: {', '.join(sorted(_ACTIVATIONS))}"
-            )
-        self.activation = _ACTIVATIONS[config.activation_function]
+        self.activation = config.activation_function
         self.adapter_layers = model.adapter_layers
         self.adapter_heads, self.bottleneck = model.config.heads, model.config.bottleneck
         self.weights = weights
@@ -160,10 +155,10 @@ class _Decoder:
             normed = self.layer_norm(f"transformer.h.{i}.ln_2", hidden)
             inner = self.linear(f"{name}.c_fc", normed)
             if i not in self.adapter_layers:
-                return self.linear(f"{name}.c_proj", self.activation(g, inner))
+                return self.linear(f"{name}.c_proj", append_activation(g, inner, self.activation))
             sizes = g.constant([self.inner, self.bottleneck])
             inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
-            joined = g.op("Concat", self.activation(g, inner), self.retrieve(i, query), axis=-1)
+            joined = g.op("Concat", append_activation(g, inner, self.activation), self.retrieve(i, query), axis=-1)
             bias = g.op(
                 "Add",
                 self.weight(f"{name}.c_proj.bias"),
@@ -210,33 +205,3 @@ class _Decoder:
         if name not in self.graph.weights:
             self.graph.initializer(name, self.weights[name])
         return name
-
-
-def _gelu(graph: Graph, x: str) -> str:
-    return graph.op("Gelu", x)
-
-
-def _gelu_tanh(graph: Graph, x: str) -> str:
-    return graph.op("Gelu", x, approximate="tanh")
-
-
-def _relu(graph: Graph, x: str) -> str:
-    return graph.op("Relu", x)
-
-
-def _silu(graph: Graph, x: str) -> str:
-    return graph.op("Mul", x, graph.op("Sigmoid", x))
-
-
-_ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
-    "gelu": _gelu,
-    "gelu_python": _gelu,
-    "gelu_accurate": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_new": _gelu_tanh,
-    "gelu_python_tanh": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "relu": _relu,
-    "silu": _silu,
-    "swish": _silu,
-}

@@ -24,6 +24,8 @@ MICROSOFT = "com.microsoft"
 EXTERNAL_BYTES = 256 << 20
 """Weights of this size and more go to a file of their own, which runtimes map instead of parsing."""
 _ALIGNMENT = 4096
+CONSTANT = "constant."
+"""What the names of `Graph.constant` begin with; all other initializers are weights."""
 
 Array = NDArray[Any]
 
@@ -81,7 +83,7 @@ class Graph:
     def constant(self, values: ArrayLike, dtype: DTypeLike = np.int64) -> str:
         """A small constant, the same initializer for equal ones: axes, shapes, scalars."""
         array = np.asarray(values, dtype)
-        name = f"constant.{array.dtype}.{array.tolist()}".replace(" ", "")
+        name = f"{CONSTANT}{array.dtype}.{array.tolist()}".replace(" ", "")
         if name not in self.weights:
             self.initializer(name, array)
         return name

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from .graph import MICROSOFT, Array, Graph
+from .graph import CONSTANT, MICROSOFT, Array, Graph
 from .quantize import (
     BLOCK_SIZE,
     dequantize_blockwise,
@@ -27,7 +27,7 @@ from .quantize import (
     quantize_per_channel,
 )
 
-_INT8, _TRANSPOSED, _SCALES = ".int8", ".T.int8", ".scales"
+_INT8, _TRANSPOSED, _SCALES, _DEQUANTIZED = ".int8", ".T.int8", ".scales", ".dequantized"
 
 
 def quantize_graph(source: Path, target: Path) -> list[Path]:
@@ -43,9 +43,9 @@ def quantize_graph(source: Path, target: Path) -> list[Path]:
 def read_weights(path: Path) -> dict[str, Array]:
     """The weights of an exported graph under the names that they had in fp32, int8 ones dequantised."""
     graph = Graph.load(path)
-    weights = dict(graph.weights)
+    weights = {name: array for name, array in graph.weights.items() if not name.startswith(CONSTANT)}
     for node in graph.nodes:
-        if node.op_type == "MatMulNBits" and node.input[1] in weights:
+        if node.op_type == "MatMulNBits" and _is_quantized(node.input[1], weights):
             codes, scales = node.input[1:3]
             k = next(attribute.i for attribute in node.attribute if attribute.name == "K")
             weight = dequantize_blockwise(weights.pop(codes), weights.pop(scales), k)
@@ -53,11 +53,37 @@ def read_weights(path: Path) -> dict[str, Array]:
                 weights[codes.removesuffix(_TRANSPOSED)] = weight.T
             else:
                 weights[codes.removesuffix(_INT8)] = weight
-        elif node.op_type == "DequantizeLinear" and node.input[0] in weights:
+        elif node.op_type == "DequantizeLinear" and _is_quantized(node.input[0], weights):
             codes, scales = node.input[:2]
             weight = dequantize_per_channel(weights.pop(codes), weights.pop(scales))
             weights[codes.removesuffix(_INT8)] = weight
     return weights
+
+
+def dequantize_graph(path: Path) -> Graph:
+    """The fp32 graph that `quantize_graph` was given, its weights as the integers stand for them."""
+    graph, floats = Graph.load(path), read_weights(path)
+    nodes = []
+    for node in graph.nodes:
+        if node.op_type == "DequantizeLinear" and node.input[0].endswith(_INT8):
+            continue
+        if node.op_type == "MatMulNBits" and node.input[1].endswith(_INT8):
+            x, codes = node.input[:2]
+            if codes.endswith(_TRANSPOSED):
+                weight = codes.removesuffix(_TRANSPOSED)
+                node = helper.make_node("MatMul", [x, weight], node.output, name=node.name)
+            else:
+                weight = codes.removesuffix(_INT8)
+                node = helper.make_node("Gemm", [x, weight], node.output, name=node.name, transB=1)
+        elif node.op_type == "Conv":
+            node.input[1] = node.input[1].removesuffix(_DEQUANTIZED)
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    graph.nodes, weights = nodes, graph.weights | floats
+    graph.weights = {name: array for name, array in weights.items() if name in used}
+    domains = {node.domain for node in nodes} | {""}
+    graph.opsets = {domain: version for domain, version in graph.opsets.items() if domain in domains}
+    return graph
 
 
 class _Rewriter:
@@ -123,7 +149,7 @@ class _Rewriter:
 
     def convolution(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         name = node.input[1]
-        dequantized, nodes = f"{name}.dequantized", []
+        dequantized, nodes = f"{name}{_DEQUANTIZED}", []
         if f"{name}{_INT8}" not in self.graph.weights:
             codes, scales = quantize_per_channel(self.graph.weights[name])
             inputs = [
@@ -147,6 +173,11 @@ class _Rewriter:
 
 
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+
+
+def _is_quantized(name: str, weights: dict[str, Array]) -> bool:
+    """Whether a tensor is of this file's making, and not yet taken by another node with the same weight."""
+    return name.endswith(_INT8) and name in weights
 
 
 def _is_transposed(node: onnx.NodeProto) -> bool:
