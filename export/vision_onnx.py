@@ -63,3 +63,33 @@ def _prefixed(tower: OnnxTower) -> onnx.ModelProto:
     if PREFIX + output != TOWER_OUTPUT:
         nodes.append(helper.make_node("Identity", [PREFIX + output], [TOWER_OUTPUT], PREFIX + "output"))
     return model
+
+
+def extract_tower(vision: Graph) -> Graph:
+    """The inverse of `append_onnx`: the tower inside a vision graph, float32 [images, 3, H, W] to embeddings."""
+    tower = Graph("tower")
+    tower.opsets = vision.opsets
+    tower.nodes = [node for node in vision.nodes if node.name.startswith(PREFIX)]
+    tower.weights = {_bare(name): array for name, array in vision.weights.items() if name.startswith(PREFIX)}
+    for node in tower.nodes:
+        _strip_prefix(node)
+    height, width = (dim.dim_value for dim in vision.inputs[0].type.tensor_type.shape.dim[1:3])
+    tower.input(_bare(TOWER_INPUT), np.float32, ("images", 3, height, width))
+    tower.output(_bare(TOWER_OUTPUT), np.float32, ("images", "tokens", "width"))
+    return tower
+
+
+def _strip_prefix(node: onnx.NodeProto) -> None:
+    node.name = _bare(node.name)
+    for names in (node.input, node.output):
+        names[:] = map(_bare, names)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for value in (*graph.initializer, *graph.input, *graph.output, *graph.value_info):
+                value.name = _bare(value.name)
+            for inner in graph.node:
+                _strip_prefix(inner)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)

@@ -12,6 +12,7 @@ import torch
 from itune.export.graph import Graph
 from itune.runtime.settings import TextSettings
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
@@ -55,6 +56,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = GPT2LMHeadModel(config)
     randomize(model, gain=1.5)
+    model.transformer.wpe.weight.data *= 4  # or it would repeat itself
     model.save_pretrained(folder)
     return folder
 
@@ -86,7 +88,7 @@ def onnx_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(2)
 
     def weight(*shape: int) -> NDArray[np.float32]:
-        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        return (2 * rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
 
     graph = Graph("tower")
     x = graph.input("image", np.float32, ("batch", 3, SIDE, SIDE))
@@ -120,13 +122,15 @@ def onnx_checkpoint(tmp_path_factory: pytest.TempPathFactory, language_model: Pa
 
 @pytest.fixture(scope="session")
 def pixels() -> NDArray[np.uint8]:
-    """Four images: noise, dark noise, a gradient and stripes."""
+    """Twelve images: noise, dark noise, a gradient, stripes, and blobs of colour."""
     rng = np.random.default_rng(3)
     noise = rng.integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     noise[1] //= 4
     ramp = np.linspace(0, 255, SIDE)[:, None, None] * np.array([1.0, 0.5, 0.2]) + np.zeros((1, SIDE, 1))
     stripes = np.where(np.arange(SIDE)[None, :, None] // 4 % 2, 255, 20) + np.zeros((SIDE, 1, 3))
-    return np.stack([*noise, ramp.astype(np.uint8), stripes.astype(np.uint8)])
+    blobs = rng.integers(0, 256, (8, 3, 3, 3), np.uint8)
+    large = [np.asarray(Image.fromarray(blob).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for blob in blobs]
+    return np.stack([*noise, ramp.astype(np.uint8), stripes.astype(np.uint8), *large])
 
 
 def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str = "") -> Path:

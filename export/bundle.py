@@ -1,0 +1,212 @@
+"""Write a bundle: both graphs, the tokenizer, a model card and the manifest, verified before it appears."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from onnx import ValueInfoProto, helper
+from pydantic import ValidationError
+
+from .. import __version__
+from ..backbones import ClipTower
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
+from ..evaluate import eager_captioner
+from ..model import LoadedCheckpoint
+from ..runtime.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    DecoderSettings,
+    FileHash,
+    Manifest,
+    RestoreSettings,
+    SearchDefaults,
+    TensorSpec,
+)
+from ..runtime.bundle import Graph as GraphEntry
+from ..runtime.errors import ItuneError
+from .card import MODEL_CARD, default_license, model_card
+from .decoder import build_decoder
+from .graph import Graph
+from .quantize_graph import quantize_graph
+from .staging import staged_folder
+from .verify import Check, VerificationError, verify_bundle
+from .vision import build_vision
+
+Precision = Literal["fp32", "int8"]
+ROLES = ("vision", "decoder")
+
+
+def export_bundle(
+    checkpoint: Path,
+    output: Path,
+    *,
+    precision: Precision = "fp32",
+    name: str | None = None,
+    license: str | None = None,
+    card: Path | None = None,
+    search: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    images: Path | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _stage: None,
+    report: Callable[[list[Check]], None] = lambda _checks: None,
+) -> Manifest:
+    """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
+
+    The bundle appears whole or not at all. `license` is that of the weights; `card` takes the place of the
+    generated model card; `search` are search defaults that differ from what the training evaluated with (None is
+    not given); `images` is a folder of photos for the verification; `progress` is told every stage, and `report`
+    what the verification measured.
+
+    Raises:
+        VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
+        ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    with staged_folder(output, force=force, mark=MANIFEST) as folder:
+        progress("loading the checkpoint")
+        loaded = LoadedCheckpoint.load(checkpoint)
+        manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
+        loaded.language.tokenizer.save(str(folder / TOKENIZER))
+        files = _write_graphs(loaded, folder, precision, progress)
+        del loaded
+        gc.collect()  # the checks below load their own copies
+
+        graphs = [_graph_entry(role, precision, files[role]) for role in ROLES]
+        manifest = manifest.model_copy(update={"graphs": graphs})
+        text = card.read_text(encoding="utf-8") if card else model_card(manifest)
+        (folder / MODEL_CARD).write_text(text, encoding="utf-8")
+        hashes = {path.name: FileHash.of(path) for path in sorted(folder.iterdir())}
+        manifest = manifest.model_copy(update={"files": hashes})
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        if verify:
+            checks = verify_bundle(checkpoint, folder, images=images, progress=progress)
+            report(checks)
+            _raise_if_failed(checks)
+    return manifest
+
+
+def _write_graphs(
+    loaded: LoadedCheckpoint, folder: Path, precision: Precision, progress: Callable[[str], None]
+) -> dict[str, list[Path]]:
+    """Both graphs' files by role, the graph first; the checkpoint's weights are let go as they are written."""
+    fp32 = folder if precision == "fp32" else folder / "fp32"
+    fp32.mkdir(exist_ok=True)
+    progress("writing the vision graph")
+    files = {"vision": build_vision(loaded.model, loaded.tower).save(fp32 / "vision.onnx")}
+    del loaded.tower
+    progress("writing the decoder graph")
+    files["decoder"] = build_decoder(loaded.model).save(fp32 / "decoder.onnx")
+    del loaded.model, loaded.language
+    gc.collect()
+    if precision == "int8":
+        for role in ROLES:
+            progress(f"quantising the {role} graph")
+            files[role] = quantize_graph(files[role][0], folder / f"{role}.onnx")
+        shutil.rmtree(fp32)
+    return files
+
+
+def _describe(
+    loaded: LoadedCheckpoint, checkpoint: Path, search: Mapping[str, Any], name: str, license: str | None
+) -> Manifest:
+    """The manifest, but for its graphs and files."""
+    config, gpt2, tower = loaded.config, loaded.language.model.config, loaded.tower
+    tokens = eager_captioner(loaded).tokens
+    return Manifest(
+        name=name,
+        graphs=[],
+        files={},
+        image=config.image,
+        text=config.text,
+        tokens=tokens,
+        decoder=DecoderSettings(
+            layers=gpt2.n_layer,
+            heads=gpt2.n_head,
+            head_dim=gpt2.n_embd // gpt2.n_head,
+            hidden_size=gpt2.n_embd,
+            adapter_layers=loaded.model.adapter_layers,
+            bottleneck=config.bottleneck,
+            adapter_heads=config.heads,
+            lambda_=config.lambda_,
+            score_scale=config.score_scale,
+            visual_tokens=config.vision.tokens,
+            visual_width=config.vision.width,
+        ),
+        search=_search_defaults(config.training, search, tokens.max_positions - len(tokens.prompt)),
+        provenance={
+            "itune": __version__,
+            "exported": datetime.now(UTC).isoformat(timespec="seconds"),
+            "language_model": config.language_model.model_dump(),
+            "vision": config.vision.model_dump(),
+            "checkpoint": {file: hash_files([checkpoint / file]) for file in (WEIGHTS_FILE, CONFIG_FILE)},
+            "training": config.training,
+        },
+        restore=RestoreSettings(
+            language_model=_config_json(gpt2),
+            vision=_config_json(tower.model.config) if isinstance(tower, ClipTower) else None,
+            checkpoint=config.model_dump(mode="json", by_alias=True),
+        ),
+        license=license or default_license(config.language_model.source, config.vision.source),
+    )
+
+
+def _search_defaults(training: Mapping[str, Any], given: Mapping[str, Any], room: int) -> SearchDefaults:
+    """What is given, else what the training's dev evaluation used, as far as the checkpoint tells.
+
+    `room` is how many tokens the decoder has positions for.
+    """
+    defaults = SearchDefaults().model_dump()
+    trained = {name: training[name] for name in defaults if name in training}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("max_new_tokens", 0) > room:
+        raise ItuneError(f"--max-new-tokens {chosen['max_new_tokens']}: the language model has positions for {room}")
+    try:
+        found = SearchDefaults(**(defaults | trained | chosen))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ItuneError(f"search option {first['loc'][0]}: {first['msg']}") from None
+    return found.model_copy(update={"max_new_tokens": min(found.max_new_tokens, room)})
+
+
+def _config_json(config: Any) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(config.to_json_string())
+    return content
+
+
+def _graph_entry(role: str, precision: str, files: list[Path]) -> GraphEntry:
+    graph = Graph.load(files[0])
+    return GraphEntry(
+        role=role,
+        engine="any" if set(graph.opsets) == {""} else "onnxruntime",
+        precision=precision,
+        file=files[0].name,
+        external_data=[path.name for path in files[1:]],
+        inputs=[_tensor_spec(value) for value in graph.inputs],
+        outputs=[_tensor_spec(value) for value in graph.outputs],
+    )
+
+
+def _tensor_spec(value: ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    return TensorSpec(
+        name=value.name,
+        dtype=helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+        shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+    )
+
+
+def _raise_if_failed(checks: list[Check]) -> None:
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        first, others = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise VerificationError(
+            f"the graphs do not compute what the checkpoint does, so no bundle was written: {first.output} "
+            f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.worst}{others}"
+        )

@@ -1,0 +1,62 @@
+"""The model card that a bundle carries as its README.md."""
+
+from __future__ import annotations
+
+import json
+
+from ..runtime.bundle import Manifest
+
+MODEL_CARD = "README.md"
+
+
+def default_license(language_model: str, vision: str) -> str:
+    """What holds when the exporter was told nothing else."""
+    return (
+        f"Derived from the language model {language_model} and the vision tower {vision}, whose licences apply, "
+        "and from the data that the adapters were trained on."
+    )
+
+
+def model_card(manifest: Manifest) -> str:
+    """A model card in Markdown, from what the manifest knows."""
+    source, decoder, search = manifest.provenance, manifest.decoder, manifest.search
+    training = source["training"]
+    score = f"{100 * training['dev_cider']:.1f} (x 100)" if "dev_cider" in training else "not recorded"
+    precision = manifest.graphs[0].precision
+    height, width = manifest.image.output_size
+    return f"""# {manifest.name}
+
+An image captioner: a frozen language model that sees the image through I-Tuning adapters (arXiv 2202.06574),
+exported to ONNX in {precision} by itune {source["itune"]} on {source["exported"][:10]}.
+
+    itune-run photo.jpg --bundle THIS_FOLDER
+
+| | |
+|---|---|
+| language model | {source["language_model"]["source"]}: {decoder.layers} layers of {decoder.hidden_size} |
+| vision tower | {source["vision"]["source"]}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
+{height} x {width} pixels |
+| adapters | on {len(decoder.adapter_layers)} layers from layer {decoder.adapter_layers[0]}, bottleneck \
+{decoder.bottleneck}, heads {decoder.adapter_heads} |
+| search | {search.num_beams} beams, at most {search.max_new_tokens} tokens |
+| CIDEr-D on the dev split | {score} |
+
+## Licence of the weights
+
+{manifest.license}
+
+The licence of the itune code does not cover these weights.
+
+## Limits
+
+Captions are guesses: they can be wrong, and they repeat the biases of the data that the parts were trained on. Do
+not rely on them where a mistake harms somebody.
+
+## Training
+
+```json
+{json.dumps(training, indent=2)}
+```
+
+`itune-export --restore THIS_FOLDER -o FOLDER` gives the language model, the tower and the adapters back.
+"""

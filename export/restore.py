@@ -1,0 +1,136 @@
+"""Take a bundle apart again: the language model, the vision tower and the adapters, to fine-tune or export anew.
+
+Every fold of the export has its inverse here; int8 weights come back as the floats that they stand for, and
+exporting those in int8 gives the same integers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from transformers import CLIPVisionConfig
+
+from ..backbones import PREPROCESSOR
+from ..checkpoint import WEIGHTS_FILE, CheckpointConfig, hash_files, save_config
+from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
+from ..runtime.errors import BundleError
+from ..runtime.settings import ImageSettings
+from .graph import Array
+from .merge import Weights, unmerge
+from .quantize_graph import dequantize_graph, read_weights
+from .staging import staged_folder
+from .vision import split_projections
+from .vision_clip import PREFIX as CLIP_PREFIX
+from .vision_clip import unfold_clip
+from .vision_onnx import extract_tower
+
+_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # in order of Pillow's numbers
+
+
+def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
+    """Write `language-model/`, `vision/` and `checkpoint/` of the bundle `source` to the folder `output`.
+
+    The parts are what `itune-train` and `itune-export` read. A CLIP tower comes back without its text side and
+    with an identity for its post-layernorm, neither of which a captioner uses.
+
+    Raises:
+        BundleError: the bundle is damaged, or does not say how to restore it.
+        ItuneError: `output` exists (`force` replaces what was restored before).
+    """
+    bundle = Bundle.load(source)
+    settings = bundle.manifest.restore
+    if settings is None:
+        raise BundleError(f"{source / MANIFEST}: has no field restore: this bundle cannot be restored")
+    with staged_folder(output, force=force, mark="checkpoint") as folder:
+        adapters = _restore_language_model(bundle, settings, folder / "language-model")
+        adapters |= _restore_vision(bundle, settings, folder / "vision")
+        _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
+        _restore_config(settings, folder)
+
+
+def _restore_language_model(bundle: Bundle, settings: RestoreSettings, folder: Path) -> dict[str, Array]:
+    """Write the language model; returns what of the adapters was merged into it."""
+    decoder = bundle.manifest.decoder
+    weights, adapters = unmerge(
+        read_weights(bundle.path(_graph_file(bundle, "decoder"))),
+        bottleneck=decoder.bottleneck,
+        score_scale=decoder.score_scale,
+        lambda_=decoder.lambda_,
+    )
+    names = [name for name in weights if name.startswith(("transformer.", "lm_head."))]
+    _save_tensors({name: weights[name] for name in names}, folder / "model.safetensors")
+    _save_json(settings.language_model, folder / "config.json")
+    shutil.copyfile(bundle.path(TOKENIZER), folder / TOKENIZER)
+    return adapters
+
+
+def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> dict[str, Array]:
+    """Write the tower; returns the adapters' weights of equation 2."""
+    graph = bundle.path(_graph_file(bundle, "vision"))
+    weights = read_weights(graph)
+    folder.mkdir()
+    if settings.vision is None:
+        extract_tower(dequantize_graph(graph)).save(folder / "model.onnx")
+    else:
+        folded = {name.removeprefix(CLIP_PREFIX): w for name, w in weights.items() if name.startswith(CLIP_PREFIX)}
+        config = CLIPVisionConfig.from_dict(settings.vision)
+        state = unfold_clip(folded, config, bundle.manifest.image)
+        _save_tensors({f"vision_model.{name}": w for name, w in state.items()}, folder / "model.safetensors")
+        _save_json(settings.vision, folder / "config.json")
+    _save_json(_preprocessor(bundle.manifest.image), folder / PREPROCESSOR)
+    return split_projections(weights["visual.weight"], weights["visual.bias"], bundle.manifest.decoder.adapter_layers)
+
+
+def _restore_config(settings: RestoreSettings, folder: Path) -> None:
+    config = CheckpointConfig.model_validate(settings.checkpoint)
+    parts = {
+        field: getattr(config, field).model_copy(
+            update={"source": f"../{name}", "revision": None, "sha256": _hash_weights(folder / name)}
+        )
+        for field, name in (("language_model", "language-model"), ("vision", "vision"))
+    }
+    save_config(config.model_copy(update=parts), folder / "checkpoint")
+
+
+def _hash_weights(folder: Path) -> str:
+    return hash_files([path for path in folder.iterdir() if path.suffix != ".json"])
+
+
+def _preprocessor(image: ImageSettings) -> dict[str, Any]:
+    """The Hugging Face image processor's configuration that says the same."""
+    height, width = image.size
+    squash = image.resize == "squash"
+    crop = image.crop and {"height": image.crop[0], "width": image.crop[1]}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
+        "resample": _INTERPOLATIONS.index(image.interpolation),
+        "do_center_crop": crop is not None,
+        **({"crop_size": crop} if crop else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+
+
+def _graph_file(bundle: Bundle, role: str) -> str:
+    return bundle.graph(role, "onnxruntime").file
+
+
+def _save_tensors(tensors: Weights, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    floats = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+    save_file(floats, path, metadata={"format": "pt"})
+
+
+def _save_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

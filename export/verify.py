@@ -1,0 +1,252 @@
+"""Hold a bundle against the checkpoint it came from: eager PyTorch on one side, ONNX Runtime on the other.
+
+Each side runs in a process of its own, so that a large model is in memory once at a time:
+
+    python -m itune.export.verify reference CHECKPOINT FOLDER [IMAGES]   plays the scenarios, keeps all outputs
+    python -m itune.export.verify compare BUNDLE FOLDER                  replays them and measures differences
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+from rich.table import Table
+
+from ..runtime.bundle import Bundle, SearchDefaults
+from ..runtime.captioner import Captioner
+from ..runtime.errors import ItuneError
+from .scenarios import Array, Scenario, beside_loud_image, pick_images, record, replay
+
+CAPTION_BEAMS = (1, 3)
+CAPTION_TOKENS = 16
+_TIE = 1e-4
+"""Captions whose scores differ by less are equally good: rounding decides which is found."""
+
+
+class VerificationError(ItuneError):
+    """The graphs do not compute what the checkpoint does."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a precision may be off. Differences are relative to the root mean square of what is compared."""
+
+    measure: Literal["max", "rms"]
+    outputs: float
+    neighbours: float
+    """For an image alone against the same image in a batch."""
+    top1: float
+    """Least fraction of rows with the same best token."""
+    captions: float
+    """Least fraction of identical captions."""
+
+
+LIMITS = {
+    "fp32": Limits("max", outputs=1e-3, neighbours=1e-3, top1=0.95, captions=1.0),
+    "int8": Limits("rms", outputs=0.1, neighbours=0.01, top1=0.8, captions=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the report."""
+
+    output: str
+    worst: str
+    """The scenario with the largest difference."""
+    max_abs: float | None
+    value: float
+    limit: float
+    passed: bool
+
+
+def verify_bundle(
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    images: Path | None = None,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> list[Check]:
+    """Compare a bundle with its checkpoint: see `Check.passed` of what comes back.
+
+    `images` is a folder of photos to use besides the synthetic images.
+
+    Raises:
+        VerificationError: one of the two sides cannot run at all.
+    """
+    with TemporaryDirectory(prefix="itune-verify-") as folder:
+        progress("computing references in PyTorch")
+        _run("reference", checkpoint, folder, *([] if images is None else [images]))
+        progress("running the graphs")
+        _run("compare", bundle, folder)
+        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+    return [Check(**check) for check in report]
+
+
+def report_table(checks: Sequence[Check], title: str) -> Table:
+    """The report as a table, a line for every output."""
+    table = Table(title=title)
+    for header in ("output", "worst in", "max abs", "relative", "limit", ""):
+        table.add_column(header, justify="left" if header in ("output", "worst in") else "right")
+    for check in checks:
+        table.add_row(
+            check.output,
+            check.worst,
+            "" if check.max_abs is None else f"{check.max_abs:.2g}",
+            f"{check.value:.2g}",
+            f"{check.limit:.2g}",
+            "ok" if check.passed else "FAILED",
+            style=None if check.passed else "bold red",
+        )
+    return table
+
+
+def write_reference(checkpoint: Path, folder: Path, images: Path | None) -> None:
+    """Play the scenarios and caption the images in eager PyTorch; keep everything in `folder`."""
+    from ..evaluate import eager_captioner  # torch, which `compare` does without
+    from ..model import LoadedCheckpoint
+
+    loaded = LoadedCheckpoint.load(checkpoint)
+    captioner = eager_captioner(loaded)
+    pixels = pick_images(loaded.config.image, images)
+    scenarios = record(captioner.engine, pixels, captioner.tokens)
+    np.save(folder / "pixels.npy", pixels)
+    for i, scenario in enumerate(scenarios):
+        outputs = replay(captioner.engine, pixels, scenario, captioner.tokens.vocab_size)
+        np.savez(folder / f"{i}.npz", **outputs)  # type: ignore[arg-type]  # no output is named allow_pickle
+    content = {"scenarios": [asdict(s) for s in scenarios], "captions": _captions(captioner, pixels)}
+    (folder / "reference.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def compare(bundle: Path, folder: Path) -> list[Check]:
+    """Replay the scenarios on a bundle's graphs and measure the differences."""
+    captioner = Captioner.load(bundle, engine="onnxruntime")
+    limits = LIMITS[Bundle.load(bundle, verify=False).graph("decoder", "onnxruntime").precision]
+    reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+    scenarios = [Scenario.from_json(content) for content in reference["scenarios"]]
+    pixels, vocab_size = np.load(folder / "pixels.npy"), captioner.tokens.vocab_size
+
+    differences = _Differences(limits)
+    for i, scenario in enumerate(scenarios):
+        found = replay(captioner.engine, pixels, scenario, vocab_size)
+        with np.load(folder / f"{i}.npz") as expected:
+            differences.add(scenario.name, dict(expected), found)
+        if i == 0:
+            company = replay(captioner.engine, pixels, beside_loud_image(scenario, vocab_size), vocab_size)
+            differences.add_neighbours(found, company)
+    return [*differences.checks(), *_caption_checks(reference["captions"], _captions(captioner, pixels), limits)]
+
+
+class _Differences:
+    """Collects the worst difference of every output."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.worst: dict[str, Check] = {}
+        self.same_best: list[bool] = []
+
+    def add(self, case: str, expected: dict[str, Array], found: dict[str, Array]) -> None:
+        self.same_best += _best(expected, found)
+        for name, difference, scale in _compare(expected, found):
+            output, _, step = name.partition("/")
+            when = "" if not step else " with past" if int(step) else " without past"
+            self._note(output + when, case, difference, scale, self.limits.outputs)
+
+    def add_neighbours(self, alone: dict[str, Array], company: dict[str, Array]) -> None:
+        second = {name: array[1:] for name, array in company.items()}
+        for name, difference, scale in _compare(alone, second):
+            kind = name.partition("/")[0].split(".")[0]
+            self._note(f"neighbours: {kind}", name, difference, scale, self.limits.neighbours)
+
+    def checks(self) -> Iterator[Check]:
+        yield from self.worst.values()
+        same = float(np.mean(self.same_best))
+        yield Check("best token", "all", None, same, self.limits.top1, same >= self.limits.top1)
+
+    def _note(self, output: str, case: str, difference: Array, scale: float, limit: float) -> None:
+        largest = float(np.abs(difference).max())
+        typical = largest if self.limits.measure == "max" else float(np.sqrt(np.mean(difference**2)))
+        value = typical / scale
+        # NaN is worse than any number.
+        if output not in self.worst or not value <= self.worst[output].value:
+            self.worst[output] = Check(output, case, largest, value, limit, value <= limit)
+
+
+def _compare(expected: dict[str, Array], found: dict[str, Array]) -> Iterator[tuple[str, Array, float]]:
+    """Name, difference, and the root mean square of what is expected, of every output.
+
+    A constant on all logits of a row changes no probability, so logits and logsumexp are taken without their mean.
+    """
+    for name, array in expected.items():
+        other = found[name]
+        if array.shape != other.shape:
+            raise VerificationError(f"output {name} has shape {list(other.shape)} instead of {list(array.shape)}")
+        output, _, step = name.partition("/")
+        scaling = array
+        if output in ("logits", "logsumexp"):
+            logits, other_logits = (side[f"logits/{step}"] for side in (expected, found))
+            scaling = logits - logits.mean(axis=1, keepdims=True)
+            shape = (len(array), *[1] * (array.ndim - 1))
+            array = array - logits.mean(axis=1).reshape(shape)
+            other = other - other_logits.mean(axis=1).reshape(shape)
+        yield name, other.astype(np.float64) - array, float(np.sqrt(np.mean(np.square(scaling)))) or 1.0
+
+
+def _best(expected: dict[str, Array], found: dict[str, Array]) -> list[bool]:
+    names = [name for name in expected if name.startswith("logits/")]
+    return [same for n in names for same in (expected[n].argmax(axis=1) == found[n].argmax(axis=1)).tolist()]
+
+
+def _captions(captioner: Captioner, pixels: Array) -> list[list[tuple[list[int], float]]]:
+    """Tokens and score of every image's caption, for each of CAPTION_BEAMS."""
+    room = captioner.tokens.max_positions - len(captioner.tokens.prompt)
+    # In full: the bundle may have search defaults of its own.
+    options: Any = SearchDefaults(max_new_tokens=min(CAPTION_TOKENS, room)).model_dump()
+    found = (captioner.caption(list(pixels), **{**options, "num_beams": beams}) for beams in CAPTION_BEAMS)
+    return [[(list(caption.tokens), caption.score) for caption in captions] for captions in found]
+
+
+def _caption_checks(expected: Any, found: Any, limits: Limits) -> Iterator[Check]:
+    for beams, theirs, ours in zip(CAPTION_BEAMS, expected, found, strict=True):
+        same = [
+            tokens == our_tokens or abs(score - our_score) < _TIE
+            for (tokens, score), (our_tokens, our_score) in zip(theirs, ours, strict=True)
+        ]
+        distinct = len({tuple(tokens) for tokens, _ in theirs})
+        value = sum(same) / len(same)
+        case = f"{len(same)} images, {distinct} different captions"
+        yield Check(f"same captions, beams {beams}", case, None, value, limits.captions, value >= limits.captions)
+
+
+def _run(*arguments: object) -> None:
+    # -P: started in a checkout, Python would take its folder `itune` for the package.
+    command = [sys.executable, "-P", "-m", "itune.export.verify", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise VerificationError(f"verification was killed by signal {-done.returncode}, perhaps for want of memory")
+    if done.returncode:
+        raise VerificationError(f"verification: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _main(side: str, source: str, folder: str, images: str | None = None) -> None:
+    if side == "reference":
+        write_reference(Path(source), Path(folder), Path(images) if images else None)
+    else:
+        checks = compare(Path(source), Path(folder))
+        text = json.dumps([asdict(check) for check in checks])
+        (Path(folder) / "report.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        _main(*sys.argv[1:])
+    except ItuneError as error:
+        sys.exit(str(error))

@@ -1,0 +1,139 @@
+"""itune-export: a checkpoint to a bundle that runs without PyTorch, or a bundle back to its parts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..runtime.errors import ItuneError
+from . import common
+
+
+class Target(StrEnum):
+    """What the graphs are written for."""
+
+    onnx = "onnx"
+
+
+class Precision(StrEnum):
+    """How weights are stored and products computed."""
+
+    fp32 = "fp32"
+    int8 = "int8"
+
+
+def export(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: the bundle, or the restored parts.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Adapter checkpoint, or the output of itune-train.")
+    ] = None,
+    target: Annotated[Target | None, typer.Option(help="What the graphs are for. [default: onnx]")] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="int8: a quarter of the size, weights and activations rounded. [default: fp32]"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. [default: the output folder's]")] = None,
+    weights_license: Annotated[
+        str | None, typer.Option("--license", metavar="TEXT", help="Licence of the weights, for the model card.")
+    ] = None,
+    model_card: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Use this file as the model card.")
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams, unless a caption asks otherwise. [default: the training's]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest caption, in tokens. [default: the training's]")
+    ] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="> 0 favours long captions, < 0 short ones.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of photos to verify the graphs on, too.")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the graphs with PyTorch.")] = False,
+    restore: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Write a bundle's language model, tower and adapters.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output of an earlier run.")] = False,
+    _version: common.Version = False,
+) -> None:
+    """Export a checkpoint to ONNX graphs, verified against PyTorch; or restore a bundle's parts."""
+    given = dict(locals())
+    _check_flags(given)
+    common.require("export", "torch", "transformers", "safetensors", "onnx")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the half-written folder is cleared away
+    console = common.console()
+    if restore is not None:
+        from ..export.restore import restore_bundle
+
+        with console.status("restoring"):
+            restore_bundle(restore, output, force=force)
+        console.print(f"{output}: language-model, vision and checkpoint", highlight=False)
+        return
+
+    from ..export.bundle import export_bundle
+    from ..export.verify import Check, report_table
+
+    assert checkpoint is not None
+    chosen = precision or Precision.fp32
+
+    def report(checks: list[Check]) -> None:
+        console.print(report_table(checks, f"{checkpoint} in PyTorch and in ONNX Runtime, {chosen.value}"))
+
+    with console.status("starting") as status:
+        export_bundle(
+            checkpoint,
+            output,
+            precision=chosen.value,
+            name=name,
+            license=weights_license,
+            card=model_card,
+            search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
+            verify=not no_verify,
+            images=images,
+            force=force,
+            progress=lambda stage: status.update(stage),
+            report=report,
+        )
+    size = sum(path.stat().st_size for path in output.iterdir())
+    console.print(f"{output}: {size / 1e6:.1f} MB; try itune-run PHOTO --bundle {output}", highlight=False)
+
+
+_ONLY_EXPORT = {
+    "checkpoint": "CHECKPOINT",
+    "target": "--target",
+    "precision": "--precision",
+    "name": "--name",
+    "weights_license": "--license",
+    "model_card": "--model-card",
+    "num_beams": "--num-beams",
+    "max_new_tokens": "--max-new-tokens",
+    "length_penalty": "--length-penalty",
+    "images": "--images",
+    "no_verify": "--no-verify",
+}
+
+
+def _check_flags(given: dict[str, object]) -> None:
+    if given["restore"] is None:
+        if given["checkpoint"] is None:
+            raise ItuneError("CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore")
+        if given["images"] is not None and given["no_verify"]:
+            raise ItuneError("--images contradicts --no-verify: the photos are for the verification")
+        return
+    for field, flag in _ONLY_EXPORT.items():
+        if given[field] not in (None, False):
+            raise ItuneError(f"{flag} contradicts --restore, which takes a bundle apart as it is")
+
+
+def main() -> None:
+    """Entry point."""
+    common.run(export, "itune-export")
+
+
+if __name__ == "__main__":
+    main()

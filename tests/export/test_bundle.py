@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from itune.export.bundle import export_bundle
+from itune.export.staging import staged_folder
+from itune.export.verify import VerificationError
+from itune.runtime import Captioner
+from itune.runtime.bundle import MANIFEST, Bundle
+from itune.runtime.errors import ItuneError
+
+from itune.evaluate import eager_captioner
+from itune.model import LoadedCheckpoint
+
+
+@pytest.fixture(scope="module")
+def bundle(clip_checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(clip_checkpoint, output, verify=False, license="Nobody's.", search={"num_beams": 3})
+    return Bundle.load(output)
+
+
+def test_manifest_describes_the_model(bundle):
+    manifest = bundle.manifest
+    assert manifest.name == "tiny"
+    assert {path.name for path in bundle.folder.iterdir()} == {*manifest.files, MANIFEST}
+    assert [(g.role, g.engine, g.precision) for g in manifest.graphs] == [
+        ("vision", "any", "fp32"),
+        ("decoder", "any", "fp32"),
+    ]
+    vision, decoder = manifest.graphs
+    assert [(spec.name, spec.dtype, spec.shape) for spec in vision.inputs] == [
+        ("pixels", "uint8", ["images", 32, 32, 3])
+    ]
+    assert [(spec.name, spec.shape) for spec in vision.outputs[:2]] == [
+        ("visual.1.keys", ["images", 2, 16, 17]),
+        ("visual.1.values", ["images", 2, 17, 16]),
+    ]
+    assert {"tokens", "positions", "mask", "parents", "k"} < {spec.name for spec in decoder.inputs}
+    assert manifest.decoder.adapter_layers == [1, 2]
+    assert (manifest.decoder.lambda_, manifest.decoder.score_scale) == (2.5, 0.4)
+    assert (manifest.search.num_beams, manifest.search.max_new_tokens) == (3, 32)
+    assert manifest.provenance["training"] == {"epochs": 3}
+    assert len(manifest.provenance["checkpoint"]["adapters.safetensors"]) == 64
+
+
+def test_card_names_the_licence_and_the_sources(bundle):
+    card = bundle.path("README.md").read_text()
+    assert "Nobody's." in card
+    assert bundle.manifest.provenance["language_model"]["source"] in card
+    assert "not recorded" in card  # the checkpoint knows no CIDEr
+
+
+def test_own_card_and_default_licence(clip_checkpoint, tmp_path):
+    (tmp_path / "card.md").write_text("Mine.")
+    manifest = export_bundle(clip_checkpoint, tmp_path / "b", verify=False, card=tmp_path / "card.md", name="n")
+    assert (tmp_path / "b" / "README.md").read_text() == "Mine."
+    assert manifest.name == "n"
+    assert "whose licences apply" in manifest.license
+
+
+@pytest.mark.parametrize("kind", ["clip", "onnx"])
+def test_captions_are_those_of_pytorch(kind, request, tmp_path, pixels):
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    export_bundle(checkpoint, tmp_path / "b", verify=False)
+    exported, eager = Captioner.load(tmp_path / "b"), eager_captioner(LoadedCheckpoint.load(checkpoint))
+    images = list(pixels)
+    for num_beams in (1, 3, 5):
+        expected, found = (c.caption(images, num_beams=num_beams, max_new_tokens=12) for c in (eager, exported))
+        assert [caption.tokens for caption in found] == [caption.tokens for caption in expected]
+        assert [c.score for c in found] == pytest.approx([c.score for c in expected], abs=1e-4)
+        assert len({caption.tokens for caption in expected}) >= 9
+
+
+def test_swapped_visual_states_swap_the_captions(bundle, pixels):
+    captioner = Captioner.load(bundle.folder)
+    first, second = captioner.caption([pixels[0], pixels[2]])
+    assert first.tokens != second.tokens
+    encode = captioner.engine.encode
+
+    def swapped(images):
+        state = encode(images)
+        state.keep(np.array([1, 0]))
+        return state
+
+    captioner.engine.encode = swapped
+    assert [c.tokens for c in captioner.caption([pixels[0], pixels[2]])] == [second.tokens, first.tokens]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_caption_does_not_depend_on_neighbours(precision, clip_checkpoint, tmp_path, pixels):
+    export_bundle(clip_checkpoint, tmp_path / "b", precision=precision, verify=False)
+    captioner = Captioner.load(tmp_path / "b")
+    together = captioner.caption(list(pixels[:6]), max_new_tokens=12)
+    for image, caption in zip(pixels[:6], together, strict=True):
+        alone = captioner.caption(image, max_new_tokens=12)
+        assert alone.tokens == caption.tokens
+        assert alone.score == pytest.approx(caption.score, abs=1e-5)
+
+
+def test_existing_output_is_kept_unless_forced(clip_checkpoint, tmp_path):
+    output = tmp_path / "b"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(ItuneError, match="b exists: give another --output, or --force"):
+        export_bundle(clip_checkpoint, output, verify=False)
+    with pytest.raises(ItuneError, match=r"b has no bundle\.json: --force will not replace"):
+        export_bundle(clip_checkpoint, output, verify=False, force=True)
+    (output / MANIFEST).write_text("{}")
+    export_bundle(clip_checkpoint, output, verify=False, force=True)
+    Bundle.load(output)
+    assert not (output / "mine.txt").exists()
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_interrupted_export_leaves_nothing(error, clip_checkpoint, tmp_path):
+    def interrupt(stage):
+        if "decoder" in stage:
+            raise error
+
+    with pytest.raises(error):
+        export_bundle(clip_checkpoint, tmp_path / "b", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_is_undone_when_it_fails(tmp_path, monkeypatch):
+    output = tmp_path / "b"
+    output.mkdir()
+    (output / "mark").write_text("old")
+    with pytest.raises(FileNotFoundError), staged_folder(output, force=True, mark="mark") as folder:
+        folder.rmdir()  # what was to take the place is gone
+    assert (output / "mark").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_search_defaults_come_from_the_training(clip_checkpoint, tmp_path):
+    content = json.loads((clip_checkpoint / "itune.json").read_text())
+    content["training"] = {"num_beams": 4, "max_new_tokens": 90, "dev_cider": 0.5}
+    for part in ("language_model", "vision"):
+        content[part]["source"] = str((clip_checkpoint / content[part]["source"]).resolve())
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "itune.json").write_text(json.dumps(content))
+    (tmp_path / "c" / "adapters.safetensors").symlink_to(clip_checkpoint / "adapters.safetensors")
+    manifest = export_bundle(tmp_path / "c", tmp_path / "b", verify=False)
+    assert manifest.search.num_beams == 4
+    assert manifest.search.max_new_tokens == 48  # as many as there are positions
+    assert "50.0 (x 100)" in (tmp_path / "b" / "README.md").read_text()
+    with pytest.raises(ItuneError, match="--max-new-tokens 49: the language model has positions for 48"):
+        export_bundle(tmp_path / "c", tmp_path / "b2", verify=False, search={"max_new_tokens": 49})
+
+
+def test_wrong_graph_leaves_no_bundle(clip_checkpoint, tmp_path, monkeypatch):
+    """One wrong weight, as a bug in the merge would make it."""
+    build = export_bundle.__globals__["build_decoder"]
+
+    def wrong(model):
+        graph = build(model)
+        weight = graph.weights["transformer.h.1.mlp.c_fc.weight"].copy()
+        weight[:, -32:] *= 1.2  # the queries' columns
+        graph.weights["transformer.h.1.mlp.c_fc.weight"] = weight
+        return graph
+
+    monkeypatch.setitem(export_bundle.__globals__, "build_decoder", wrong)
+    reports = []
+    with pytest.raises(VerificationError, match=r"no bundle was written: logits .* where 0\.001 is allowed"):
+        export_bundle(clip_checkpoint, tmp_path / "b", report=reports.append)
+    assert list(tmp_path.iterdir()) == []
+    failed = {check.output for check in reports[0] if not check.passed}
+    assert {"logits with past", "logits without past", "present.2.key"} <= failed
+    assert not failed & {"visual.1.keys", "present.1.key"}

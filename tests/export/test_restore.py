@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from itune.export.bundle import export_bundle
+from itune.export.graph import Graph
+from itune.export.quantize_graph import read_weights
+from itune.export.restore import restore_bundle
+from itune.runtime.bundle import MANIFEST
+from itune.runtime.errors import BundleError, ItuneError
+
+from itune.evaluate import eager_captioner
+from itune.model import LoadedCheckpoint
+
+KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
+
+
+def codes(bundle):
+    """All integers of a bundle's graphs."""
+    return {
+        (role, name): array
+        for role in ("vision", "decoder")
+        for name, array in Graph.load(bundle / f"{role}.onnx").weights.items()
+        if ".int8" in name
+    }
+
+
+@KINDS
+def test_fp32_restores_the_checkpoint(kind, request, tmp_path, pixels):
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    export_bundle(checkpoint, tmp_path / "bundle", verify=False)
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    before, after = LoadedCheckpoint.load(checkpoint), LoadedCheckpoint.load(tmp_path / "restored" / "checkpoint")
+
+    assert after.config.language_model.source == "../language-model"
+    same = {"language_model", "vision"}
+    assert after.config.model_dump(exclude=same) == before.config.model_dump(exclude=same)
+    assert after.language.tokenizer.to_str() == before.language.tokenizer.to_str()
+    assert after.tower.image == before.tower.image
+    for old, new in (
+        (before.language.model.state_dict(), after.language.model.state_dict()),
+        (before.model.adapter_state(), after.model.adapter_state()),
+    ):
+        assert old.keys() == new.keys()
+        for name in old:
+            np.testing.assert_allclose(new[name], old[name], rtol=3e-7, err_msg=name)
+    np.testing.assert_allclose(after.tower.embed(pixels), before.tower.embed(pixels), atol=1e-5)
+
+    captions = [eager_captioner(each).caption(list(pixels), num_beams=3, max_new_tokens=12) for each in (before, after)]
+    assert len({caption.tokens for caption in captions[0]}) > 1
+    for old, new in zip(*captions, strict=True):
+        assert old.tokens == new.tokens
+        assert old.score == pytest.approx(new.score, abs=1e-4)
+
+
+@KINDS
+def test_int8_restores_to_the_same_integers(kind, request, tmp_path):
+    export_bundle(request.getfixturevalue(f"{kind}_checkpoint"), tmp_path / "bundle", precision="int8", verify=False)
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", precision="int8", verify=False)
+    before, after = codes(tmp_path / "bundle"), codes(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert len(before) > 15
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=str(name))
+    for role in ("vision", "decoder"):
+        old, new = (read_weights(tmp_path / folder / f"{role}.onnx") for folder in ("bundle", "again"))
+        for name, weight in old.items():
+            np.testing.assert_allclose(new[name], weight, rtol=1e-6, err_msg=name)
+
+
+def test_restored_tower_does_not_grow(onnx_checkpoint, tmp_path):
+    export_bundle(onnx_checkpoint, tmp_path / "bundle", precision="int8", verify=False)
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    tower = onnx.load(tmp_path / "restored" / "vision" / "model.onnx")
+    onnx.checker.check_model(tower, full_check=True)
+    export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", verify=False)
+    restore_bundle(tmp_path / "again", tmp_path / "restored-again")
+    again = onnx.load(tmp_path / "restored-again" / "vision" / "model.onnx")
+    assert [node.op_type for node in again.graph.node] == [node.op_type for node in tower.graph.node]
+
+
+def test_refusals(clip_checkpoint, tmp_path):
+    export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ItuneError, match="taken exists: give another --output"):
+        restore_bundle(tmp_path / "bundle", tmp_path / "taken")
+    manifest = json.loads((tmp_path / "bundle" / MANIFEST).read_text())
+    del manifest["restore"]
+    (tmp_path / "bundle" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="this bundle cannot be restored"):
+        restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
