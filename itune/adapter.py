@@ -48,9 +48,7 @@ class AdapterConfig:
         if min(self.hidden_size, self.visual_width, self.bottleneck, self.heads) < 1:
             raise ItuneError(f"adapter sizes must be positive: {self}")
         if self.bottleneck % self.heads:
-            raise ItuneError(
-                f"--bottleneck {self.bottleneck} is not a multiple of --heads {self.heads}: choose one"
-            )
+            raise ItuneError(f"--bottleneck {self.bottleneck} is not a multiple of --heads {self.heads}: choose one")
         if self.score_scale is None:
             object.__setattr__(self, "score_scale", 1 / math.sqrt(self.bottleneck // self.heads))
 

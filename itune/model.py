@@ -42,9 +42,7 @@ class ITuningModel(nn.Module):
     Dropping). The adapters hang on forward hooks: GPT-2 keeps its own parameter names and its own `generate`.
     """
 
-    def __init__(
-        self, language_model: GPT2LMHeadModel, config: AdapterConfig, first_adapter_layer: int = 0
-    ) -> None:
+    def __init__(self, language_model: GPT2LMHeadModel, config: AdapterConfig, first_adapter_layer: int = 0) -> None:
         super().__init__()
         blocks: Any = language_model.transformer.h
         if not 0 <= first_adapter_layer < len(blocks):
@@ -54,9 +52,7 @@ class ITuningModel(nn.Module):
             )
         self.config = config
         self.language_model = language_model.requires_grad_(False)
-        self.adapters = nn.ModuleDict(
-            {str(i): ITuningAdapter(config) for i in range(first_adapter_layer, len(blocks))}
-        )
+        self.adapters = nn.ModuleDict({str(i): ITuningAdapter(config) for i in range(first_adapter_layer, len(blocks))})
         self._visual: KeysValues | None = None
         for i in self.adapter_layers:
             blocks[i].mlp.register_forward_hook(self._add_adapter(i))
@@ -264,9 +260,7 @@ class EagerEngine:
         return EagerState(self.model.project(visual.to(self._device, self._dtype)))
 
     @torch.inference_mode()
-    def step(
-        self, tokens: Int64, parents: Int64, state: EagerState, k: int, *, mask: Bool | None = None
-    ) -> Candidates:
+    def step(self, tokens: Int64, parents: Int64, state: EagerState, k: int, *, mask: Bool | None = None) -> Candidates:
         """One step of the language model (see `Engine.step`)."""
         input_ids = torch.from_numpy(tokens).to(self._device)
         rows: Any = torch.from_numpy(parents).to(self._device)

@@ -100,6 +100,9 @@ class Trainer:
         self.text = TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period)
         self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens)
         self.head = head_length(language.tokenizer, self.text)
+        if self.device.type == "cpu":
+            # The fused kernel's bf16 backward is several times slower on CPUs at the length of captions.
+            language.model.set_attn_implementation("eager")
         torch.manual_seed(config.seed)
         width = language.model.config.n_embd
         self.model = ITuningModel(
@@ -315,7 +318,8 @@ class Trainer:
                 image=self.tower.image,
                 text=self.text,
                 training={
-                    **config.to_json(),
+                    # The frozen parts stand above, as paths that hold wherever the folders are moved together.
+                    **{k: v for k, v in config.to_json().items() if k not in ("language_model", "vision")},
                     "epoch": self.progress.epoch + 1,
                     "step": self.progress.step,
                     **{f"dev_{name}": value for name, value in metrics.items()},

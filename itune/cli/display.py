@@ -31,7 +31,7 @@ class TrainingDisplay:
         )
         self.task = TaskID(0)
         self._rate: float | None = None  # images/s, smoothed
-        self._loss = 0.0
+        self._loss: float | None = None  # smoothed
         self._entropy = ""
         self._last = self._logged = time.monotonic()
 
@@ -51,8 +51,8 @@ class TrainingDisplay:
         rate = images / max(now - self._last, 1e-9)
         self._last = now
         self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
-        first = progress.step_in_epoch == 1
-        self._loss = metrics["loss"] if first else 0.95 * self._loss + 0.05 * metrics["loss"]
+        loss = metrics["loss"]
+        self._loss = loss if self._loss is None or progress.step_in_epoch == 1 else 0.95 * self._loss + 0.05 * loss
         if "attention_entropy" in metrics:
             self._entropy = f", attention entropy {metrics['attention_entropy']:.2f}"
         images_left = (self.trainer.total_steps - progress.step) * len(self.trainer.records)
@@ -62,7 +62,9 @@ class TrainingDisplay:
         self.live.update(self.task, completed=progress.step, description=epoch, status=status)
         if not self.console.is_terminal and now - self._logged > _LOG_SECONDS:
             self._logged = now
-            self.console.print(f"{epoch}, step {progress.step}/{self.trainer.total_steps}: {status}", highlight=False)
+            self.console.print(
+                f"{epoch}, step {progress.step}/{self.trainer.total_steps}: {status}", highlight=False, soft_wrap=True
+            )
 
     def evaluating(self, done: int, images: int) -> None:
         """Show how far the dev split is captioned."""
@@ -72,4 +74,6 @@ class TrainingDisplay:
     def epoch(self, progress: Standing, metrics: dict[str, float], is_best: bool) -> None:
         """Print an epoch's result."""
         cider = f", dev CIDEr-D {100 * metrics['cider']:.2f}{' (best)' if is_best else ''}" if metrics else ""
-        self.console.print(f"epoch {progress.epoch}: loss {self._loss:.4f}{self._entropy}{cider}", highlight=False)
+        self.console.print(
+            f"epoch {progress.epoch}: loss {self._loss or 0:.4f}{self._entropy}{cider}", highlight=False, soft_wrap=True
+        )

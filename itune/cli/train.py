@@ -98,22 +98,27 @@ def _configuration(
 ) -> TrainConfig:
     if resume and init_from:
         raise ItuneError("--resume goes on with the run in --output; it cannot start --init-from another one")
-    saved = output / "config.json"
     if resume:
-        changed = sorted(flag(name) for name, value in overrides.items() if value is not None)
-        if changed:
-            raise ItuneError(f"--resume keeps the run's configuration: leave {', '.join(changed)} out")
-        try:
-            return from_json(json.loads(saved.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ItuneError(f"--resume: {output} holds no run to resume (no config.json)") from None
-        except (ValueError, TypeError) as error:
-            raise ItuneError(f"--resume: {saved} is damaged ({error})") from None
+        return _saved_configuration(output, overrides)
     if (output / "last").exists():
         raise ItuneError(f"{output} holds a run already: --resume it, or choose another --output")
     if init_from:
         overrides = _inherit(overrides, find_checkpoint(init_from))
     return resolve(preset, **overrides)
+
+
+def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig:
+    path = output / "config.json"
+    try:
+        config = from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ItuneError(f"--resume: {output} holds no run to resume (no config.json)") from None
+    except (ValueError, TypeError) as error:
+        raise ItuneError(f"--resume: {path} is damaged ({error})") from None
+    for name, value in overrides.items():
+        if value not in (None, getattr(config, name)):
+            raise ItuneError(f"--resume keeps the run's configuration: {flag(name)} was {getattr(config, name)}")
+    return config
 
 
 def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from itune.runtime.search import SearchConfig, search
 from safetensors.torch import load_file, save_file
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
 from itune.model import EagerEngine, ITuningModel, LoadedCheckpoint, candidates
-from itune.runtime.search import SearchConfig, search
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_captions_are_those_of_transformers_generate(loaded: LoadedCheckpoint, n
             do_sample=False,
             pad_token_id=end,
         )
-    expected = [row[1:][: (row[1:].tolist() + [end]).index(end)].tolist() for row in theirs]
+    expected = [row[1:][: [*row[1:].tolist(), end].index(end)].tolist() for row in theirs]
     assert [list(hypotheses[0].tokens) for hypotheses in ours] == expected
     assert len({tuple(tokens) for tokens in expected}) > 1, "a model that ignores the image proves nothing"
 
@@ -148,7 +148,7 @@ def test_checkpoint_errors_name_file_field_and_mend(checkpoint_folder: Path, tmp
     expect("vision tower gives 17 x 24", vision={**config["vision"], "tokens": 5})
     expect(r"shape \[16\], itune.json asks for \[8\]", bottleneck=8)
     (broken / "itune.json").write_text("{")
-    with pytest.raises(CheckpointError, match="itune.json"):
+    with pytest.raises(CheckpointError, match=r"itune\.json"):
         LoadedCheckpoint.load(broken)
     (broken / "itune.json").write_text(json.dumps(config))
     tensors = load_file(broken / "adapters.safetensors")
