@@ -103,9 +103,10 @@ def score_captions(captions: dict[str, str], records: Sequence[Record]) -> Score
 
 
 def write_results(captions: dict[str, str], path: Path) -> None:
-    """Write captions in COCO's results format, `[{"image_id", "caption"}]`; digits become numbers."""
+    """Write captions in COCO's results format, `[{"image_id", "caption"}]`; ids that are numbers become numbers."""
     results = [
-        {"image_id": int(key) if key.isdecimal() else key, "caption": caption} for key, caption in captions.items()
+        {"image_id": int(key) if key.isdecimal() and str(int(key)) == key else key, "caption": caption}
+        for key, caption in captions.items()
     ]
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
