@@ -21,6 +21,7 @@ from .settings import ImageSettings, Settings, TextSettings
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
+DEFAULT = Path("default")
 
 _MEND = "copy the bundle again, or export it again"
 
@@ -171,10 +172,14 @@ class Bundle:
     def load(cls, folder: Path, *, verify: bool = True) -> Bundle:
         """Read and check a bundle; `verify=False` skips the hashes (sizes are always compared).
 
+        The folder `default`, where there is none of that name, is the model that is installed with the package.
+
         Raises:
             BundleError: not a bundle, another schema version, a broken field, a file that is missing, damaged
                 or outside the folder.
         """
+        if folder == DEFAULT and not folder.exists():
+            folder = default_bundle()
         bundle = cls(folder, _read_manifest(folder))
         files = bundle.manifest.files
         graphs = bundle.manifest.graphs

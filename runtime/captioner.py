@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .bundle import TOKENIZER, Bundle, SearchDefaults, TokenSettings, default_bundle
+from .bundle import DEFAULT, TOKENIZER, Bundle, SearchDefaults, TokenSettings
 from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError
 from .image import Source, decode, preprocess
@@ -115,7 +115,7 @@ class Captioner:
             raise ItuneError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
         if threads is not None and threads < 1:
             raise ItuneError(f"threads must be at least 1, not {threads}")
-        bundle = Bundle.load(default_bundle() if folder is None else Path(folder))
+        bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
         path = bundle.path(TOKENIZER)
         try:
             tokenizer = Tokenizer.from_file(str(path))

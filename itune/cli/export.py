@@ -56,7 +56,7 @@ def export(
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the graphs with PyTorch.")] = False,
     restore: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="Write a bundle's language model, tower and adapters.")
+        Path | None, typer.Option(metavar="BUNDLE", help="Write the parts of a bundle, or of `default`: language model, tower, adapters.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output of an earlier run.")] = False,
     _version: common.Version = False,
