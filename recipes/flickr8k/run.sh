@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The default model from Flickr8k, start to end: run.sh FLICKR8K WORK. Every stage can be interrupted and run.sh
+# started again; a stage that is done is skipped.
+set -euo pipefail
+data=$(realpath "$1")
+mkdir -p "$2"
+work=$(realpath "$2")
+cd "$(dirname "$0")"
+
+[ -e "$work/dev.jsonl" ] || python prepare.py --data "$data" --output "$work"
+[ -e "$work/vision" ] || python build_tower.py --data "$data" --output "$work"
+if [ ! -e "$work/language-model" ]; then
+    resume=()
+    [ ! -e "$work/language-model-training" ] || resume=(--resume)
+    python language_model.py --data "$data" --output "$work" "${resume[@]}"
+fi
+resume=()
+[ ! -e "$work/adapters/last" ] || resume=(--resume)
+itune-train --preset small-data --data "$work/train.jsonl" --dev-data "$work/dev.jsonl" --dev-images 300 \
+    --language-model "$work/language-model" --vision "$work/vision" --cache-features "$work/features" \
+    --lower --strip-period --heads 4 --bottleneck 256 --epochs 12 --batch-size 160 --learning-rate 1e-3 \
+    --num-beams 3 --max-new-tokens 24 --output "$work/adapters" "${resume[@]}"
+for precision in fp32 int8; do
+    [ -e "$work/bundle-$precision" ] || itune-export "$work/adapters" --target onnx --precision "$precision" \
+        --name itune-flickr8k --num-beams 5 --max-new-tokens 24 --license "$(cat weights-license.txt)" \
+        --output "$work/bundle-$precision"
+    itune-eval "$work/bundle-$precision" --data "$data" --split dev --output "$work/dev-$precision.json"
+done
