@@ -90,7 +90,13 @@ def save_config(config: CheckpointConfig, folder: Path) -> None:
 def resolve_source(source: str, folder: Path) -> str:
     """A source as `itune.json` in `folder` means it: an existing path beside it, else a hub id."""
     beside = folder / source
-    return str(beside) if beside.exists() else source
+    if beside.exists():
+        return str(beside)
+    if source.startswith((".", "/")):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: source {source} does not exist: put the model there, or correct the path"
+        )
+    return source
 
 
 def relative_source(source: str, folder: Path) -> str:

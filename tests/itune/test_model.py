@@ -145,6 +145,10 @@ def test_checkpoint_errors_name_file_field_and_mend(checkpoint_folder: Path, tmp
     expect("field speed: Extra", speed=9)
     expect("first adapter layer 7 does not exist", first_adapter_layer=7)
     expect("is not the one", language_model={**config["language_model"], "sha256": "0" * 64})
+    expect(
+        r"itune\.json: source \.\./moved does not exist: put the model there",
+        vision={**config["vision"], "source": "../moved"},
+    )
     expect("vision tower gives 17 x 24", vision={**config["vision"], "tokens": 5})
     expect(r"shape \[16\], itune.json asks for \[8\]", bottleneck=8)
     (broken / "itune.json").write_text("{")
