@@ -106,8 +106,7 @@ def advance(
     ended = token_ids == end_token
     if beams.generated == config.max_new_tokens:
         ended = np.ones_like(ended)
-    # Beyond the num_beams best, an end does not count.
-    finishing = (ended & (scores > -np.inf))[:, :num_beams]
+    finishing = ended[:, :num_beams]  # beyond the num_beams best, an end does not count
     if finishing.any():
         _finish(beams, finishing, scores, token_ids, parents, config, end_token)
 
@@ -126,8 +125,8 @@ def _score(
 
     In float64, where adding a beam's score to two different logits does not make them equal.
     """
-    # NaN compares false.
-    if not ((candidates.logits < np.inf).all() and (candidates.logsumexp < np.inf).all()):
+    # A NaN or +inf anywhere in the vocabulary shows here, among the candidates or not; NaN compares false.
+    if not (candidates.logsumexp < np.inf).all():
         raise SearchError(
             "The decoder returned logits that are not numbers (NaN or infinite): export it again, in fp32 if "
             "it was fp16 or quantised."

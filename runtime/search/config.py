@@ -48,8 +48,7 @@ class SearchConfig:
                 raise SearchError(f"{field} must be a whole number of at least {least}, not {value!r}.")
         if self.min_new_tokens > self.max_new_tokens:
             raise SearchError(
-                f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), "
-                f"not {self.min_new_tokens}."
+                f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), not {self.min_new_tokens}."
             )
         for field in ("length_penalty", "repetition_penalty"):
             value = getattr(self, field)
@@ -72,9 +71,7 @@ class SearchConfig:
             if not word or not all(isinstance(token, (int, np.integer)) and token >= 0 for token in word):
                 raise SearchError(f"bad_words must be non-empty sequences of token ids, not {word!r}.")
         if self.num_return is not None and self.num_return > self.num_beams:
-            raise SearchError(
-                f"num_return must be at most num_beams ({self.num_beams}), not {self.num_return}."
-            )
+            raise SearchError(f"num_return must be at most num_beams ({self.num_beams}), not {self.num_return}.")
 
 
 @dataclass(frozen=True)

@@ -87,23 +87,17 @@ class HistoryEngine:
     ) -> Candidates:
         real = np.ones_like(tokens, bool) if mask is None else mask
         past = [state.histories[parent] for parent in parents] if state.histories else [[] for _ in parents]
-        state.histories = [
-            old + new[kept].tolist() for old, new, kept in zip(past, tokens, real, strict=True)
-        ]
+        state.histories = [old + new[kept].tolist() for old, new, kept in zip(past, tokens, real, strict=True)]
         longest = max(map(len, state.histories))
         input_ids = torch.tensor([[END] * (longest - len(row)) + row for row in state.histories])
-        attention_mask = torch.tensor(
-            [[0] * (longest - len(row)) + [1] * len(row) for row in state.histories]
-        )
+        attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in state.histories])
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            logits = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
-            ).logits[:, -1]
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits[
+                :, -1
+            ]
         best = logits.sort(dim=-1, descending=True, stable=True)
-        return Candidates(
-            best.values[:, :k].numpy(), best.indices[:, :k].numpy(), logits.logsumexp(dim=-1).numpy()
-        )
+        return Candidates(best.values[:, :k].numpy(), best.indices[:, :k].numpy(), logits.logsumexp(dim=-1).numpy())
 
 
 def oracle(model: WatchedGPT2, prompt: list[int], config: SearchConfig) -> list[Hypothesis]:
@@ -126,11 +120,7 @@ def oracle(model: WatchedGPT2, prompt: list[int], config: SearchConfig) -> list[
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,
-        **(
-            {"length_penalty": config.length_penalty, "early_stopping": config.early_stopping}
-            if beams
-            else {}
-        ),
+        **({"length_penalty": config.length_penalty, "early_stopping": config.early_stopping} if beams else {}),
     )
     generated = out.sequences[:, len(prompt) :].tolist()
     captions = [tuple(row[: row.index(END)] if END in row else row) for row in generated]
@@ -171,9 +161,7 @@ def test_equals_generate(model: WatchedGPT2, num_beams: int) -> None:
     compared = ended = excused = 0
     for _ in range(20):
         config = random_config(rng, num_beams)
-        prompts = [
-            rng.integers(0, VOCABULARY, size).tolist() for size in rng.integers(1, 5, rng.integers(1, 6))
-        ]
+        prompts = [rng.integers(0, VOCABULARY, size).tolist() for size in rng.integers(1, 5, rng.integers(1, 6))]
         found = search(HistoryEngine(model), HistoryState(len(prompts)), prompts, config, END)
         for prompt, ours in zip(prompts, found, strict=True):
             theirs = oracle(model, prompt, config)
