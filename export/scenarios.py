@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # the side that runs the graphs does without torch
 Array = NDArray[Any]
 _STEPS = 4
 _PHOTOS = 8
-# Name, images, beams, and how many tokens each image's prompt has more than the usual one.
+# Name, images, beams, and how many tokens each image's prompt has more than usual: prompts differ in length.
 _PLAN = (
-    ("1 image, 1 beam", [0], 1, [0]),
+    ("1 image", [0], 1, [0]),
     ("3 images, 3 beams", [0, -3, -1], 3, [0, 0, 0]),
-    ("3 images, 1 beam, prompts of several lengths", [-1, 0, -2], 1, [2, 0, 5]),
-    ("2 images, 3 beams, prompts of several lengths", [1, -2], 3, [3, 4]),
+    ("3 images, 3 prompts", [-1, 0, -2], 1, [2, 0, 5]),
+    ("2x3 beams, 2 prompts", [1, -2], 3, [3, 4]),
 )
 
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from ..runtime.bundle import Bundle, SearchDefaults
@@ -50,7 +51,7 @@ class Limits:
 
 
 LIMITS = {
-    "fp32": Limits("max", outputs=1e-3, neighbours=1e-3, top1=0.95, captions=1.0),
+    "fp32": Limits("max", outputs=5e-4, neighbours=5e-4, top1=0.95, captions=1.0),
     "int8": Limits("rms", outputs=0.1, neighbours=0.01, top1=0.8, captions=0.0),
 }
 
@@ -91,11 +92,12 @@ def verify_bundle(
     return [Check(**check) for check in report]
 
 
-def report_table(checks: Sequence[Check], title: str) -> Table:
+def report_table(checks: Sequence[Check], title: str, precision: str) -> Table:
     """The report as a table, a line for every output."""
-    table = Table(title=title)
-    for header in ("output", "worst in", "max abs", "relative", "limit", ""):
-        table.add_column(header, justify="left" if header in ("output", "worst in") else "right")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    relative = f"{LIMITS[precision].measure} / rms"
+    for header in ("output", "worst in", "max abs", relative, "limit", ""):
+        table.add_column(header, justify="left" if header in ("output", "worst in") else "right", no_wrap=True)
     for check in checks:
         table.add_row(
             check.output,
@@ -169,7 +171,7 @@ class _Differences:
     def checks(self) -> Iterator[Check]:
         yield from self.worst.values()
         same = float(np.mean(self.same_best))
-        yield Check("best token", "all", None, same, self.limits.top1, same >= self.limits.top1)
+        yield Check("best token", "", None, same, self.limits.top1, same >= self.limits.top1)
 
     def _note(self, output: str, case: str, difference: Array, scale: float, limit: float) -> None:
         largest = float(np.abs(difference).max())
@@ -220,10 +222,10 @@ def _caption_checks(expected: Any, found: Any, limits: Limits) -> Iterator[Check
             tokens == our_tokens or abs(score - our_score) < _TIE
             for (tokens, score), (our_tokens, our_score) in zip(theirs, ours, strict=True)
         ]
-        distinct = len({tuple(tokens) for tokens, _ in theirs})
-        value = sum(same) / len(same)
-        case = f"{len(same)} images, {distinct} different captions"
-        yield Check(f"same captions, beams {beams}", case, None, value, limits.captions, value >= limits.captions)
+        different = len({tuple(tokens) for tokens, _ in theirs})
+        value, name = sum(same) / len(same), f"captions, {beams} beam{'s' if beams > 1 else ''}"
+        case = f"{different} different, {len(same)} images"
+        yield Check(name, case, None, value, limits.captions, value >= limits.captions)
 
 
 def _run(*arguments: object) -> None:

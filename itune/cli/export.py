@@ -56,7 +56,10 @@ def export(
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the graphs with PyTorch.")] = False,
     restore: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="Write the parts of a bundle, or of `default`: language model, tower, adapters.")
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE", help="Write the parts of a bundle, or of `default`: language model, tower, adapters."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output of an earlier run.")] = False,
     _version: common.Version = False,
@@ -82,7 +85,8 @@ def export(
     chosen = precision or Precision.fp32
 
     def report(checks: list[Check]) -> None:
-        console.print(report_table(checks, f"{checkpoint} in PyTorch and in ONNX Runtime, {chosen.value}"))
+        title = f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"
+        console.print(report_table(checks, title, chosen.value))
 
     with console.status("starting") as status:
         export_bundle(

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from itune.export.bundle import export_bundle
-from itune.export.staging import staged_folder
 from itune.export.verify import VerificationError
 from itune.runtime import Captioner
 from itune.runtime.bundle import MANIFEST, Bundle
@@ -126,16 +125,6 @@ def test_interrupted_export_leaves_nothing(error, clip_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_replacing_is_undone_when_it_fails(tmp_path, monkeypatch):
-    output = tmp_path / "b"
-    output.mkdir()
-    (output / "mark").write_text("old")
-    with pytest.raises(FileNotFoundError), staged_folder(output, force=True, mark="mark") as folder:
-        folder.rmdir()  # what was to take the place is gone
-    assert (output / "mark").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [output]
-
-
 def test_search_defaults_come_from_the_training(clip_checkpoint, tmp_path):
     content = json.loads((clip_checkpoint / "itune.json").read_text())
     content["training"] = {"num_beams": 4, "max_new_tokens": 90, "dev_cider": 0.5}
@@ -165,7 +154,7 @@ def test_wrong_graph_leaves_no_bundle(clip_checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setitem(export_bundle.__globals__, "build_decoder", wrong)
     reports = []
-    with pytest.raises(VerificationError, match=r"no bundle was written: logits .* where 0\.001 is allowed"):
+    with pytest.raises(VerificationError, match=r"no bundle was written: logits .* where 0\.0005 is allowed"):
         export_bundle(clip_checkpoint, tmp_path / "b", report=reports.append)
     assert list(tmp_path.iterdir()) == []
     failed = {check.output for check in reports[0] if not check.passed}

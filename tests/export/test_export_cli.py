@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from itune.runtime import Captioner
+
+from itune.cli import common, export
+from itune.evaluate import eager_captioner
+from itune.model import LoadedCheckpoint
+
+ITUNE_EXPORT = Path(sys.executable).with_name("itune-export")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command in this process: arguments -> (exit status, what it said on stderr)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["itune-export", *map(str, arguments)])
+        common.console.cache_clear()
+        with pytest.raises(SystemExit) as exit_:
+            export.main()
+        return exit_.value.code or 0, capsys.readouterr().err
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+    common.console.cache_clear()
+
+
+def test_exported_bundle_captions_as_pytorch_does(clip_checkpoint, photos, tmp_path):
+    """The whole command, verification on real files included, from a folder where `itune` is not the package."""
+    (tmp_path / "itune").mkdir()
+    command = [ITUNE_EXPORT, clip_checkpoint, "--precision", "fp32", "-o", "b", "--images", photos[0].parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "visual.1.keys" in done.stderr
+    assert "10 images" in done.stderr  # six photos, four synthetic
+    assert "FAILED" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"itune", "b"}
+
+    options = {"num_beams": 5, "max_new_tokens": 12}
+    found = Captioner.load(tmp_path / "b").caption(photos, **options)
+    expected = eager_captioner(LoadedCheckpoint.load(clip_checkpoint)).caption(photos, **options)
+    assert [caption.tokens for caption in found] == [caption.tokens for caption in expected]
+    assert len({caption.tokens for caption in found}) > 3
+
+
+def test_int8_and_back(onnx_checkpoint, pixels, tmp_path, run):
+    status, said = run(onnx_checkpoint, "--precision", "int8", "--no-verify", "--license", "CC0", "-o", tmp_path / "b")
+    assert status == 0, said
+    assert f"{tmp_path / 'b'}: " in said.replace("\n", "")
+    status, said = run("--restore", tmp_path / "b", "-o", tmp_path / "restored")
+    assert status == 0, said
+    assert {path.name for path in (tmp_path / "restored").iterdir()} == {"language-model", "vision", "checkpoint"}
+    eager = eager_captioner(LoadedCheckpoint.load(tmp_path / "restored" / "checkpoint"))
+    assert np.isfinite(eager.caption(pixels[0]).score)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["c"], "Missing option '--output'"),
+        (["-o", "b"], "CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore"),
+        (["c", "-o", "b"], "c is not an adapter checkpoint: it has no itune.json"),
+        (["c", "-o", "b", "--target", "tensorrt"], "Invalid value for '--target'"),
+        (["c", "-o", "b", "--precision", "int4"], "'int4' is not one of 'fp32', 'int8'"),
+        (["c", "-o", "b", "--images", ".", "--no-verify"], "--images contradicts --no-verify"),
+        (["c", "-o", "b", "--restore", "x"], "CHECKPOINT contradicts --restore"),
+        (["-o", "b", "--restore", "x", "--precision", "int8"], "--precision contradicts --restore"),
+        (["-o", "b", "--restore", "x", "--no-verify"], "--no-verify contradicts --restore"),
+        (["-o", "b", "--restore", "x"], "x is not a folder; a bundle is the folder that itune-export writes"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said = run(*arguments)
+    assert status == 2
+    assert said.startswith("itune-export: error: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_libraries_are_named(run, monkeypatch):
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "onnx" else name)
+    status, said = run("c", "-o", "b")
+    assert status == 2
+    assert "onnx not installed; this command needs: pip install 'itune[export]'" in said
+
+
+def test_help_is_fast_and_needs_no_torch():
+    code = "import sys; from itune.cli import export; print({'torch', 'onnx', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_sigterm_leaves_nothing(clip_checkpoint, tmp_path, run, monkeypatch):
+    from itune.export import bundle
+
+    monkeypatch.setattr(bundle, "build_decoder", lambda _model: signal.raise_signal(signal.SIGTERM))
+    status, _ = run(clip_checkpoint, "-o", tmp_path / "b")
+    assert status == 143
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from itune.export import verify
+from itune.export.bundle import export_bundle
+from itune.export.graph import Graph
+from itune.export.scenarios import Scenario, beside_loud_image, pick_images
+from itune.export.verify import Check, VerificationError, compare, report_table, write_reference
+from itune.runtime.bundle import MANIFEST, FileHash
+from itune.runtime.errors import ItuneError
+from itune.runtime.settings import ImageSettings
+from rich.console import Console
+
+KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
+
+
+@pytest.fixture(scope="module")
+def references(clip_checkpoint, onnx_checkpoint, tmp_path_factory):
+    """Both checkpoints' references, by kind."""
+    folders = {kind: tmp_path_factory.mktemp(f"{kind}-reference") for kind in ("clip", "onnx")}
+    write_reference(clip_checkpoint, folders["clip"], None)
+    write_reference(onnx_checkpoint, folders["onnx"], None)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def bundles(clip_checkpoint, onnx_checkpoint, tmp_path_factory):
+    """Their unverified bundles, by kind and precision."""
+    root = tmp_path_factory.mktemp("bundles")
+    for kind, checkpoint in (("clip", clip_checkpoint), ("onnx", onnx_checkpoint)):
+        for precision in ("fp32", "int8"):
+            export_bundle(checkpoint, root / f"{kind}-{precision}", precision=precision, verify=False)
+    return root
+
+
+def by_output(checks: list[Check]) -> dict[str, Check]:
+    return {check.output: check for check in checks}
+
+
+def change_weight(bundle, role, name, change):
+    """Rewrite one weight of a graph, and its hash."""
+    path = bundle / f"{role}.onnx"
+    graph = Graph.load(path)
+    graph.weights[name] = change(graph.weights[name].copy())
+    graph.save(path)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["files"][path.name] = FileHash.of(path).model_dump()
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+@KINDS
+def test_fp32_agrees_far_below_the_limits(kind, references, bundles):
+    checks = compare(bundles / f"{kind}-fp32", references[kind])
+    assert all(check.passed for check in checks)
+    found = by_output(checks)
+    layers = [f"present.{i}.{part}" for i in range(3) for part in ("key", "value")]
+    visual = [f"visual.{i}.{part}" for i in (1, 2) for part in ("keys", "values")]
+    steps = [f"{output} {when} past" for output in ("logits", "logsumexp") for when in ("with", "without")]
+    captions = ["captions, 1 beam", "captions, 3 beams"]
+    assert {*layers, *visual, *steps, *captions, "best token"} <= found.keys()
+    for output in (*layers, *visual, *steps):
+        assert found[output].value < 5e-5, output
+    assert found["captions, 3 beams"].value == 1
+
+
+@KINDS
+def test_int8_agrees_within_its_limits(kind, references, bundles):
+    found = by_output(compare(bundles / f"{kind}-int8", references[kind]))
+    assert all(check.passed for check in found.values())
+    assert 1e-3 < found["logits with past"].value < 0.05  # it is int8 that was measured
+    assert found["neighbours: logits"].value < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("role", "weight", "output"),
+    [
+        ("vision", "visual.bias", "visual.1.keys"),
+        ("decoder", "transformer.ln_f.weight", "logits with past"),
+        ("decoder", "transformer.wpe.weight", "present.1.key"),
+    ],
+)
+def test_garbage_fails(precision, role, weight, output, references, bundles, tmp_path):
+    bundle = shutil.copytree(bundles / f"clip-{precision}", tmp_path / "b")
+    rng = np.random.default_rng(0)
+    change_weight(bundle, role, weight, lambda array: rng.permuted(array, axis=0))
+    found = by_output(compare(bundle, references["clip"]))
+    assert not found[output].passed
+
+
+def test_one_wrong_scale_fails_in_int8(references, bundles, tmp_path):
+    """As small as a fault gets that is not rounding: one matrix of twenty, a fifth too large."""
+    bundle = shutil.copytree(bundles / "clip-int8", tmp_path / "b")
+    change_weight(bundle, "decoder", "transformer.h.1.mlp.c_proj.weight.scales", lambda scales: scales * 1.2)
+    assert not all(check.passed for check in compare(bundle, references["clip"]))
+
+
+def test_not_a_number_fails(references, bundles, tmp_path):
+    bundle = shutil.copytree(bundles / "clip-fp32", tmp_path / "b")
+    change_weight(bundle, "vision", "visual.bias", lambda array: array * np.nan)
+    with pytest.raises(ItuneError, match="not numbers"):
+        compare(bundle, references["clip"])
+
+
+def test_another_image_normalisation_fails(references, bundles, tmp_path):
+    bundle = shutil.copytree(bundles / "onnx-fp32", tmp_path / "b")
+    change_weight(bundle, "vision", "normalize.shift", lambda shift: shift * 1.02)
+    found = by_output(compare(bundle, references["onnx"]))
+    assert not found["visual.1.keys"].passed
+
+
+def test_report_marks_what_failed():
+    checks = [
+        Check("visual.1.keys", "1 image", 1e-6, 1e-6, 1e-3, passed=True),
+        Check("logits", "3 images", 0.5, 0.25, 1e-3, passed=False),
+    ]
+    console = Console(width=100, file=io.StringIO())
+    console.print(report_table(checks, "a title", "fp32"))
+    text = console.file.getvalue()
+    assert "0.25" in text
+    assert text.count("ok") == text.count("FAILED") == 1
+
+
+def test_errors_of_the_processes_are_told(tmp_path):
+    with pytest.raises(VerificationError, match=r"verification: .* is not a bundle: it has no bundle\.json"):
+        verify._run("compare", tmp_path, tmp_path)
+
+
+def test_killed_process_is_told(monkeypatch):
+    real = verify.subprocess.run
+    killed = ["/bin/sh", "-c", "kill -9 $$"]
+    monkeypatch.setattr(verify.subprocess, "run", lambda _command, **options: real(killed, **options))
+    with pytest.raises(VerificationError, match="killed by signal 9, perhaps for want of memory"):
+        verify._run("compare")
+
+
+def test_images_are_loud_quiet_and_real(photos):
+    settings = ImageSettings(size=(24, 30), resize="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    synthetic = pick_images(settings)
+    assert synthetic.shape == (4, 24, 30, 3)
+    assert synthetic[-1].std() > 100
+    assert synthetic[-2].max() < 64
+    assert len(pick_images(settings, photos[0].parent)) == 10
+
+
+def test_loud_neighbour_goes_first():
+    alone = Scenario.from_json({"name": "n", "images": [0], "steps": [{"tokens": [[3, 4]], "parents": [0]}]})
+    both = beside_loud_image(alone, vocab_size=20)
+    assert both.images == [-1, 0]
+    assert both.steps[0].tokens == [[14, 1], [3, 4]]
+    assert both.steps[0].parents == [0, 1]
