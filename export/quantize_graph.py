@@ -12,6 +12,7 @@ A quantised tensor is named after its weight: `NAME.int8`, or `NAME.T.int8` when
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,17 @@ def quantize_graph(source: Path, target: Path) -> list[Path]:
     """Write the int8 variant of the fp32 graph `source` to `target`; returns its files, the graph first."""
     graph = Graph.load(source)
     rewriter = _Rewriter(graph)
-    graph.nodes = [new for node in graph.nodes for new in rewriter.rewrite(node)]
-    used = {name for node in graph.nodes for name in node.input}
-    graph.weights = {name: array for name, array in graph.weights.items() if name in used}
+    nodes, graph.nodes = graph.nodes, []
+    uses = Counter(name for node in nodes for name in node.input)
+    for node in nodes:
+        inputs = list(node.input)
+        new = rewriter.rewrite(node)
+        graph.nodes += new
+        uses.update(name for replacement in new for name in replacement.input)
+        uses.subtract(inputs)
+        for name in inputs:
+            if not uses[name]:
+                graph.weights.pop(name, None)  # mapped from disk: what was read of it leaves memory
     return graph.save(target)
 
 
