@@ -130,6 +130,29 @@ def test_tower_that_cannot_be_converted_is_refused(onnx_tower, tmp_path):
         append_onnx(Graph("g"), "pixels", tower)
 
 
+@pytest.mark.parametrize("written_in", [False, True])
+def test_tower_declared_for_one_image(written_in, onnx_tower, tmp_path, pixels):
+    """It works for several unless a shape inside says otherwise."""
+    model = onnx.load(onnx_tower / "model.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    if written_in:
+        reshape = next(node for node in model.graph.node if node.op_type == "Reshape")
+        shape = next(tensor for tensor in model.graph.initializer if tensor.name == reshape.input[1])
+        shape.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 24, 16]), shape.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    tower = OnnxTower(tmp_path / "model.onnx", OnnxTower(onnx_tower / "model.onnx").image)
+    graph = Graph("tower")
+    graph.input("pixels", np.uint8, ("images", 32, 32, 3))
+    if written_in:
+        with pytest.raises(BackboneError, match=r"model\.onnx: takes one image at a time"):
+            append_onnx(graph, "pixels", tower)
+        return
+    graph.output(append_onnx(graph, "pixels", tower), np.float32, ("images", 16, 24))
+    graph.save(tmp_path / "spliced.onnx")
+    (found,) = run(tmp_path / "spliced.onnx", pixels).values()
+    np.testing.assert_allclose(found, tower.embed(pixels).numpy(), atol=1e-5)
+
+
 def test_tower_keeps_its_names_when_they_are_canonical(onnx_tower, tmp_path):
     """A restored tower can be exported again without growing."""
     model = onnx.load(onnx_tower / "model.onnx")
