@@ -102,7 +102,8 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
     model.train(False)
     if model.config.activation_function == "gelu_new":
         # The same function in one kernel: a fifth of a training step, and of its activations, saved.
-        for block in model.transformer.h:
+        blocks: Any = model.transformer.h
+        for block in blocks:
             block.mlp.act = nn.GELU(approximate="tanh")
     return LanguageModel(model, load_tokenizer(folder), folder, hash_files(weights))
 
@@ -153,12 +154,11 @@ class ClipTower:
         self.folder = folder
         self.sha256 = hash_files(_weight_files(folder))
         try:
-            model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            model: Any = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise BackboneError(f"{folder}: cannot be loaded as a CLIP vision model: {_first_line(error)}") from None
         model.train(False)
-        self.model: Any = model.requires_grad_(False)
-        self.model.to(device)
+        self.model = model.requires_grad_(False).to(device)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
         self.image = (
             image

@@ -53,7 +53,7 @@ class CheckpointConfig(Settings):
     vision: VisionSource
     bottleneck: int = Field(gt=0)
     heads: int = Field(default=1, gt=0)
-    lambda_: float = Field(default=1.0, alias="lambda")
+    lambda_: float = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
     score_scale: float
     first_adapter_layer: int = Field(default=0, ge=0)
     image: ImageSettings

@@ -13,7 +13,9 @@ from . import common
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="Adapter checkpoint, bundle, or `default`.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="Adapter checkpoint, bundle, or `default`.")
+    ],
     data: Annotated[
         Path, typer.Option(help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL.")
     ],
