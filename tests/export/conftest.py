@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from itune.adapter import AdapterConfig
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointConfig, Source, VisionSource, relative_source, save_config
 from itune.model import ITuningModel
+
+# For the processes that the verification starts, as for this one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SIDE = 32
 PREPROCESSOR = {
