@@ -170,9 +170,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(
-    tmp_path_factory: pytest.TempPathFactory, language_model_folder: Path, clip_folder: Path
-) -> Path:
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory, language_model_folder: Path, clip_folder: Path) -> Path:
     """A tiny random adapter checkpoint."""
     return make_checkpoint(
         tmp_path_factory.mktemp("models") / "checkpoint", language_model_folder, clip_folder, heads=2, lambda_=2.5
