@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import PurePosixPath
 
 from ..runtime.bundle import Manifest
 
@@ -12,8 +13,8 @@ MODEL_CARD = "README.md"
 def default_license(language_model: str, vision: str) -> str:
     """What holds when the exporter was told nothing else."""
     return (
-        f"Derived from the language model {language_model} and the vision tower {vision}, whose licences apply, "
-        "and from the data that the adapters were trained on."
+        f"Derived from the language model {_name(language_model)} and the vision tower {_name(vision)}, whose "
+        "licences apply, and from the data that the adapters were trained on."
     )
 
 
@@ -33,8 +34,8 @@ exported to ONNX in {precision} by itune {source["itune"]} on {source["exported"
 
 | | |
 |---|---|
-| language model | {source["language_model"]["source"]}: {decoder.layers} layers of {decoder.hidden_size} |
-| vision tower | {source["vision"]["source"]}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
+| language model | {_name(source["language_model"]["source"])}: {decoder.layers} layers of {decoder.hidden_size} |
+| vision tower | {_name(source["vision"]["source"])}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
 {height} x {width} pixels |
 | adapters | on {len(decoder.adapter_layers)} layers from layer {decoder.adapter_layers[0]}, bottleneck \
 {decoder.bottleneck}, heads {decoder.adapter_heads} |
@@ -60,3 +61,8 @@ not rely on them where a mistake harms somebody.
 
 `itune-export --restore THIS_FOLDER -o FOLDER` gives the language model, the tower and the adapters back.
 """
+
+
+def _name(source: str) -> str:
+    """A hub id as it is, a folder beside the checkpoint by its name."""
+    return PurePosixPath(source).name if source.startswith(("/", ".")) else source

@@ -48,7 +48,10 @@ def test_manifest_describes_the_model(bundle):
 def test_card_names_the_licence_and_the_sources(bundle):
     card = bundle.path("README.md").read_text()
     assert "Nobody's." in card
-    assert bundle.manifest.provenance["language_model"]["source"] in card
+    source = bundle.manifest.provenance["language_model"]["source"]
+    assert source.startswith("../")
+    assert source not in card  # a folder's name means something elsewhere, the way to it does not
+    assert f"{source.removeprefix('../')}: 3 layers of 64" in card
     assert "not recorded" in card  # the checkpoint knows no CIDEr
 
 
