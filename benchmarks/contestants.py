@@ -6,9 +6,10 @@ use the CPU.
 
 from __future__ import annotations
 
-import resource
+import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from itune.runtime.engines.base import UInt8
+
+from itune import ItuneError
 
 
 class Sample(NamedTuple):
@@ -49,13 +52,25 @@ class Eager:
 
     def __init__(self, checkpoint: Path, task: Task) -> None:
         import torch
+        from transformers import GenerationConfig
 
         from itune.evaluate import eager_captioner
         from itune.model import LoadedCheckpoint
 
         torch.set_num_threads(task.threads)
-        self.loaded, self.task = LoadedCheckpoint.load(checkpoint), task
+        self.loaded = LoadedCheckpoint.load(checkpoint)
         self.tokens = eager_captioner(self.loaded).tokens
+        self.gpt2: Any = self.loaded.language.model
+        # In place of the checkpoint's own, whose penalties `generate` would go on applying.
+        self.gpt2.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+            num_beams=task.num_beams,
+            min_new_tokens=task.new_tokens,
+            max_new_tokens=task.new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self.tokens.end,
+            pad_token_id=self.tokens.end,
+        )
 
     def caption(self, pixels: UInt8) -> Sample:
         """See `Contestant.caption`."""
@@ -67,16 +82,8 @@ class Eager:
             visual = model.project(self.loaded.tower.embed(pixels))
             encoded = time.perf_counter()
             with model.looking_at(visual):
-                output: Any = model.language_model.generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                    num_beams=self.task.num_beams,
-                    min_new_tokens=self.task.new_tokens,
-                    max_new_tokens=self.task.new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    eos_token_id=self.tokens.end,
-                    pad_token_id=self.tokens.end,
+                output = self.gpt2.generate(
+                    torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long)
                 )
             done = time.perf_counter()
         written = output[0, len(prompt) :].tolist()
@@ -113,31 +120,42 @@ KINDS: dict[str, Any] = {"eager": Eager, "bundle": Bundle}
 
 
 class Worker:
-    """A contestant in its own process."""
+    """A contestant in its own process, which ends with this one."""
 
     def __init__(self, kind: str, folder: Path, task: Task) -> None:
         context = get_context("spawn")
+        self.kind = kind
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, kind, folder, task), daemon=True)
-        self.process.start()
+        # Inherited: Ctrl-C is for this process, which then ends the others.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
         theirs.close()
-        self._receive()  # loaded
+        self._exchange()  # loaded
 
     def caption(self, pixels: UInt8) -> Sample:
         """Have one photo captioned, uint8 [1, H, W, 3]."""
-        self.pipe.send(pixels)
-        sample: Sample = self._receive()
+        sample: Sample = self._exchange(pixels)
         return sample
 
     def close(self) -> float:
         """End the process; returns its peak resident memory in MB."""
-        self.pipe.send(None)
-        peak: float = self._receive()
+        peak: float = self._exchange(None)
         self.process.join()
         return peak
 
-    def _receive(self) -> Any:
-        answer = self.pipe.recv()
+    def _exchange(self, *messages: UInt8 | None) -> Any:
+        try:
+            for message in messages:
+                self.pipe.send(message)
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            status = self.process.exitcode
+            raise ItuneError(f"the {self.kind} process died with status {status}, perhaps for want of memory") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -149,9 +167,21 @@ def _serve(pipe: Connection, kind: str, folder: Path, task: Task) -> None:
         pipe.send(None)
         while (pixels := pipe.recv()) is not None:
             pipe.send(contestant.caption(np.asarray(pixels)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pipe.send(peak / (1e6 if sys.platform == "darwin" else 1e3))
-    except (KeyboardInterrupt, EOFError, BrokenPipeError):
-        pass  # the parent was stopped
-    except Exception as error:
+        pipe.send(_peak_memory())
+    except (EOFError, ConnectionError):
+        pass  # the parent is gone
+    except ItuneError as error:
         pipe.send(error)
+    except Exception:
+        pipe.send(RuntimeError(traceback.format_exc()))
+
+
+def _peak_memory() -> float:
+    """The largest resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux, getrusage would count what the parent had when it started this process
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

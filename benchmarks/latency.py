@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,16 @@ from contestants import Sample, Task, Worker
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8
+from itune.runtime.engines.onnxruntime import available_cpus
 from itune.runtime.image import SUFFIXES, decode, preprocess
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from itune import ItuneError
-from itune.checkpoint import WEIGHTS_FILE, find_checkpoint, hash_files, load_config
+from itune import ItuneError, __version__
+from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, atomic_path, find_checkpoint, hash_files, load_config
+from itune.cli.common import require
 
 PRECISIONS = ("fp32", "int8")
 PHOTOS = 8  # captions are compared on at least so many
@@ -44,30 +48,47 @@ console = Console(stderr=True)
 
 def bundles(checkpoint: Path, work: Path) -> dict[str, Path]:
     """Export the checkpoint in every precision into `work`, or reuse what an earlier run left there."""
-    weights = hash_files([find_checkpoint(checkpoint) / WEIGHTS_FILE])
+    source = {name: hash_files([checkpoint / name]) for name in (WEIGHTS_FILE, CONFIG_FILE)}
     folders = {precision: work / f"bundle-{precision}" for precision in PRECISIONS}
     for precision, folder in folders.items():
-        if (folder / MANIFEST).is_file():
-            exported = BundleFolder.load(folder, verify=False).manifest.provenance["checkpoint"]
-            if exported[WEIGHTS_FILE] != weights:
-                raise ItuneError(f"{folder} was exported from another checkpoint: give another --work-dir")
+        if not (folder / MANIFEST).is_file():
+            with console.status(f"exporting {folder.name}"):
+                export(checkpoint, precision, folder)
             continue
-        with console.status(f"exporting {folder.name}"):
-            command = [sys.executable, "-m", "itune.cli.export", checkpoint, "--precision", precision, "-o", folder]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ItuneError(f"the export to {folder} failed: {done.stderr.strip().splitlines()[-1]}")
+        provenance = BundleFolder.load(folder, verify=False).manifest.provenance
+        if provenance.get("checkpoint") != source:
+            raise ItuneError(f"{folder} was exported from another checkpoint: give another --work-dir")
+        if provenance.get("itune") != __version__:
+            raise ItuneError(
+                f"{folder} was exported by another version of itune: delete it, or give another --work-dir"
+            )
     return folders
 
 
-def photos(folder: Path | None) -> list[Any]:
+def export(checkpoint: Path, precision: str, folder: Path) -> None:
+    """Run itune-export, in a process whose memory goes with it."""
+    # -P: started in a checkout, Python would take its folder `itune` for the package.
+    command = [sys.executable, "-P", "-m", "itune.cli.export", checkpoint, "--precision", precision, "-o", folder]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            process.terminate()  # it clears its half-written folder away, and is waited for
+            raise
+    if process.returncode:
+        raise ItuneError(f"the export to {folder} failed: {(errors.strip().splitlines() or ['it was killed'])[-1]}")
+
+
+def photos(folder: Path | None) -> list[Path | Image.Image]:
     """The photos of a folder, or the repository's examples and smooth random ones beside them."""
-    named = sorted(p for p in (folder or EXAMPLES).iterdir() if p.suffix.lower() in SUFFIXES)
-    if folder and not named:
-        raise ItuneError(f"{folder} holds no photo")
+    named = sorted(p for p in (EXAMPLES if folder is None else folder).glob("*") if p.suffix.lower() in SUFFIXES)
+    if folder is not None:
+        if not named:
+            raise ItuneError(f"--images {folder}: there is no photo in it")
+        return [*named]
     rng = np.random.default_rng(0)
-    filler = [rng.integers(0, 256, (6, 6, 3), np.uint8).repeat(40, 0).repeat(40, 1) for _ in range(PHOTOS)]
-    return [*named, *filler[: 0 if folder else max(0, PHOTOS - len(named))]]
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)) for _ in range(PHOTOS - len(named))]
+    return [*named, *(image.resize((240, 240), Image.Resampling.BICUBIC) for image in coarse)]
 
 
 def measure(workers: dict[str, Worker], pixels: list[UInt8], warmup: int, repeats: int) -> dict[str, list[Sample]]:
@@ -124,6 +145,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,11 +172,13 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_row(name, *times, speedup, f"{low:.1f}-{high:.1f}", f"{row['peak_mb']:.0f}", same)
     out.print(table)
     distinct = result["summary"]["eager"]["distinct_captions"]
-    out.print(f"{distinct} of the {settings['photos']} photos' captions are distinct.", highlight=False)
+    doubt = "" if distinct >= 0.9 * settings["photos"] else ", too few for agreement to mean much"
+    out.print(f"{distinct} of the {settings['photos']} photos' captions are distinct{doubt}.", highlight=False)
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Build or reuse what is needed, measure, and return everything that the JSON file holds."""
+    sources = photos(arguments.images)
     if arguments.random_init:
         # Not at the top: the contestants' processes import this file too, and only eager PyTorch needs torch.
         from random_init import GEOMETRIES, build_checkpoint
@@ -163,12 +187,15 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             checkpoint = build_checkpoint(GEOMETRIES[arguments.random_init], work)
         model = f"GPT-2 {arguments.random_init}, CLIP ViT-B/16, random weights"
     else:
-        checkpoint = arguments.checkpoint
-        model = str(checkpoint)
-    image = load_config(find_checkpoint(checkpoint)).image
-    folders = bundles(checkpoint, work)
-    sources = photos(arguments.images)
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        model = str(arguments.checkpoint)
+    image = load_config(checkpoint).image
     pixels = [preprocess(decode(source), image)[None] for source in sources]
+    folders = bundles(checkpoint, work)
+    tokens = BundleFolder.load(folders["fp32"], verify=False).manifest.tokens
+    room = tokens.max_positions - len(tokens.prompt)
+    if arguments.new_tokens > room:
+        raise ItuneError(f"--new-tokens must be at most {room}, the language model's positions after the prompt")
     task = Task(arguments.num_beams, arguments.new_tokens, arguments.threads)
     with console.status("loading"):
         workers = {"eager": Worker("eager", checkpoint, task)}
@@ -201,7 +228,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, help="keep and reuse the models and bundles here")
     parser.add_argument("--num-beams", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=16, help="forced length of every caption")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of every contestant")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads of every contestant")
     parser.add_argument("--repeats", type=int, default=16, help="timed samples (at least one of every photo)")
     parser.add_argument("--warmup", type=int, default=2, help="samples that are not counted")
     parser.add_argument("--images", type=Path, help="folder of photos; default: examples and random ones")
@@ -214,23 +241,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--warmup must not be negative")
     if arguments.images and not arguments.images.is_dir():
         parser.error(f"--images: {arguments.images} is not a folder")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json: {arguments.json.parent} is not a folder")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON file."""
     arguments = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here ends, too
     try:
-        with tempfile.TemporaryDirectory() as temporary:
+        require("export", "torch", "transformers", "safetensors", "onnx")
+        with tempfile.TemporaryDirectory(prefix="itune-latency-") as temporary:
             result = run(arguments, arguments.work_dir or Path(temporary))
-    except ItuneError as error:
+        if arguments.json:
+            with atomic_path(arguments.json) as path:
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except (ItuneError, OSError) as error:
         print(f"latency: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     print_table(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -74,8 +74,6 @@ GEOMETRIES = {
 }
 """GPT-2 base, medium and large with CLIP ViT-B/16."""
 
-_IMAGE_WEIGHT = 4.0
-"""Adapters against the feed-forward blocks beside them; at 1, a fifth of real photos share a caption."""
 _SEED = 0
 _BIAS = 0.1
 _LOGIT_SPREAD = 5.0  # standard deviation of the logits

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+import psutil
 import pytest
 
-from tests.conftest import REPOSITORY
+from itune import ItuneError
+from itune.checkpoint import CONFIG_FILE
+from tests.conftest import REPOSITORY, make_checkpoint
 
 LATENCY = REPOSITORY / "benchmarks" / "latency.py"
 
@@ -45,15 +52,91 @@ def test_report(checkpoint_folder: Path, work: Path) -> None:
     assert {path.name for path in work.iterdir()} == {"bundle-fp32", "bundle-int8", "out.json"}
 
 
-def test_bundles_of_another_checkpoint_are_refused(language_model_folder: Path, clip_folder: Path, work: Path) -> None:
-    from tests.conftest import make_checkpoint
+def test_work_dir_is_reused_for_the_same_checkpoint_only(
+    checkpoint_folder: Path, language_model_folder: Path, clip_folder: Path, work: Path
+) -> None:
+    manifest = work / "bundle-int8" / "bundle.json"
+    if not manifest.exists():
+        pytest.skip("needs the bundles of the test before")
+    before = manifest.stat().st_mtime_ns
+    options = ("--work-dir", work, "--repeats", "1", "--warmup", "0", "--threads", "1", "--new-tokens", "2")
+    assert latency("--checkpoint", checkpoint_folder, *options).returncode == 0
+    assert manifest.stat().st_mtime_ns == before
 
     other = make_checkpoint(language_model_folder.parent / "other", language_model_folder, clip_folder, seed=1)
-    if not (work / "bundle-fp32").exists():
-        pytest.skip("needs the bundles of the test before")
-    done = latency("--checkpoint", other, "--work-dir", work)
+    done = latency("--checkpoint", other, *options)
     assert done.returncode == 2
     assert "was exported from another checkpoint: give another --work-dir" in done.stderr
+    settings = (checkpoint_folder / CONFIG_FILE).read_text()
+    same_weights = checkpoint_folder.parent / "same-weights"
+    same_weights.mkdir()
+    (same_weights / "adapters.safetensors").write_bytes((checkpoint_folder / "adapters.safetensors").read_bytes())
+    assert '"lambda": 2.5' in settings
+    (same_weights / CONFIG_FILE).write_text(settings.replace('"lambda": 2.5', '"lambda": 1.5'))
+    assert "was exported from another checkpoint" in latency("--checkpoint", same_weights, *options).stderr
+
+
+@pytest.fixture
+def contestants(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(LATENCY.parent))
+    import contestants
+
+    return contestants
+
+
+def test_a_waiting_contestant_uses_no_cpu(contestants: ModuleType, checkpoint_folder: Path) -> None:
+    worker = contestants.Worker("eager", checkpoint_folder, contestants.Task(num_beams=2, new_tokens=4, threads=2))
+    worker.caption(np.zeros((1, 32, 32, 3), np.uint8))
+    time.sleep(0.1)
+    process = psutil.Process(worker.process.pid)
+    before = sum(process.cpu_times()[:2])
+    time.sleep(0.5)
+    assert sum(process.cpu_times()[:2]) - before <= 0.05
+    worker.close()
+
+
+def test_peak_memory_is_the_contestants_own(contestants: ModuleType, work: Path) -> None:
+    if not (work / "bundle-int8").exists():
+        pytest.skip("needs the bundles of the first test")
+    parents = np.ones(100_000_000)  # 800 MB, which the kernel would count as the child's (getrusage)
+    worker = contestants.Worker("bundle", work / "bundle-int8", contestants.Task(1, 2, 1))
+    assert worker.close() < 400
+    assert parents[-1] == 1
+
+
+def test_a_killed_contestant_is_reported(contestants: ModuleType, work: Path) -> None:
+    if not (work / "bundle-int8").exists():
+        pytest.skip("needs the bundles of the first test")
+    worker = contestants.Worker("bundle", work / "bundle-int8", contestants.Task(1, 2, 1))
+    worker.process.kill()
+    worker.process.join()
+    with pytest.raises(ItuneError, match="the bundle process died with status -9, perhaps for want of memory"):
+        worker.caption(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_a_contestants_error_is_one_sentence(contestants: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ItuneError, match="is not a bundle"):
+        contestants.Worker("bundle", tmp_path, contestants.Task(1, 2, 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_stopping_ends_every_process(number: signal.Signals, checkpoint_folder: Path, work: Path) -> None:
+    if not (work / "bundle-int8").exists():
+        pytest.skip("needs the bundles of the first test")
+    command = [sys.executable, str(LATENCY), "--checkpoint", str(checkpoint_folder), "--work-dir", str(work)]
+    with subprocess.Popen([*command, "--repeats", "100000"], stderr=subprocess.PIPE, text=True) as process:
+        contest = psutil.Process(process.pid)
+        deadline = time.monotonic() + 120
+        while len(workers := [p for p in contest.children() if "spawn_main" in " ".join(p.cmdline())]) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 def test_random_captioners_look_at_their_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +172,8 @@ def test_usage_errors_are_one_sentence(tmp_path: Path) -> None:
         (("--random-init", "huge"), "invalid choice"),
         (("--checkpoint", tmp_path), "not an adapter checkpoint"),
         (("--random-init", "base", "--num-beams", "0"), "--num-beams must be at least 1"),
+        (("--random-init", "base", "--json", tmp_path / "no" / "out.json"), "is not a folder"),
+        (("--checkpoint", tmp_path, "--images", tmp_path), "there is no photo in it"),
     ):
         done = latency(*arguments)
         assert done.returncode == 2
