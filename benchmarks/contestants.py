@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from itune.runtime.engines.base import UInt8
 
 from itune import ItuneError
+from itune.runtime.engines.base import UInt8
 
 
 class Sample(NamedTuple):
@@ -94,9 +94,8 @@ class Bundle:
     """An exported bundle on its engine, with the project's own search."""
 
     def __init__(self, bundle: Path, task: Task) -> None:
-        from itune.runtime.search import SearchConfig
-
         from itune import Captioner
+        from itune.runtime.search import SearchConfig
 
         self.captioner = Captioner.load(bundle, threads=task.threads)
         self.config = SearchConfig(

@@ -25,11 +25,6 @@ from typing import Any
 
 import numpy as np
 from contestants import Sample, Task, Worker
-from itune.runtime.bundle import MANIFEST
-from itune.runtime.bundle import Bundle as BundleFolder
-from itune.runtime.engines.base import UInt8
-from itune.runtime.engines.onnxruntime import available_cpus
-from itune.runtime.image import SUFFIXES, decode, preprocess
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -38,6 +33,11 @@ from rich.table import Table
 from itune import ItuneError, __version__
 from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, atomic_path, find_checkpoint, hash_files, load_config
 from itune.cli.common import require
+from itune.runtime.bundle import MANIFEST
+from itune.runtime.bundle import Bundle as BundleFolder
+from itune.runtime.engines.base import UInt8
+from itune.runtime.engines.onnxruntime import available_cpus
+from itune.runtime.image import SUFFIXES, decode, preprocess
 
 PRECISIONS = ("fp32", "int8")
 PHOTOS = 8  # captions are compared on at least so many

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from itune.runtime.image import SUFFIXES, decode, preprocess
-from itune.runtime.search import SearchConfig, search
 from rich.progress import track
 
 from itune import Captioner, ItuneError
 from itune.evaluate import load_captioner
+from itune.runtime.image import SUFFIXES, decode, preprocess
+from itune.runtime.search import SearchConfig, search
 
 BATCH = 4
 

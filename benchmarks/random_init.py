@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from itune.runtime.errors import ItuneError
-from itune.runtime.settings import TextSettings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
@@ -35,6 +33,8 @@ from itune.checkpoint import (
     save_config,
 )
 from itune.model import ITuningModel
+from itune.runtime.errors import ItuneError
+from itune.runtime.settings import TextSettings
 
 LANGUAGE_MODEL, VISION, CHECKPOINT = "language-model", "vision", "checkpoint"
 END = "<|endoftext|>"

@@ -1,35 +1,37 @@
-"""Draw the README's picture: the example photos with what the default model says about them.
+"""Draw the README's picture: an example photo and what the default model says about it.
 
-python docs/demo.py    # writes docs/demo.jpg
+python docs/demo.py  # writes docs/demo.png
 """
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
-from itune.runtime.image import decode
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from itune import Captioner
+from itune.runtime.image import decode
 
-SIDE, GAP, TEXT = 300, 16, 110  # pixels
-WHITE, INK = (255, 255, 255), (30, 30, 30)
+SIDE, GAP, WIDTH = 260, 20, 900  # pixels
+WHITE, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 
 
 def main() -> None:
     """Caption and draw."""
     folder = Path(__file__).parent
-    photos = sorted((folder.parent / "examples").glob("*.jpg"))
-    captions = Captioner.load().caption(photos)
-    canvas = Image.new("RGB", (len(photos) * (SIDE + GAP) + GAP, SIDE + TEXT + GAP), WHITE)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(20)
-    for i, (photo, caption) in enumerate(zip(photos, captions, strict=True)):
-        left = GAP + i * (SIDE + GAP)
-        canvas.paste(ImageOps.fit(decode(photo), (SIDE, SIDE)), (left, GAP))
-        text = "\n".join(textwrap.wrap(caption.caption, 30))
-        draw.multiline_text((left, GAP + SIDE + 8), text, INK, font, spacing=6)
-    canvas.save(folder / "demo.jpg", quality=88, optimize=True)
+    photo = folder.parent / "examples" / "camera.jpg"
+    result = Captioner.load().caption(photo)
+    canvas = Image.new("RGB", (WIDTH, SIDE + 2 * GAP), WHITE)
+    canvas.paste(decode(photo).resize((SIDE, SIDE)), (GAP, GAP))
+    draw = ImageDraw.Draw(canvas)
+    left, top = SIDE + 2 * GAP, GAP
+    draw.text((left, top), "$ itune-run examples/camera.jpg", FAINT, ImageFont.load_default(18))
+    draw.text((left, top + 34), result.caption, INK, ImageFont.load_default(28))
+    draw.text((left, top + 92), "its five candidates and their scores", FAINT, ImageFont.load_default(16))
+    for i, candidate in enumerate(result.candidates):
+        line = f"{candidate.score:.2f}   {candidate.caption}"
+        draw.text((left, top + 120 + 28 * i), line, INK, ImageFont.load_default(18))
+    canvas.save(folder / "demo.png", optimize=True)
 
 
 if __name__ == "__main__":

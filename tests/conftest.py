@@ -105,8 +105,6 @@ def make_checkpoint(
     seed: int = 0,
 ) -> Path:
     """An adapter checkpoint with random weights and biases that look hard at the image."""
-    from itune.runtime.settings import TextSettings
-
     from itune.adapter import AdapterConfig
     from itune.backbones import load_language_model, load_vision_tower
     from itune.checkpoint import (
@@ -118,6 +116,7 @@ def make_checkpoint(
         save_config,
     )
     from itune.model import ITuningModel
+    from itune.runtime.settings import TextSettings
 
     language, tower = load_language_model(str(language_model)), load_vision_tower(str(vision))
     config = AdapterConfig(language.model.config.n_embd, tower.width, bottleneck, heads, lambda_)

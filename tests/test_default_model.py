@@ -8,21 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from itune.export.bundle import export_bundle
-from itune.export.restore import restore_bundle
-from itune.runtime.bundle import default_bundle
 
 from benchmarks.parity import compare
 from itune import Captioner
 from itune.data import load_records
 from itune.evaluate import caption_records, score_captions
+from itune.export.bundle import export_bundle
+from itune.export.restore import restore_bundle
+from itune.runtime.bundle import default_bundle
 from tests.conftest import REPOSITORY
 
 GOLDEN = {
-    "astronaut.jpg": "",
-    "camera.jpg": "",
-    "chelsea.jpg": "",
-    "coffee.jpg": "",
+    "astronaut.jpg": "a black and white dog is standing in the snow",
+    "camera.jpg": "a woman is holding a camera",
+    "chelsea.jpg": "a snowboarder jumps off a ramp",
+    "coffee.jpg": "a dog is standing in the snow with a stick in its mouth",
 }
 
 

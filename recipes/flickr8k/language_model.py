@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from captions import clean_captions
-from itune.export.quantize import snap_blockwise
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from itune.export.quantize import snap_blockwise
 
 END = "<|endoftext|>"
 IGNORED = -100

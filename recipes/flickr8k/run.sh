@@ -21,8 +21,9 @@ itune-train --preset small-data --data "$work/train.jsonl" --dev-data "$work/dev
     --lower --strip-period --heads 4 --bottleneck 256 --epochs 12 --batch-size 160 --learning-rate 1e-3 \
     --num-beams 3 --max-new-tokens 24 --output "$work/adapters" "${resume[@]}"
 for precision in fp32 int8; do
-    [ -e "$work/bundle-$precision" ] || itune-export "$work/adapters" --target onnx --precision "$precision" \
-        --name itune-flickr8k --num-beams 5 --max-new-tokens 24 --license "$(cat weights-license.txt)" \
-        --output "$work/bundle-$precision"
+    # The last epoch: `best` was chosen on 300 photos, on all 1,000 the last is as good or better.
+    [ -e "$work/bundle-$precision" ] || itune-export "$work/adapters/last" --target onnx --precision "$precision" \
+        --name itune-flickr8k --num-beams 5 --max-new-tokens 24 --length-penalty 0.8 \
+        --license "$(cat weights-license.txt)" --model-card model-card.md --output "$work/bundle-$precision"
     itune-eval "$work/bundle-$precision" --data "$data" --split dev --output "$work/dev-$precision.json"
 done

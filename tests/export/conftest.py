@@ -10,8 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from itune.export.graph import Graph
-from itune.runtime.settings import TextSettings
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,7 +18,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHe
 from itune.adapter import AdapterConfig
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointConfig, Source, VisionSource, relative_source, save_config
+from itune.export.graph import Graph
 from itune.model import ITuningModel
+from itune.runtime.settings import TextSettings
 
 # For the processes that the verification starts, as for this one.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
+
+from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
 from itune.export.verify import VerificationError
+from itune.model import LoadedCheckpoint
 from itune.runtime import Captioner
 from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.errors import ItuneError
-
-from itune.evaluate import eager_captioner
-from itune.model import LoadedCheckpoint
 
 
 @pytest.fixture(scope="module")

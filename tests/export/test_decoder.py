@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from itune.export.decoder import build_decoder
-from itune.export.graph import Graph
-from itune.runtime.errors import ItuneError
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.adapter import AdapterConfig
+from itune.export.decoder import build_decoder
+from itune.export.graph import Graph
 from itune.model import ITuningModel, LoadedCheckpoint
+from itune.runtime.errors import ItuneError
 
 VOCABULARY, WIDTH, LAYERS = 53, 24, 4
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from itune.runtime import Captioner
 
 from itune.cli import common, export
 from itune.evaluate import eager_captioner
 from itune.model import LoadedCheckpoint
+from itune.runtime import Captioner
 
 ITUNE_EXPORT = Path(sys.executable).with_name("itune-export")
 

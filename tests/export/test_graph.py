@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+
 from itune.export import graph as graph_module
 from itune.export.graph import Graph
 from itune.runtime.errors import ItuneError

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from itune.export.merge import adapter_layers, merge, unmerge
 from itune.runtime.errors import ItuneError
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from itune.export.quantize import (
     BLOCK_SIZE,
     dequantize_blockwise,

@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from itune.export.graph import Graph
 from itune.export.quantize_graph import quantize_graph
 

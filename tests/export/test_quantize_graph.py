@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+
 from itune.export.decoder import build_decoder
 from itune.export.graph import MICROSOFT, Graph
 from itune.export.quantize import snap_blockwise, snap_per_channel
 from itune.export.quantize_graph import quantize_graph, read_weights
 from itune.export.vision import build_vision
-
 from itune.model import LoadedCheckpoint
 
 SMALL = ("wpe", "position", "class", "normalize")  # what is looked up or added stays fp32

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import onnx
 import pytest
+
+from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
 from itune.export.quantize_graph import read_weights
 from itune.export.restore import restore_bundle
+from itune.model import LoadedCheckpoint
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import BundleError, ItuneError
-
-from itune.evaluate import eager_captioner
-from itune.model import LoadedCheckpoint
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
 

@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
+
 from itune.export import verify
 from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
@@ -13,7 +15,6 @@ from itune.export.scenarios import Scenario, beside_loud_image, pick_images
 from itune.export.verify import Check, VerificationError, compare, report_table, write_reference
 from itune.runtime.bundle import MANIFEST, FileHash
 from itune.runtime.settings import ImageSettings
-from rich.console import Console
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
 

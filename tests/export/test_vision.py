@@ -8,16 +8,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from itune.backbones import BackboneError, ClipTower, OnnxTower
 from itune.export.activations import append_activation
 from itune.export.graph import Graph
 from itune.export.vision import build_vision, projection_weights, split_projections
 from itune.export.vision_clip import append_clip, fold_clip, unfold_clip
 from itune.export.vision_onnx import append_onnx
-from itune.runtime.errors import ItuneError
-from transformers import CLIPVisionConfig, CLIPVisionModel
-
-from itune.backbones import BackboneError, ClipTower, OnnxTower
 from itune.model import LoadedCheckpoint
+from itune.runtime.errors import ItuneError
 
 
 def eager_visual(checkpoint: LoadedCheckpoint, pixels) -> dict[str, np.ndarray]:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from itune.runtime.errors import ItuneError
 
 from itune.adapter import AdapterConfig, ITuningAdapter, count_parameters
+from itune.runtime.errors import ItuneError
 
 
 def random_adapter(**config: object) -> ITuningAdapter:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from itune.runtime.settings import TextSettings
 
 from itune.data import DataError, Record, clean_caption, load_records, split_records
+from itune.runtime.settings import TextSettings
 
 
 def touch(folder: Path, *names: str) -> None:

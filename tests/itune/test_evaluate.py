@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from itune.runtime.search import SearchConfig
 
 from itune.data import Record
 from itune.evaluate import caption_features, caption_records, load_captioner, score_captions, write_results
 from itune.features import LiveFeatures
 from itune.model import EagerEngine, LoadedCheckpoint
+from itune.runtime.search import SearchConfig
 from tests.conftest import CAPTIONS
 
 

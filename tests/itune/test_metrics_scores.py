@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from itune.runtime.errors import ItuneError
 
 from itune.metrics import CiderD, score
+from itune.runtime.errors import ItuneError
 
 caption = st.lists(st.sampled_from(["a", "dog", "cat", "runs", "on", "red", "grass"]), min_size=1, max_size=9).map(
     " ".join

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from itune.runtime.search import SearchConfig, search
 from safetensors.torch import load_file, save_file
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
 from itune.model import EagerEngine, ITuningModel, LoadedCheckpoint, candidates
+from itune.runtime.search import SearchConfig, search
 
 
 @pytest.fixture(scope="module")

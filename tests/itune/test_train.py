@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from itune.runtime.settings import TextSettings
 from safetensors.torch import load_file
 
 from itune.backbones import load_language_model, load_vision_tower
@@ -23,6 +22,7 @@ from itune.config import PRESETS, ConfigError, TrainConfig, resolve
 from itune.data import Record
 from itune.features import FeatureCache, Features, LiveFeatures
 from itune.model import LoadedCheckpoint
+from itune.runtime.settings import TextSettings
 from itune.train import Interrupted, Progress, Trainer
 from tests.conftest import CAPTIONS
 

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from itune.runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -19,9 +23,6 @@ from itune.runtime.bundle import (
     TokenSettings,
 )
 from itune.runtime.settings import ImageSettings, TextSettings
-from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 SENTENCES = {"red": "a dog runs on grass", "green": "two children play", "blue": "the sea is calm today"}
 END = "<|endoftext|>"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from itune.runtime import bundle as bundle_module
 from itune.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, default_bundle
 from itune.runtime.errors import BundleError

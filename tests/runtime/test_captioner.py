@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from itune.runtime import BundleError, Caption, Captioner, ImageError, ItuneError, SearchError
 from itune.runtime.bundle import MANIFEST, TOKENIZER, FileHash, Manifest
-from PIL import Image
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
 

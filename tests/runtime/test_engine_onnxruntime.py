@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from itune.export.decoder import build_decoder
-from itune.export.quantize_graph import quantize_graph
-from itune.export.vision import build_vision
-from itune.runtime.bundle import MANIFEST, Bundle, FileHash
-from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
-from itune.runtime.errors import BundleError
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.adapter import AdapterConfig
 from itune.backbones import ClipTower
+from itune.export.decoder import build_decoder
+from itune.export.quantize_graph import quantize_graph
+from itune.export.vision import build_vision
 from itune.model import EagerEngine, ITuningModel
+from itune.runtime.bundle import MANIFEST, Bundle, FileHash
+from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
+from itune.runtime.errors import BundleError
 
 VOCABULARY, WIDTH, TWINS = 60, 32, (11, 40)
 VARIANTS: dict[str, dict[str, object]] = {

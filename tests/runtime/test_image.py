@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+
 from itune.runtime.errors import ImageError
 from itune.runtime.image import MAX_ASPECT, MAX_PIXELS, decode
-from PIL import Image, ImageCms, ImageOps
 
 LEFT, RIGHT = (200, 30, 40), (10, 60, 250)
 

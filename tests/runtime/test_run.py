@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from itune.runtime.bundle import MANIFEST
 
 from itune import __version__
 from itune.cli import run as command
 from itune.cli.run import expand
+from itune.runtime.bundle import MANIFEST
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
 Paint = Callable[..., Path]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from itune.runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
 from itune.runtime.errors import SearchError
 from itune.runtime.search import Hypothesis, SearchConfig, search

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from itune.runtime.engines.base import Bool, Candidates, Int64, UInt8
 from itune.runtime.search import Hypothesis, SearchConfig, search
-from transformers import GPT2Config, GPT2LMHeadModel
 
 VOCABULARY, END = 60, 59
 CLOSE = 1e-4
