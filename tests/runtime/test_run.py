@@ -46,7 +46,9 @@ def run(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def process(bundle: Path, *arguments: object, **options: object) -> subprocess.Popen[bytes]:
     given = [sys.executable, "-m", "itune.cli.run", "--bundle", bundle, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A suite that runs in the background inherits a shell's "ignore Ctrl-C", and would pass it on.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([str(each) for each in given], **(pipes | options))  # type: ignore[call-overload, no-any-return]
 
 
