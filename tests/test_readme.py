@@ -34,6 +34,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         random_photo(i, (120, 90)).save(photos / f"{i}.jpg")
         lines.append(json.dumps({"image": f"{i}.jpg", "captions": [CAPTIONS[i % 6], CAPTIONS[(i + 1) % 6]]}))
     (photos / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (desk / "FLICKR8K").mkdir()
+    dev = [json.loads(line) for line in lines]
+    dev = [json.dumps(line | {"image": str(photos / line["image"]), "split": "dev"}) for line in dev]
+    (desk / "FLICKR8K" / "dev.jsonl").write_text("\n".join(dev), encoding="utf-8")
     (desk / "coco").mkdir()
     for i in range(2):
         random_photo(i).save(desk / "coco" / f"{i}.jpg")
