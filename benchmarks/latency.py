@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from contestants import Sample, Task, Worker
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -155,25 +156,35 @@ def machine(threads: int) -> dict[str, Any]:
 def print_table(result: dict[str, Any]) -> None:
     """Show the summary on the terminal."""
     settings, about = result["settings"], result["machine"]
-    out = Console()
+    out = Console(highlight=False)
     out.print(
         f"{settings['model']}: batch 1, {settings['num_beams']} beams, {settings['new_tokens']} tokens, "
-        f"{about['threads']} threads of {about['cpu']}; {settings['samples']} samples, ms as median (p95)",
-        highlight=False,
+        f"{about['threads']} threads of {about['cpu']}, {settings['samples']} samples, milliseconds"
     )
-    table = Table()
-    for heading in ("", "encode", "decode", "total", "speed-up", "p10-p90", "peak MB", "as eager"):
+    table = Table(box=box.SIMPLE)
+    for heading in ("", "", "median", "p95", "min-max", "speed-up", "p10-p90"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in result["summary"].items():
-        low, high = row["total"]["speedup_p10_p90"]
-        times = (f"{row[part]['median_ms']:.0f} ({row[part]['p95_ms']:.0f})" for part in PARTS)
-        speedup = f"{row['total']['speedup']:.2f}x"
-        same = f"{row['identical_captions']}/{settings['photos']}"
-        table.add_row(name, *times, speedup, f"{low:.1f}-{high:.1f}", f"{row['peak_mb']:.0f}", same)
+        for part in PARTS:
+            found = row[part]
+            low, high = found["speedup_p10_p90"]
+            table.add_row(
+                name if part == PARTS[0] else "",
+                part,
+                f"{found['median_ms']:.0f}",
+                f"{found['p95_ms']:.0f}",
+                f"{found['min_ms']:.0f}-{found['max_ms']:.0f}",
+                f"{found['speedup']:.2f}x",
+                f"{low:.1f}-{high:.1f}",
+                end_section=part == PARTS[-1],
+            )
     out.print(table)
+    for name, row in result["summary"].items():
+        same = f", {row['identical_captions']} of {settings['photos']} captions identical to eager's"
+        out.print(f"{name}: peak memory {row['peak_mb']:.0f} MB{'' if name == 'eager' else same}")
     distinct = result["summary"]["eager"]["distinct_captions"]
     doubt = "" if distinct >= 0.9 * settings["photos"] else ", too few for agreement to mean much"
-    out.print(f"{distinct} of the {settings['photos']} photos' captions are distinct{doubt}.", highlight=False)
+    out.print(f"{distinct} of the {settings['photos']} photos' captions are distinct{doubt}.")
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
