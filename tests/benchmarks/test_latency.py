@@ -124,7 +124,13 @@ def test_stopping_ends_every_process(number: signal.Signals, checkpoint_folder: 
     if not (work / "bundle-int8").exists():
         pytest.skip("needs the bundles of the first test")
     command = [sys.executable, str(LATENCY), "--checkpoint", str(checkpoint_folder), "--work-dir", str(work)]
-    with subprocess.Popen([*command, "--repeats", "100000"], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, "--repeats", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background inherits a shell's "ignore Ctrl-C", and would pass it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         contest = psutil.Process(process.pid)
         deadline = time.monotonic() + 120
         while len(workers := [p for p in contest.children() if "spawn_main" in " ".join(p.cmdline())]) < 3:
