@@ -31,6 +31,7 @@ from .checkpoint import (
     resolve_source,
 )
 from .runtime.engines.base import Bool, Candidates, Int64, UInt8
+from .runtime.search import NATIVE, top_k
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
 
@@ -246,8 +247,14 @@ class EagerState:
 class EagerEngine:
     """The PyTorch model behind the engine protocol of `runtime.engines.base`."""
 
-    def __init__(self, model: ITuningModel, tower: VisionTower) -> None:
-        self.model, self.tower = model.train(False), tower
+    def __init__(self, model: ITuningModel, tower: VisionTower, vocabulary: Int64 | None = None) -> None:
+        """`vocabulary`: the ascending ids of the only tokens that may be written; None is all."""
+        self.model, self.tower, self.vocabulary = model.train(False), tower, vocabulary
+
+    @property
+    def most_candidates(self) -> int:
+        """See `Engine.most_candidates`."""
+        return len(self.vocabulary) if self.vocabulary is not None else self.model.language_model.config.vocab_size
 
     @torch.inference_mode()
     def encode(self, pixels: UInt8) -> EagerState:
@@ -279,7 +286,11 @@ class EagerEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
-        return candidates(logits[:, -1].float(), k)
+        logits = logits[:, -1].float()
+        if self.vocabulary is None:
+            return candidates(logits, k)
+        found = candidates(logits[:, self.vocabulary], k)
+        return found._replace(token_ids=self.vocabulary[found.token_ids])
 
     @property
     def _device(self) -> torch.device:
@@ -292,6 +303,8 @@ class EagerEngine:
 
 def candidates(logits: Tensor, k: int) -> Candidates:
     """The k largest of logits [rows, vocabulary] with their log-sum-exp; ties in order of the token id."""
+    if NATIVE and logits.is_cpu:  # the same in a quarter of the time
+        return top_k(logits.numpy(), k)
     k = min(k, logits.shape[1])
     values, ids = logits.topk(k)
     threshold = values[:, -1:]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -24,7 +25,12 @@ INTERRUPTED = 130
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"itune {__version__}")
+        from ..runtime.search import NATIVE
+
+        parts = [f"itune {__version__}", "native search" if NATIVE else "NumPy search"]
+        with suppress(PackageNotFoundError):  # it comes in wheels of several names
+            parts.append(f"onnxruntime {version('onnxruntime')}")
+        print(", ".join(parts))
         raise typer.Exit
 
 
@@ -83,9 +89,22 @@ def progress(description: str, *, enabled: bool = True) -> Iterator[Callable[[in
     if not (enabled and sys.stderr.isatty()):
         yield lambda _done, _total: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f}/s" if task.speed else "", "progress.data.speed")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console(), transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -96,4 +115,6 @@ def emit(line: str, *, beside_progress: bool) -> None:
     if beside_progress and sys.stdout.isatty() and sys.stderr.isatty():
         console().print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
-        print(line, flush=True)
+        # In one piece: unbuffered, `print` would write the line's end apart, and Ctrl-C come between the two.
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()

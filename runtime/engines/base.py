@@ -51,12 +51,17 @@ S = TypeVar("S", bound=State)
 class Engine(Protocol[S]):
     """A captioning model that the search can drive."""
 
+    @property
+    def most_candidates(self) -> int:
+        """How many tokens a caption can be written with: a step is asked for no more candidates."""
+        ...
+
     def encode(self, pixels: UInt8) -> S:
         """Encode images, uint8 pixels [images, height, width, 3], into a state with an empty cache."""
         ...
 
     def step(self, tokens: Int64, parents: Int64, state: S, k: int, *, mask: Bool | None = None) -> Candidates:
-        """Feed `tokens` [rows, T] and return the k best continuations of each row.
+        """Feed `tokens` [rows, T] and return the k best continuations of each row, k <= most_candidates.
 
         `parents` [rows]: the row of the previous step that each row continues; on the first step arange(images),
         on the second the image's own row. `mask` [rows, T] is False at the left padding of prompts of different

@@ -1,12 +1,13 @@
-"""Greedy and beam search over an engine's candidates: the one search of the project.
+"""Greedy and beam search and sampling over an engine's candidates: the one search of the project.
 
-Token for token what `transformers.generate(do_sample=False)` finds for each image alone, although the host
-never sees a whole vocabulary.
+Token for token what `transformers.generate` finds for each image alone, although the host never sees a whole
+vocabulary; samples come from the distribution that `transformers.generate` draws from.
 """
 
 from __future__ import annotations
 
 from .config import Hypothesis, SearchConfig
+from .core import NATIVE, top_k
 from .loop import search
 
-__all__ = ["Hypothesis", "SearchConfig", "search"]
+__all__ = ["NATIVE", "Hypothesis", "SearchConfig", "search", "top_k"]

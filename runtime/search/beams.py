@@ -1,7 +1,6 @@
-"""One step of greedy and beam search in NumPy, apart from the loop that drives the engine.
+"""One step of greedy and beam search in NumPy: what `native/` does in C++, and is held against.
 
-The state is a handful of plain arrays and `advance` needs nothing else, so that compiled code can take its
-place and be held against it.
+The state is a handful of plain arrays over all images.
 """
 
 from __future__ import annotations
@@ -11,36 +10,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..engines.base import Bool, Candidates, Int64
-from ..errors import SearchError
-from .config import Hypothesis, SearchConfig
-from .processors import NO_TOKEN, Constraints, Float64, Processors
+from ..engines.base import Bool, Int64
+from .config import SearchConfig
+from .processors import NO_TOKEN, Float64
 
 
 @dataclass
 class Beams:
-    """The running beams and the finished captions of some images.
+    """The running beams (or samples) and the finished captions of some images.
 
-    `beams` below is 1 until the first step (every beam would be the same prompt) and num_beams from then on.
-    transformers marks what does not exist with a score of -1e9, here it is -inf: a beam or a caption that
+    `beams` below is 1 until the first step (every beam would be the same prompt) and `config.rows_per_image` from
+    then on. transformers marks what does not exist with a score of -1e9, here it is -inf: a beam or a caption that
     stayed empty, because too few tokens were possible, never turns into a result.
     """
 
     history: Int64  # [images, beams, prompt + generated], left-padded with NO_TOKEN
-    scores: Float64  # [images, beams]: sums of log-probabilities, best first
-    finished_tokens: Int64  # [images, num_beams, max_new_tokens], padded with NO_TOKEN
-    finished_scores: Float64  # [images, num_beams]: length-normalised, best first
+    scores: Float64  # [images, beams]: sums of log-probabilities, best first; of samples, in the order of drawing
+    finished_tokens: Int64  # [images, rows_per_image, max_new_tokens], padded with NO_TOKEN
+    finished_scores: Float64  # [images, rows_per_image]: length-normalised, in the same order
     generated: int = 0
 
     @classmethod
     def start(cls, prompts: Int64, config: SearchConfig) -> Beams:
         """Begin with `prompts` [images, length], left-padded with NO_TOKEN."""
-        images = len(prompts)
+        images, rows = len(prompts), config.rows_per_image
         return cls(
             history=prompts[:, None],
             scores=np.zeros((images, 1)),
-            finished_tokens=np.full((images, config.num_beams, config.max_new_tokens), NO_TOKEN, np.int64),
-            finished_scores=np.full((images, config.num_beams), -np.inf),
+            finished_tokens=np.full((images, rows, config.max_new_tokens), NO_TOKEN, np.int64),
+            finished_scores=np.full((images, rows), -np.inf),
         )
 
     @property
@@ -55,40 +53,36 @@ class Beams:
         self.finished_tokens = self.finished_tokens[images]
         self.finished_scores = self.finished_scores[images]
 
-    def hypotheses(self, image: int, count: int) -> list[Hypothesis]:
-        """Return the best `count` captions of an image, best first (fewer, if fewer were possible)."""
+    def captions(self, image: int) -> list[tuple[list[int], float]]:
+        """The finished captions of an image as (tokens, score): the best first, or in the order of drawing."""
         return [
-            Hypothesis(tuple(tokens[tokens != NO_TOKEN].tolist()), float(score))
+            (tokens[tokens != NO_TOKEN].tolist(), float(score))
             for tokens, score in zip(self.finished_tokens[image], self.finished_scores[image], strict=True)
             if score > -np.inf
-        ][:count]
+        ]
 
 
 class Moves(NamedTuple):
     """What every image does next."""
 
-    tokens: Int64  # [images, num_beams]
-    parents: Int64  # [images, num_beams]: the beam of the same image that each new beam continues
+    tokens: Int64  # [images, rows_per_image]
+    parents: Int64  # [images, rows_per_image]: the beam of the same image that each new beam continues
     done: Bool  # [images]
 
 
 def advance(
-    beams: Beams,
-    candidates: Candidates,
-    constraints: Constraints,
-    processors: Processors,
-    config: SearchConfig,
-    end_token: int,
+    beams: Beams, ranks: Float64, scores: Float64, token_ids: Int64, config: SearchConfig, end_token: int
 ) -> Moves:
     """Give every beam its next token, bringing `beams` up to date.
+
+    `ranks`, `scores`, `token_ids` [images, beams * k]: of all candidates of an image, what decides between them
+    and the summed log-probability that the beam would have with them.
 
     This is one turn of `_beam_search` (with one beam: of `_sample`) in transformers, run on one image at a
     time: there the images of a batch meet in the decision to stop, here each image decides for itself.
     Ties: lower beam, then lower token id; among finished captions the one that finished earlier.
     """
     images, num_beams = len(beams.scores), config.num_beams
-    ranks, scores = _score(beams, candidates, constraints, processors, greedy=num_beams == 1)
-    token_ids = candidates.token_ids.reshape(ranks.shape)
 
     # Twice as many candidates as beams: each beam ends at most once, so num_beams of them can go on.
     width = 2 * num_beams if num_beams > 1 else 1
@@ -116,33 +110,6 @@ def advance(
     beams.scores = scores[image, running]
     beams.history = np.concatenate([beams.history[image, parents], token_ids[:, :, None]], axis=2)
     return Moves(token_ids, parents, _done(beams, config))
-
-
-def _score(
-    beams: Beams, candidates: Candidates, constraints: Constraints, processors: Processors, *, greedy: bool
-) -> tuple[Float64, Float64]:
-    """Return what ranks the candidates and their summed log-probability, both [images, beams * k].
-
-    In float64, where adding a beam's score to two different logits does not make them equal.
-    """
-    # A NaN or +inf anywhere in the vocabulary shows here, among the candidates or not; NaN compares false.
-    if not (candidates.logsumexp < np.inf).all():
-        raise SearchError(
-            "The decoder returned logits that are not numbers (NaN or infinite): export it again, in fp32 if "
-            "it was fp16 or quantised."
-        )
-    logits = candidates.logits.astype(np.float64)
-    # A row without any possible token has a logsumexp of -inf, and -inf - -inf is NaN.
-    logsumexp = np.where(candidates.logsumexp > -np.inf, candidates.logsumexp, 0)
-    log_probs = logits - logsumexp[:, None]
-    # transformers' processors see raw logits in greedy search and log-probabilities in beam search.
-    processed = processors.apply(logits if greedy else log_probs, candidates.token_ids, constraints)
-    images = len(beams.scores)
-    if greedy:
-        scores = beams.scores + np.where(processed > -np.inf, log_probs, -np.inf)
-        return processed.reshape(images, -1), scores.reshape(images, -1)
-    scores = (beams.scores.reshape(-1, 1) + processed).reshape(images, -1)
-    return scores, scores
 
 
 def _finish(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
 
 from ..errors import SearchError
 
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Options of the search, with the meaning they have in `transformers.generate(do_sample=False)`.
+    """Options of the search, with the meaning they have in `transformers.generate`.
 
     Raises SearchError for a value that no search can follow.
     """
@@ -36,10 +38,22 @@ class SearchConfig:
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never generated; the end token alone is not one and is ignored."""
     num_return: int | None = None
-    """Captions per image; None returns all `num_beams`."""
+    """Captions per image; None returns all `num_beams`. When sampling, they are drawn independently."""
+    do_sample: bool = False
+    """Draw every token at random (see `sampling` for what that promises) instead of searching for the best
+    caption; needs `num_beams` 1."""
+    temperature: float = 1.0
+    """Divides the logits that are drawn from: above 0; below 1 favours likely tokens."""
+    top_k: int = 50
+    """Draw from so many best tokens; 0 is the whole vocabulary, which is slower."""
+    top_p: float = 1.0
+    """Draw from the fewest best tokens whose probabilities reach this sum, at least one; 1 is off."""
+    seed: int = 0
+    """The same seed draws the same captions of an image, whatever else is in its batch."""
 
     def __post_init__(self) -> None:
         least_values = {"num_beams": 1, "max_new_tokens": 1, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
+        least_values |= {"top_k": 0, "seed": 0}
         if self.num_return is not None:
             least_values["num_return"] = 1
         for field, least in least_values.items():
@@ -50,7 +64,7 @@ class SearchConfig:
             raise SearchError(
                 f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), not {self.min_new_tokens}."
             )
-        for field in ("length_penalty", "repetition_penalty"):
+        for field in ("length_penalty", "repetition_penalty", "temperature", "top_p"):
             value = getattr(self, field)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise SearchError(f"{field} must be a finite number, not {value!r}.")
@@ -70,8 +84,38 @@ class SearchConfig:
         for word in self.bad_words:
             if not word or not all(isinstance(token, (int, np.integer)) and token >= 0 for token in word):
                 raise SearchError(f"bad_words must be non-empty sequences of token ids, not {word!r}.")
+        if self.do_sample:
+            self._check_sampling()
+        else:
+            self._check_deterministic()
+
+    def _check_sampling(self) -> None:
+        if self.num_beams != 1:
+            raise SearchError(
+                f"num_beams must be 1 when sampling, not {self.num_beams}: num_return gives more captions."
+            )
+        if self.temperature <= 0:
+            raise SearchError(
+                f"temperature must be above 0, not {self.temperature}: leave do_sample for the likeliest."
+            )
+        if not 0 < self.top_p <= 1:
+            raise SearchError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+        if self.seed >= 2**64:
+            raise SearchError(f"seed must be below 2 ** 64, not {self.seed}.")
+
+    def _check_deterministic(self) -> None:
         if self.num_return is not None and self.num_return > self.num_beams:
             raise SearchError(f"num_return must be at most num_beams ({self.num_beams}), not {self.num_return}.")
+        for field in fields(self):
+            if field.name in _SAMPLING and getattr(self, field.name) != field.default:
+                raise SearchError(
+                    f"{field.name} changes nothing without sampling: add do_sample (itune-run: --sample)."
+                )
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that an image has from the second step on: its beams, or its samples."""
+        return (self.num_return or 1) if self.do_sample else self.num_beams
 
 
 @dataclass(frozen=True)
@@ -83,6 +127,6 @@ class Hypothesis:
     score: float
     """Sum of the log-probabilities / their number ** length_penalty; the end token, where produced, counts.
 
-    Beams: `sequences_scores` of transformers, so after the repetition penalty. Greedy: the model's own
-    log-probabilities, since there the processors act on logits.
+    Beams: `sequences_scores` of transformers, so after the repetition penalty. Greedy and sampling: the model's
+    own log-probabilities, since there the processors (and temperature, top_k, top_p) act on logits.
     """

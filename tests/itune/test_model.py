@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
 from itune.model import EagerEngine, ITuningModel, LoadedCheckpoint, candidates
-from itune.runtime.search import SearchConfig, search
+from itune.runtime.search import NATIVE, SearchConfig, search
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,13 @@ def test_entropy_is_one_when_attention_is_uniform(loaded: LoadedCheckpoint) -> N
     assert loaded.model.attention_entropy(ids, ids > 0, random_visual(1, loaded)) < 0.99
 
 
-def test_candidates_break_ties_by_token_id() -> None:
+@pytest.mark.parametrize("native", [True, False])  # False: as on a GPU
+def test_candidates_break_ties_by_token_id(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("itune.model.NATIVE", NATIVE and native)
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     found = candidates(logits, 3)
     assert found.token_ids.tolist() == [[1, 2, 3], [0, 1, 2]]
-    np.testing.assert_allclose(found.logsumexp, logits.logsumexp(1))
+    np.testing.assert_allclose(found.logsumexp, logits.logsumexp(1), rtol=1e-6)
 
 
 def test_visual_embeddings_are_clips_last_hidden_state(clip_folder: Path) -> None:

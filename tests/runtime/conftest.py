@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,12 @@ from itune.runtime.bundle import (
     TensorSpec,
     TokenSettings,
 )
+from itune.runtime.search import NATIVE
+from itune.runtime.search import search as search_captions
+from itune.runtime.search.core import native_search
+from itune.runtime.search.numpy_search import NumpySearch
 from itune.runtime.settings import ImageSettings, TextSettings
+from tests.runtime.tables import Search
 
 SENTENCES = {"red": "a dog runs on grass", "green": "two children play", "blue": "the sea is calm today"}
 END = "<|endoftext|>"
@@ -114,6 +120,16 @@ def save_decoder(path: Path) -> Graph:
     }
     save_graph(path, nodes, constants, inputs, outputs)
     return Graph(role="decoder", engine="any", precision="fp32", file=path.name, inputs=inputs, outputs=outputs)
+
+
+@pytest.fixture(scope="session", params=["native", "numpy"])
+def search(request: pytest.FixtureRequest) -> Search:
+    """The search, with its core in C++ and in NumPy."""
+    if request.param == "numpy":
+        return partial(search_captions, core=NumpySearch)
+    if not NATIVE:
+        pytest.skip("itune was built without a compiler")
+    return partial(search_captions, core=native_search)
 
 
 @pytest.fixture(scope="session")

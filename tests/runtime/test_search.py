@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,72 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itune.runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
+from itune.runtime.engines.base import Float32
 from itune.runtime.errors import SearchError
-from itune.runtime.search import Hypothesis, SearchConfig, search
-
-Logits = Callable[[int, tuple[int, ...]], Float32]
-"""(image, prompt and tokens so far) -> logits [vocabulary]."""
-
-
-class TableState:
-    """The images still present, and of each row of the last step: whose it is and what it was fed."""
-
-    def __init__(self, images: Iterable[int]):
-        self.present = list(images)
-        self.rows: list[tuple[int, tuple[int, ...]]] = []
-
-    @property
-    def images(self) -> int:
-        return len(self.present)
-
-    def keep(self, images: Int64) -> None:
-        assert 0 < len(images) < self.images
-        assert (np.diff(images) > 0).all()
-        self.present = [self.present[image] for image in images]
-
-
-class TableEngine:
-    """Looks logits up by image and history, and holds the search to the engine's side of the contract."""
-
-    def __init__(self, logits: Logits):
-        self.logits = logits
-        self.rows_per_step: list[int] = []
-        self.k_per_step: list[int] = []
-
-    def encode(self, pixels: UInt8) -> TableState:
-        return TableState(range(len(pixels)))
-
-    def step(self, tokens: Int64, parents: Int64, state: TableState, k: int, *, mask: Bool | None = None) -> Candidates:
-        rows = len(tokens)
-        assert tokens.dtype == parents.dtype == np.int64
-        owners = [state.present[row // (rows // state.images)] for row in range(rows)]
-        if not self.rows_per_step:
-            assert parents.tolist() == list(range(state.images))
-            assert mask is None or not mask.all()
-            real = np.ones_like(tokens, bool) if mask is None else mask
-            histories = [tuple(fed[kept].tolist()) for fed, kept in zip(tokens, real, strict=True)]
-        else:
-            assert tokens.shape == (rows, 1)
-            assert mask is None
-            before = [state.rows[parent] for parent in parents]
-            assert [owner for owner, _ in before] == owners
-            histories = [(*history, token) for (_, history), token in zip(before, tokens[:, 0].tolist(), strict=True)]
-        self.rows_per_step.append(rows)
-        self.k_per_step.append(k)
-        state.rows = list(zip(owners, histories, strict=True))
-        logits = np.stack([self.logits(*row) for row in state.rows])
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-        return Candidates(np.take_along_axis(logits, order, 1), order, log_sum_exp(logits))
-
-
-def always(logits: Float32) -> Logits:
-    return lambda _image, _history: logits
-
-
-def log_sum_exp(logits: Float32) -> Float32:
-    with np.errstate(divide="ignore"):  # a row that is -inf throughout
-        return np.log(np.exp(logits.astype(np.float64)).sum(axis=-1)).astype(np.float32)
+from itune.runtime.search import Hypothesis, SearchConfig
+from tests.runtime.tables import Logits, Search, TableEngine, TableState, always, log_sum_exp, random_logits
 
 
 def processed(scores: list[float], history: tuple[int, ...], new: int, config: SearchConfig, end: int) -> list[float]:
@@ -140,18 +78,6 @@ def reference(
     return finished[: config.num_return]
 
 
-def random_logits(seed: int, vocabulary: int, levels: int, impossible: float) -> Logits:
-    """Logits on a grid of few levels, so that ties abound; a share of them is -inf."""
-
-    def logits(image: int, history: tuple[int, ...]) -> Float32:
-        rng = np.random.default_rng([seed, image, *history])
-        values = rng.integers(-levels, levels, vocabulary).astype(np.float32) / 2
-        values[rng.random(vocabulary) < impossible] = -np.inf
-        return values
-
-    return logits
-
-
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[Logits, list[list[int]], SearchConfig, int]:
     vocabulary = draw(st.integers(2, 24))
@@ -180,7 +106,9 @@ def searches(draw: st.DrawFn) -> tuple[Logits, list[list[int]], SearchConfig, in
     return logits, prompts, config, draw(token)
 
 
-def check_against_reference(logits: Logits, prompts: list[list[int]], config: SearchConfig, end: int) -> None:
+def check_against_reference(
+    search: Search, logits: Logits, prompts: list[list[int]], config: SearchConfig, end: int
+) -> None:
     expected = [reference(partial(logits, image), tuple(prompt), config, end) for image, prompt in enumerate(prompts)]
     state = TableState(range(len(prompts)))
     if all(expected):
@@ -192,18 +120,18 @@ def check_against_reference(logits: Logits, prompts: list[list[int]], config: Se
 
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(searches())
-def test_equals_the_reference(case: tuple[Logits, list[list[int]], SearchConfig, int]) -> None:
-    check_against_reference(*case)
+def test_equals_the_reference(search: Search, case: tuple[Logits, list[list[int]], SearchConfig, int]) -> None:
+    check_against_reference(search, *case)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 5])
-def test_equal_logits_go_to_the_lower_token(num_beams: int) -> None:
+def test_equal_logits_go_to_the_lower_token(search: Search, num_beams: int) -> None:
     config = SearchConfig(num_beams=num_beams, max_new_tokens=2)
     captions = search(TableEngine(always(np.zeros(40, np.float32))), TableState(range(1)), [[7]], config, 39)
     assert [caption.tokens for caption in captions[0]] == [(0, token) for token in range(num_beams)]
 
 
-def test_a_tie_made_by_a_penalty_goes_to_the_lower_token() -> None:
+def test_a_tie_made_by_a_penalty_goes_to_the_lower_token(search: Search) -> None:
     logits = np.zeros(20, np.float32)
     logits[[3, 8]] = 1, 2
     config = SearchConfig(num_beams=1, max_new_tokens=1, repetition_penalty=2.0)
@@ -212,7 +140,7 @@ def test_a_tie_made_by_a_penalty_goes_to_the_lower_token() -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_end_token_at_step_one(num_beams: int) -> None:
+def test_end_token_at_step_one(search: Search, num_beams: int) -> None:
     logits = np.full(20, -20, np.float32)
     logits[4] = 0
     config = SearchConfig(num_beams=num_beams, num_return=1)
@@ -222,7 +150,7 @@ def test_end_token_at_step_one(num_beams: int) -> None:
 
 
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0])
-def test_early_stopping(length_penalty: float) -> None:
+def test_early_stopping(search: Search, length_penalty: float) -> None:
     steps = {True: 0, False: 0, "never": 0}
     for seed in range(20):
         logits = random_logits(seed, vocabulary=9, levels=4, impossible=0)
@@ -237,7 +165,7 @@ def test_early_stopping(length_penalty: float) -> None:
     assert steps[False] < steps["never"] if length_penalty > 0 else steps[False] == steps["never"]
 
 
-def test_finished_images_leave_the_batch() -> None:
+def test_finished_images_leave_the_batch(search: Search) -> None:
     def logits(image: int, history: tuple[int, ...]) -> Float32:
         values = np.linspace(0, -3, 30, dtype=np.float32)
         values[29] = 30 if len(history) == (1, 4, 2)[image] else -30  # the end token, after so many fed tokens
@@ -253,7 +181,7 @@ def test_finished_images_leave_the_batch() -> None:
     assert engine.rows_per_step[-1] == 2
 
 
-def test_result_does_not_depend_on_the_neighbours() -> None:
+def test_result_does_not_depend_on_the_neighbours(search: Search) -> None:
     logits = random_logits(3, vocabulary=30, levels=40, impossible=0)
     prompts = [[1], [2, 3, 4], [5, 6], [1]]
     config = SearchConfig(num_beams=4, max_new_tokens=8, no_repeat_ngram_size=2, repetition_penalty=1.3)
@@ -277,7 +205,9 @@ def test_result_does_not_depend_on_the_neighbours() -> None:
         ({"bad_words": ((8, 6), (8, 7))}, [2, 0, 0]),  # only after the prompt's last token
     ],
 )
-def test_asks_for_no_more_candidates_than_needed(options: dict[str, Any], pushed_down: list[int]) -> None:
+def test_asks_for_no_more_candidates_than_needed(
+    search: Search, options: dict[str, Any], pushed_down: list[int]
+) -> None:
     logits = np.linspace(9, 0, 100, dtype=np.float32)
     engine = TableEngine(always(logits))
     search(engine, TableState(range(1)), [[9, 8]], SearchConfig(num_beams=3, max_new_tokens=3, **options), 99)
@@ -287,7 +217,7 @@ def test_asks_for_no_more_candidates_than_needed(options: dict[str, Any], pushed
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("step", [1, 3])
-def test_refuses_logits_that_are_not_numbers(bad: float, num_beams: int, step: int) -> None:
+def test_refuses_logits_that_are_not_numbers(search: Search, bad: float, num_beams: int, step: int) -> None:
     def logits(image: int, history: tuple[int, ...]) -> Float32:
         values = np.linspace(1, 0, 20, dtype=np.float32)
         values[7] = bad if len(history) == step else 0
@@ -297,7 +227,7 @@ def test_refuses_logits_that_are_not_numbers(bad: float, num_beams: int, step: i
         search(TableEngine(logits), TableState(range(2)), [[1], [2]], SearchConfig(num_beams=num_beams), 19)
 
 
-def test_fewer_possible_tokens_than_beams() -> None:
+def test_fewer_possible_tokens_than_beams(search: Search) -> None:
     logits = np.full(50, -np.inf, np.float32)
     logits[[3, 8, 9]] = 0.0, 1.0, 2.0
     config = SearchConfig(num_beams=8, max_new_tokens=1)
@@ -306,19 +236,19 @@ def test_fewer_possible_tokens_than_beams() -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_no_caption_is_possible(num_beams: int) -> None:
+def test_no_caption_is_possible(search: Search, num_beams: int) -> None:
     engine = TableEngine(always(np.zeros(3, np.float32)))
     config = SearchConfig(num_beams=num_beams, max_new_tokens=9, min_new_tokens=9, no_repeat_ngram_size=1)
     with pytest.raises(SearchError, match=r"every next token is forbidden after 1: loosen"):
         search(engine, TableState(range(2)), [[0], [0]], config, 2)
 
 
-def test_no_images() -> None:
+def test_no_images(search: Search) -> None:
     assert search(TableEngine(random_logits(0, 9, 9, 0)), TableState(range(0)), [], SearchConfig(), 1) == []
 
 
 @pytest.mark.parametrize("prompts", [[], [[1]], [[1], []], [[1], [2], [3]]])
-def test_refuses_prompts_that_do_not_fit(prompts: Sequence[Sequence[int]]) -> None:
+def test_refuses_prompts_that_do_not_fit(search: Search, prompts: Sequence[Sequence[int]]) -> None:
     with pytest.raises(SearchError, match=r"(?i)prompt"):
         search(TableEngine(random_logits(0, 9, 9, 0)), TableState(range(2)), prompts, SearchConfig(), 1)
 

@@ -11,7 +11,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.runtime.engines.base import Bool, Candidates, Int64, UInt8
-from itune.runtime.search import Hypothesis, SearchConfig, search
+from itune.runtime.search import Hypothesis, SearchConfig
+from tests.runtime.tables import Search
 
 VOCABULARY, END = 60, 59
 CLOSE = 1e-4
@@ -76,6 +77,8 @@ class HistoryState:
 
 class HistoryEngine:
     """Eager GPT-2 without a cache: every step runs the whole history of its rows, left-padded."""
+
+    most_candidates = VOCABULARY
 
     def __init__(self, model: GPT2LMHeadModel):
         self.model = model
@@ -157,7 +160,7 @@ def random_config(rng: np.random.Generator, num_beams: int) -> SearchConfig:
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3, 5, 8])
-def test_equals_generate(model: WatchedGPT2, num_beams: int) -> None:
+def test_equals_generate(search: Search, model: WatchedGPT2, num_beams: int) -> None:
     rng = np.random.default_rng(num_beams)
     compared = ended = excused = 0
     for _ in range(20):

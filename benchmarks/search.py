@@ -1,0 +1,123 @@
+"""What the search costs beside the model: microseconds a step, and top-k against plain NumPy.
+
+    python benchmarks/search.py
+
+C++ and NumPy take turns in one process; the figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from itune.runtime.engines.base import Candidates, Float32
+from itune.runtime.search import NATIVE, SearchConfig
+from itune.runtime.search.core import Core, MakeCore, native_search, top_k
+from itune.runtime.search.numpy_search import NumpySearch
+
+VOCABULARY, END = 50_257, 50_256
+STEPS = 24
+PROCESSORS: dict[str, Any] = {
+    "no_repeat_ngram_size": 3,
+    "repetition_penalty": 1.2,
+    "min_new_tokens": 8,
+    "bad_words": ((11,), (12, 13), (14, 15, 16)),
+}
+
+
+@dataclass
+class Case:
+    """A search to be timed."""
+
+    name: str
+    config: SearchConfig
+    images: int = 1
+    us: dict[str, list[float]] = field(default_factory=dict)
+
+
+def cases() -> list[Case]:
+    """The searches that are timed: no image ends before the last step, so that every step is a full one."""
+    return [
+        Case("greedy", SearchConfig(num_beams=1, max_new_tokens=STEPS)),
+        Case("5 beams", SearchConfig(num_beams=5, max_new_tokens=STEPS)),
+        Case("5 beams, all processors", SearchConfig(num_beams=5, max_new_tokens=STEPS, **PROCESSORS)),
+        Case("5 beams, 16 images", SearchConfig(num_beams=5, max_new_tokens=STEPS), images=16),
+        Case("5 beams, 16 images, all processors", SearchConfig(max_new_tokens=STEPS, **PROCESSORS), images=16),
+        Case("5 samples", SearchConfig(num_beams=1, max_new_tokens=STEPS, do_sample=True, num_return=5, top_p=0.9)),
+    ]
+
+
+def step_times(make: MakeCore, case: Case, rng: np.random.Generator) -> list[float]:
+    """Microseconds of each step but the first, on candidates made up for it."""
+    core: Core = make(np.full((case.images, 1), END), case.config, END, VOCABULARY)
+    rows, times = case.images, []
+    for _ in range(STEPS):
+        candidates = made_up(rng, rows, core.k)
+        start = perf_counter()
+        _, parents, kept = core.advance(*candidates)
+        _ = core.k
+        times.append(1e6 * (perf_counter() - start))
+        assert kept is None or not len(kept), "an image ended early"
+        rows = len(parents)
+    return times[1:]
+
+
+def made_up(rng: np.random.Generator, rows: int, k: int) -> Candidates:
+    """Candidates of which none is the end token."""
+    logits = np.sort(rng.normal(0, 2, (rows, k)).astype(np.float32), axis=1)[:, ::-1].copy()
+    token_ids = np.stack([rng.choice(END, k, replace=False) for _ in range(rows)])
+    return Candidates(logits, token_ids, np.full(rows, 9, np.float32))
+
+
+def numpy_log_softmax_top_k(logits: Float32, k: int) -> tuple[Any, Any]:
+    """What a search without compiled code would do with raw logits."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    best = np.argpartition(-log_probs, k, axis=1)[:, :k]
+    values = np.take_along_axis(log_probs, best, axis=1)
+    order = np.argsort(-values, axis=1)
+    return np.take_along_axis(values, order, axis=1), np.take_along_axis(best, order, axis=1)
+
+
+def alternate(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median microseconds of each function, called in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, mine in zip(functions, times, strict=True):
+            start = perf_counter()
+            function()
+            mine.append(1e6 * (perf_counter() - start))
+    return [statistics.median(each) for each in times]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20, help="searches of each kind")
+    repeats: int = parser.parse_args().repeats
+    cores: dict[str, MakeCore] = {"C++": native_search, "NumPy": NumpySearch} if NATIVE else {"NumPy": NumpySearch}
+    console = Console()
+    table = Table("microseconds a step", *cores, title="constraints, advance and compaction, as called from Python")
+    for case in cases():
+        for repeat in range(repeats):
+            for name, make in cores.items():
+                case.us.setdefault(name, []).extend(step_times(make, case, np.random.default_rng(repeat)))
+        table.add_row(case.name, *(f"{statistics.median(us):.1f}" for us in case.us.values()))
+    console.print(table)
+    logits = np.random.default_rng(0).normal(0, 3, (5, VOCABULARY)).astype(np.float32)
+    ours, plain = alternate([lambda: top_k(logits, 10), lambda: numpy_log_softmax_top_k(logits, 10)], 10 * repeats)
+    console.print(
+        f"top-k and log-sum-exp of 5 x {VOCABULARY:,}: {ours:.0f} us, NumPy {plain:.0f} us, {plain / ours:.1f} times"
+    )
+
+
+if __name__ == "__main__":
+    main()
