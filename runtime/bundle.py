@@ -75,7 +75,14 @@ class TokenSettings(Settings):
     prompt: list[Count] = Field(default_factory=list)
     """The ids of the prompt text, between `begin` and the caption."""
     vocab_size: Positive
+    shortlist: Positive | None = None
+    """How many tokens of the vocabulary the decoder can read and write; None is all of them."""
     max_positions: Positive
+
+    @property
+    def candidates(self) -> int:
+        """How many tokens a caption can be written with."""
+        return self.shortlist or self.vocab_size
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Self:

@@ -6,8 +6,8 @@ Nothing here knows which engine runs: a bundle's graphs and the eager PyTorch re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
@@ -20,10 +20,13 @@ from .bundle import DEFAULT, TOKENIZER, Bundle, SearchDefaults, TokenSettings
 from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError
 from .image import Source, decode, preprocess
+from .pipeline import decode_ahead
 from .search import SearchConfig, search
 from .settings import ImageSettings
 
 ENGINES = ("auto", "onnxruntime")
+MAX_WORKERS = 4
+"""Threads that decode images, unless more are asked for; each may hold a large photo in memory."""
 T = TypeVar("T", bound=Source)
 
 
@@ -51,7 +54,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Caption:
-    """What an image shows, in the words of the best candidate."""
+    """What an image shows, in the words of the first candidate."""
 
     caption: str
     score: float
@@ -59,7 +62,7 @@ class Caption:
     tokens: tuple[int, ...]
     """Token ids of `caption`, without the begin, prompt and end tokens."""
     candidates: tuple[Candidate, ...]
-    """The captions of all `num_beams` beams, best first; the first is `caption`."""
+    """The captions of all beams, best first, or the samples in the order of drawing; the first is `caption`."""
     ms: Timings
 
 
@@ -80,6 +83,19 @@ class SearchOptions(TypedDict, total=False):
     """Above 1, tokens of the caption so far become less likely; 1 is off."""
     bad_words: Sequence[str] | None
     """Words or phrases that are never written, spelled as they would be in a caption."""
+    num_return: int | None
+    """Candidates per image; left out, all beams or one sample."""
+    do_sample: bool | None
+    """Draw captions at random, with the probabilities that the model gives them, instead of searching for the
+    best: num_beams is then 1."""
+    temperature: float | None
+    """Below 1, likely tokens are drawn more often than the model says; 1 is off."""
+    top_k: int | None
+    """Draw from so many best tokens (50); 0 is the whole vocabulary, which is slower."""
+    top_p: float | None
+    """Draw from the best tokens that reach this probability together; 1 is off."""
+    seed: int | None
+    """The same seed draws the same captions of an image, whatever else is in its batch."""
 
 
 class Captioner:
@@ -97,12 +113,14 @@ class Captioner:
         image: ImageSettings,
         tokens: TokenSettings,
         search: SearchDefaults,
+        workers: int = 1,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.image = image
         self.tokens = tokens
         self.search = search
+        self.workers = workers
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, engine: str = "auto", threads: int | None = None) -> Captioner:
@@ -121,56 +139,84 @@ class Captioner:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific
             raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from error
-        from .engines.onnxruntime import OnnxRuntimeEngine  # slow to import: only once the bundle is good
+        # Slow to import: only once the bundle is good.
+        from .engines.onnxruntime import OnnxRuntimeEngine, available_cpus
 
         manifest = bundle.manifest
         loaded = OnnxRuntimeEngine.load(bundle, threads=threads)
-        return cls(loaded, tokenizer, manifest.image, manifest.tokens, manifest.search)
-
-    @overload
-    def caption(self, images: T, *, batch_size: int = 8, **options: Unpack[SearchOptions]) -> Caption: ...
+        # The thread that runs the model decodes, too, while it would wait.
+        workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
+        return cls(loaded, tokenizer, manifest.image, manifest.tokens, manifest.search, workers)
 
     @overload
     def caption(
-        self, images: list[T] | tuple[T, ...], *, batch_size: int = 8, **options: Unpack[SearchOptions]
+        self, images: T, *, batch_size: int = 8, workers: int | None = None, **options: Unpack[SearchOptions]
+    ) -> Caption: ...
+
+    @overload
+    def caption(
+        self,
+        images: list[T] | tuple[T, ...],
+        *,
+        batch_size: int = 8,
+        workers: int | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[Caption]: ...
 
     def caption(
-        self, images: T | list[T] | tuple[T, ...], *, batch_size: int = 8, **options: Unpack[SearchOptions]
+        self,
+        images: T | list[T] | tuple[T, ...],
+        *,
+        batch_size: int = 8,
+        workers: int | None = None,
+        **options: Unpack[SearchOptions],
     ) -> Caption | list[Caption]:
         """Caption one image, or each image of a list.
 
-        An image is a path, an encoded file's bytes, a Pillow image or an array (see `image.decode`).
+        An image is a path, an encoded file's bytes, a Pillow image or an array (see `image.decode`). Several
+        threads may share a Captioner. See `stream` for `batch_size` and `workers`.
 
         Raises:
             ImageError: an image cannot be decoded; `stream` goes on with the others.
             SearchError: the options contradict each other or the model.
         """
         if isinstance(images, list | tuple):
-            return [_raise_error(result) for _, result in self.stream(images, batch_size=batch_size, **options)]
-        return _raise_error(next(self.stream([images], batch_size=1, **options))[1])
+            results = self.stream(images, batch_size=batch_size, workers=workers, **options)
+            return [_raise_error(result) for _, result in results]
+        return _raise_error(next(self.stream([images], batch_size=1, workers=0, **options))[1])
 
     def stream(
-        self, images: Iterable[T], *, batch_size: int = 8, **options: Unpack[SearchOptions]
+        self,
+        images: Iterable[T],
+        *,
+        batch_size: int = 8,
+        workers: int | None = None,
+        **options: Unpack[SearchOptions],
     ) -> Iterator[tuple[T, Caption | ImageError]]:
         """Caption images as they come, in order; a bad image yields its error and stops nothing.
 
-        At most `batch_size` images are taken ahead of what was yielded.
+        While `batch_size` images go through the model together, `workers` threads decode the next files; None is
+        one fewer than the engine has threads, and MAX_WORKERS at most. At most 2 * batch_size images are
+        taken ahead of what was yielded, and without workers batch_size: memory does not grow with their number. What
+        `images` raises comes after the captions of what it gave before.
         """
         if batch_size < 1:
             raise ItuneError(f"batch_size must be at least 1, not {batch_size}")
-        return self._batches(images, batch_size, self._config(options))
+        workers = self.workers if workers is None else workers
+        if workers < 0:
+            raise ItuneError(f"workers must be at least 0, not {workers}")
+        return self._stream(images, batch_size, workers, self._config(options))
 
-    def _batches(
-        self, images: Iterable[T], batch_size: int, config: SearchConfig
+    def _stream(
+        self, images: Iterable[T], batch_size: int, workers: int, config: SearchConfig
     ) -> Iterator[tuple[T, Caption | ImageError]]:
-        remaining = iter(images)
-        while batch := list(islice(remaining, batch_size)):
-            decoded = [self._decode(source) for source in batch]
-            good = [image for image in decoded if not isinstance(image, ImageError)]
-            captions = iter(self._caption_batch(good, config) if good else ())
-            for source, image in zip(batch, decoded, strict=True):
-                yield source, image if isinstance(image, ImageError) else next(captions)
+        with closing(decode_ahead(images, self._decode, batch_size=batch_size, workers=workers)) as batches:
+            for batch in batches:
+                good = [image for _, image in batch if not isinstance(image, ImageError)]
+                captions = iter(self._caption_batch(good, config) if good else ())
+                for source, image in batch:
+                    yield source, image if isinstance(image, ImageError) else next(captions)
+                del batch  # first let go of its images
 
     def _decode(self, source: Source) -> _Decoded | ImageError:
         start = perf_counter()
@@ -215,6 +261,8 @@ class Captioner:
     def _config(self, options: SearchOptions) -> SearchConfig:
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         bad_words = self._spellings(given.pop("bad_words", ()))
+        if given.get("do_sample"):
+            given.setdefault("num_beams", 1)
         config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
         # The last token is not fed back, so it needs no position; the begin token does.
         room = self.tokens.max_positions - len(self.tokens.prompt)

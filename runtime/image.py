@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -24,6 +27,9 @@ Source: TypeAlias = str | Path | bytes | Image.Image | NDArray[Any]
 MAX_PIXELS = 89_478_485
 """Pillow's own decompression-bomb limit, where it only warns; decoded, that is 360 MB."""
 MAX_ASPECT = 500
+_LARGE = 25_000_000
+_ONE_LARGE = threading.Lock()
+"""Held while an image of more than _LARGE pixels is decoded: threads must not multiply what the largest one takes."""
 
 # Not every format that Pillow knows: opening an EPS file would start Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
@@ -53,8 +59,7 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: in one sentence that names the file, if it is not an image, damaged or too large.
     """
     name = _name(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bombs are refused below, and broken metadata does no harm
+    with _no_warnings():  # bombs are refused below, and broken metadata does no harm
         if isinstance(source, Image.Image):
             return _finish(source, name, max_pixels)
         if isinstance(source, np.ndarray):
@@ -76,6 +81,37 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]
     crop_height, crop_width = settings.output_size
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return np.array(resized.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
+
+
+class _Decoding(threading.local):
+    """Whether this thread decodes; matches the module of a warning as a filter's regular expression would.
+
+    `warnings.catch_warnings` changes the filters of all threads, and threads that use it at the same time restore
+    each other's.
+    """
+
+    active = False
+
+    def match(self, _module: str) -> bool:
+        return self.active
+
+
+_decoding = _Decoding()
+_FILTER: Any = ("ignore", None, Warning, _decoding, 0)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    if filters[:1] != [_FILTER]:
+        if _FILTER in filters:
+            filters.remove(_FILTER)
+        filters.insert(0, _FILTER)
+    _decoding.active = True
+    try:
+        yield
+    finally:
+        _decoding.active = False
 
 
 def _name(source: Source) -> str:
@@ -105,7 +141,7 @@ def _identify(file: IO[bytes], name: str) -> Image.Image:
     try:
         return Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError as error:
-        if not file.seek(0, os.SEEK_END):
+        if file.seekable() and not file.seek(0, os.SEEK_END):
             raise ImageError(f"{name} is empty") from error
         raise ImageError(f"{name} is in no known image format ({', '.join(_FORMATS)})") from error
     except Image.DecompressionBombError as error:
@@ -121,14 +157,15 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     # A thin strip, resized by its short edge, would fill the memory.
     if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
         raise ImageError(f"{name} is no photo: {width} x {height} pixels, longer than {MAX_ASPECT} : 1")
-    try:
-        image.load()
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        raise ImageError(f"{name} is truncated or damaged ({error})") from error
-    try:
-        return _to_rgb(_upright(image), name)
-    except ValueError as error:
-        raise ImageError(f"{name}: pixels of mode {image.mode} cannot become RGB ({error})") from error
+    with _ONE_LARGE if width * height > _LARGE else nullcontext():
+        try:
+            image.load()
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+            raise ImageError(f"{name} is truncated or damaged ({error})") from error
+        try:
+            return _to_rgb(_upright(image), name)
+        except ValueError as error:
+            raise ImageError(f"{name}: pixels of mode {image.mode} cannot become RGB ({error})") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:

@@ -36,9 +36,26 @@ def run(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1, tokens of the caption so far become less likely.")
     ] = None,
+    num_return: Annotated[
+        int | None, typer.Option(help="Candidates per image in --json; default: all beams, or one sample.")
+    ] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw captions at random instead of the best.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --sample: below 1 keeps to likely words; default 1.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="With --sample: draw from so many best tokens; default 50, 0 is all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="With --sample: draw from the best tokens of this total probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --sample: another seed draws other captions.")] = None,
     engine: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: the engine's choice.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once through the model.")] = 8,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read images ahead; default: threads less one, at most 4.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     _version: common.Version = False,
 ) -> int:
@@ -54,6 +71,8 @@ def run(
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of its complaints is in the ImageErrors
     captioner = Captioner.load(bundle, engine=engine, threads=threads)
+    if STDIN in sources:
+        workers = 0  # reading ahead would wait for stdin before it captions what comes first
     results = captioner.stream(
         (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
         num_beams=num_beams,
@@ -62,7 +81,14 @@ def run(
         length_penalty=length_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         repetition_penalty=repetition_penalty,
+        num_return=num_return,
+        do_sample=sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
         batch_size=batch_size,
+        workers=workers,
     )
     several = len(sources) > 1
     named = several or sources != images  # even the only file of a folder has its name printed

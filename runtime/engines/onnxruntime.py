@@ -6,6 +6,7 @@ The key/value cache stays in ONNX Runtime's own memory: what a step returns is f
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import BundleError
 from .base import Bool, Candidates, Int64, UInt8
 
 NAME = "onnxruntime"
+CPUINFO = Path("/proc/cpuinfo")
 _PAST = "past_key_values."
 
 
@@ -41,9 +43,9 @@ class OnnxRuntimeState:
 class OnnxRuntimeEngine:
     """A bundle's graphs behind the engine protocol."""
 
-    def __init__(self, vision: ort.InferenceSession, decoder: ort.InferenceSession, vocab_size: int) -> None:
+    def __init__(self, vision: ort.InferenceSession, decoder: ort.InferenceSession, most_candidates: int) -> None:
         self.vision, self.decoder = vision, decoder
-        self._vocab_size = vocab_size
+        self.most_candidates = most_candidates
         self._pixels = vision.get_inputs()[0].name
         self._visual = [output.name for output in vision.get_outputs()]
         self._outputs = [output.name for output in decoder.get_outputs()]
@@ -64,7 +66,7 @@ class OnnxRuntimeEngine:
         vision, decoder = (
             open_session(bundle.path(bundle.graph(role, NAME).file), count) for role in ("vision", "decoder")
         )
-        return cls(vision, decoder, bundle.manifest.tokens.vocab_size)
+        return cls(vision, decoder, bundle.manifest.tokens.candidates)
 
     def encode(self, pixels: UInt8) -> OnnxRuntimeState:
         """Images, uint8 [B, H, W, 3], to their keys/values."""
@@ -88,7 +90,7 @@ class OnnxRuntimeEngine:
             "positions": np.maximum(real.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :],
             "mask": real,
             "parents": parents,
-            "k": np.array([min(k, self._vocab_size)]),
+            "k": np.array([min(k, self.most_candidates)]),
         }
         values = {name: _value(array) for name, array in inputs.items()}
         outputs = self.decoder.run_with_ort_values(self._outputs, values | state.past | state.visual)
@@ -98,8 +100,11 @@ class OnnxRuntimeEngine:
         return Candidates(*(named[name].numpy() for name in Candidates._fields))
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A CPU session over a graph file; raises BundleError if ONNX Runtime cannot load it."""
+def open_session(path: Path, threads: int, *, vnni: bool | None = None) -> ort.InferenceSession:
+    """A CPU session over a graph file; raises BundleError if ONNX Runtime cannot load it.
+
+    `vnni` None is found out: see `has_vnni`.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors: they come back as exceptions, warnings tell the user nothing
@@ -108,11 +113,28 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # int8 convolution weights become fp32 once, at load, instead of at every run.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not (has_vnni() if vnni is None else vnni):
+        options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 by uint8: slower, and exact
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().split("\n")[0]
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
+
+
+def has_vnni() -> bool:
+    """Whether products of uint8 and int8 are exact here: on x86 without VNNI, ONNX Runtime's saturate.
+
+    Only Linux tells; elsewhere an x86 CPU is taken to be without.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        with CPUINFO.open(encoding="utf-8") as lines:
+            flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
 def available_cpus() -> int:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,21 +91,6 @@ def test_a_bad_image_stops_a_list_but_not_a_stream(captioner: Captioner, paint: 
         assert [source for source, _ in results] == images
         kinds = [result.caption if isinstance(result, Caption) else type(result) for _, result in results]
         assert kinds == [RED, ImageError, ImageError, BLUE, ImageError]
-
-
-def test_a_stream_takes_no_more_than_a_batch_ahead(captioner: Captioner, paint: Callable[..., Path]) -> None:
-    path, taken = paint("red"), 0
-
-    def endless() -> Iterator[Path]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield path
-
-    stream = captioner.stream(endless(), batch_size=3, num_beams=1)
-    for given in range(1, 8):
-        next(stream)
-        assert given <= taken < given + 3
 
 
 def test_a_prompt_is_fed_but_not_returned(captioner: Captioner, paint: Callable[..., Path]) -> None:

@@ -15,14 +15,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from itune.adapter import AdapterConfig
 from itune.backbones import ClipTower
 from itune.export.decoder import build_decoder
+from itune.export.products import Blocks, Rows
 from itune.export.quantize_graph import quantize_graph
 from itune.export.vision import build_vision
 from itune.model import EagerEngine, ITuningModel
 from itune.runtime.bundle import MANIFEST, Bundle, FileHash
+from itune.runtime.engines import onnxruntime as onnxruntime_engine
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
 from itune.runtime.errors import BundleError
 
 VOCABULARY, WIDTH, TWINS = 60, 32, (11, 40)
+PRECISIONS = ("fp32", "int8", "int4")
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "heads and dropping": {"heads": 4, "first": 2},
@@ -55,10 +58,10 @@ def pixels(tower: ClipTower) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (4, *tower.image.output_size, 3), np.uint8)
 
 
-def export(model: ITuningModel, tower: ClipTower, folder: Path) -> tuple[Path, Path]:
+def export(model: ITuningModel, tower: ClipTower, folder: Path, *, fused: bool = False) -> tuple[Path, Path]:
     paths = folder / "vision.onnx", folder / "decoder.onnx"
     build_vision(model, tower).save(paths[0])
-    build_decoder(model).save(paths[1])
+    build_decoder(model, fused=fused).save(paths[1])
     return paths
 
 
@@ -68,11 +71,13 @@ def engine_of(vision: Path, decoder: Path) -> OnnxRuntimeEngine:
 
 @pytest.fixture(scope="module")
 def engines(tower, tmp_path_factory) -> dict[str, OnnxRuntimeEngine]:
-    """fp32 and int8 of one model."""
-    folder = tmp_path_factory.mktemp("engines")
-    paths = export(random_model(tower, heads=2, first=1), tower, folder)
-    int8 = [quantize_graph(path, folder / f"int8-{path.name}")[0] for path in paths]
-    return {"fp32": engine_of(*paths), "int8": engine_of(*int8)}
+    """fp32, int8 and int4 of one model."""
+    folder, model = tmp_path_factory.mktemp("engines"), random_model(tower, heads=2, first=1)
+    paths = export(model, tower, folder)
+    vision, decoder = export(model, tower, folder / "fused", fused=True)
+    (int8_vision,) = quantize_graph(vision, folder / "int8-vision.onnx", Rows())
+    small = {bits: quantize_graph(decoder, folder / f"int{bits}.onnx", Blocks(bits))[0] for bits in (8, 4)}
+    return {"fp32": engine_of(*paths)} | {f"int{bits}": engine_of(int8_vision, small[bits]) for bits in small}
 
 
 def assert_same(found, expected, case: str) -> None:
@@ -86,10 +91,11 @@ def assert_same(found, expected, case: str) -> None:
     assert near[different].all(), case  # only what is nearly equal may change places
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_step_equals_eager(variant, tower, pixels, tmp_path):
+def test_every_step_equals_eager(variant, fused, tower, pixels, tmp_path):
     model = random_model(tower, **VARIANTS[variant])
-    engine, eager = engine_of(*export(model, tower, tmp_path)), EagerEngine(model, tower)
+    engine, eager = engine_of(*export(model, tower, tmp_path, fused=fused)), EagerEngine(model, tower)
     rng = np.random.default_rng(0)
     prompts = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 1, 1, 1]], np.bool_)
     for beams in (1, 2, 4):
@@ -130,7 +136,7 @@ def step_of(engine, state, tokens) -> np.ndarray:
     return np.take_along_axis(candidates.logits, candidates.token_ids.argsort(axis=1), axis=1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_equal_logits_stand_in_order_of_the_token_id(engines, pixels, precision):
     state = engines[precision].encode(pixels[:1])
     candidates = engines[precision].step(np.zeros((1, 1), np.int64), np.zeros(1, np.int64), state, VOCABULARY)
@@ -143,14 +149,15 @@ def test_equal_logits_stand_in_order_of_the_token_id(engines, pixels, precision)
     assert fewer.token_ids[0].tolist() == order[: place + 1]
 
 
-def test_int8_stays_close_to_fp32(engines, pixels):
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.05), ("int4", 0.5)])
+def test_integers_stay_close_to_fp32(engines, pixels, precision, limit):
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (4, 5))
     logits = {p: step_of(engine, engine.encode(pixels), tokens) for p, engine in engines.items()}
-    error = np.sqrt(np.mean((logits["int8"] - logits["fp32"]) ** 2))
-    assert 0 < error < 0.05 * logits["fp32"].std()
+    error = np.sqrt(np.mean((logits[precision] - logits["fp32"]) ** 2))
+    assert 0 < error < limit * logits["fp32"].std()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_loud_neighbour_changes_no_bit(engines, pixels, precision):
     """The same image in the same place of a batch of the same shape: exactly the same candidates."""
     engine, results = engines[precision], []
@@ -167,7 +174,7 @@ def test_a_loud_neighbour_changes_no_bit(engines, pixels, precision):
         assert not np.array_equal(quiet.logits[rows:], loud.logits[rows:])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_loud_neighbour_changes_no_bit_in_the_encoder(engines, pixels, precision):
     engine = engines[precision]
     states = [engine.encode(np.stack([pixels[0], other])) for other in (pixels[1], np.full_like(pixels[1], 255))]
@@ -182,7 +189,7 @@ def second_image_times(factor, value):
     return type(value).ortvalue_from_numpy(array)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_alone_or_in_company(engines, pixels, precision):
     """Other shapes may sum in another order: the same tokens, logits within 1e-5 of their spread."""
     engine = engines[precision]
@@ -221,3 +228,17 @@ def test_available_cpus_are_those_of_the_process():
         "from itune.runtime.engines.onnxruntime import available_cpus; print(available_cpus())"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fpu avx2", False), ("avx2 avx512_vnni", True), ("avx2 avx_vnni", True), (None, False)]
+)
+def test_vnni_is_read_from_the_processors_flags(flags, expected, monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(onnxruntime_engine, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(onnxruntime_engine.platform, "machine", lambda: "x86_64")
+    assert onnxruntime_engine.has_vnni() == expected
+    monkeypatch.setattr(onnxruntime_engine.platform, "machine", lambda: "aarch64")
+    assert onnxruntime_engine.has_vnni()

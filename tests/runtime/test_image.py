@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -174,6 +176,20 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     assert refusal(3) == "a int is not an image: give a path, bytes, a Pillow image or an array"
     assert "truncated or damaged" in refusal(closed())
     assert "0 x 5" in refusal(Image.new("RGB", (0, 5)))
+
+
+def test_named_pipes(tmp_path: Path) -> None:
+    """What a shell's <(command) hands over."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def feed(content: bytes) -> None:
+        threading.Thread(target=pipe.write_bytes, args=[content], daemon=True).start()
+
+    feed(encoded(photo(), "PNG"))
+    np.testing.assert_array_equal(np.asarray(decode(pipe)), np.asarray(photo()))
+    feed(b"not a photo")
+    assert f"{pipe} is in no known image format" in refusal(pipe)
 
 
 def closed() -> Image.Image:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from itune import __version__
 from itune.cli import run as command
 from itune.cli.run import expand
 from itune.runtime.bundle import MANIFEST
+from itune.runtime.search import NATIVE
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
 Paint = Callable[..., Path]
@@ -156,6 +158,7 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
         (["a.jpg", "--engine", "cuda"], "engine must be one of auto, onnxruntime, not 'cuda'"),
         (["a.jpg", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["a.jpg", "--threads", "0"], "threads must be at least 1, not 0"),
+        (["a.jpg", "--workers", "-1"], "workers must be at least 0, not -1"),
     ],
 )
 def test_usage_errors(run: Callable[..., Result], arguments: list[str], message: str) -> None:
@@ -178,9 +181,23 @@ def test_bundle_errors(run: Callable[..., Result], bundle: Path, paint: Paint, t
     assert result.err.count("\n") == 1
 
 
+def test_sampling(run: Callable[..., Result], paint: Paint) -> None:
+    arguments = ("--json", "--sample", "--temperature", 5, "--top-k", 0, "--num-return", 4, paint("red"))
+    first, again, other = (json.loads(run(*arguments, "--seed", seed).out)["candidates"] for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({candidate["caption"] for candidate in first}) > 1
+    result = run("--top-p", 0.5, paint("red"))
+    assert result.status == 2
+    assert result.err == (
+        "itune-run: error: top_p changes nothing without sampling: add do_sample (itune-run: --sample).\n"
+    )
+
+
 def test_version_and_help(run: Callable[..., Result]) -> None:
     result = run("--version", model=None)
-    assert (result.status, result.out, result.err) == (0, f"itune {__version__}\n", "")
+    search = "native" if NATIVE else "NumPy"
+    expected = f"itune {__version__}, {search} search, onnxruntime {version('onnxruntime')}\n"
+    assert (result.status, result.out, result.err) == (0, expected, "")
     result = run("--help", model=None)
     assert result.status == 0
     assert "--num-beams" in result.out
@@ -206,6 +223,29 @@ def test_ctrl_c_is_quiet_and_what_was_captioned_is_out(bundle: Path, paint: Pain
     for stream in (running.stdin, running.stdout, running.stderr):
         assert stream is not None
         stream.close()
+
+
+def test_ctrl_c_among_many_images_prints_whole_lines(bundle: Path, paint: Paint) -> None:
+    path = paint("red")
+    running = process(bundle, "--workers", 2, *[path] * 3000)
+    assert running.stdout is not None
+    assert running.stdout.readline() == f"{path}\t{RED}\n".encode()
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=10)
+    assert (running.returncode, err) == (130, b"")
+    lines = out.decode().splitlines(keepends=True)
+    assert set(lines) <= {f"{path}\t{RED}\n"}
+    assert len(lines) < 2900
+
+
+def test_workers_change_nothing(run: Callable[..., Result], paint: Paint) -> None:
+    bad = paint("red", "bad.png")
+    bad.write_bytes(b"")
+    paths = [paint("red"), bad, *[paint("blue"), paint("green")] * 5]
+    results = [run(*paths, "--workers", workers, "--batch-size", 3) for workers in (0, 1, 3)]
+    assert [result.status for result in results] == [1, 1, 1]
+    assert len({result.out for result in results}) == len({result.err for result in results}) == 1
+    assert results[0].out.count("\n") == 11
 
 
 def test_a_reader_that_leaves_is_no_error(bundle: Path, paint: Paint) -> None:
