@@ -29,17 +29,26 @@ from ..runtime.bundle import (
     TensorSpec,
 )
 from ..runtime.bundle import Graph as GraphEntry
+from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from .card import MODEL_CARD, default_license, model_card
 from .decoder import build_decoder
 from .graph import Graph
-from .quantize_graph import quantize_graph
+from .products import Blocks, Form, Rows
+from .quantize_graph import Precision, halve_graph, quantize_graph
 from .staging import staged_folder
 from .verify import Check, VerificationError, verify_bundle
 from .vision import build_vision
+from .vocabulary import Vocabulary
 
-Precision = Literal["fp32", "int8"]
-ROLES = ("vision", "decoder")
+Role = Literal["vision", "decoder"]
+ROLES: tuple[Role, ...] = ("vision", "decoder")
+_FORMS: dict[tuple[Role, Precision], Form] = {
+    ("vision", "int8"): Rows(),
+    ("vision", "int4"): Blocks(4),
+    ("decoder", "int8"): Blocks(8),
+    ("decoder", "int4"): Blocks(4),
+}
 
 
 def export_bundle(
@@ -47,10 +56,12 @@ def export_bundle(
     output: Path,
     *,
     precision: Precision = "fp32",
+    vision_precision: Precision | None = None,
     name: str | None = None,
     license: str | None = None,
     card: Path | None = None,
     search: Mapping[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
     verify: bool = True,
     images: Path | None = None,
     force: bool = False,
@@ -59,10 +70,12 @@ def export_bundle(
 ) -> Manifest:
     """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
 
-    The bundle appears whole or not at all. `license` is that of the weights; `card` takes the place of the
-    generated model card; `search` are search defaults that differ from what the training evaluated with (None is
-    not given); `images` is a folder of photos for the verification; `progress` is told every stage, and `report`
-    what the verification measured.
+    The bundle appears whole or not at all. `vision_precision` is that of the decoder unless it is given, and int8
+    for int4: four bits neither speed a tower up nor leave it as it was. `license` is that of the weights; `card`
+    takes the place of the generated model card; `search` are search defaults that differ from what the training
+    evaluated with (None is not given); `vocabulary` cuts the decoder down to a shortlist of tokens, and such a
+    bundle cannot be restored; `images` is a folder of photos for the verification; `progress` is told every stage,
+    and `report` what the verification measured.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
@@ -73,12 +86,18 @@ def export_bundle(
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
+        token_ids = None
+        if vocabulary is not None:
+            token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
+            manifest = _shortlisted(manifest, vocabulary, len(token_ids))
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
-        files = _write_graphs(loaded, folder, precision, progress)
+        default: Precision = "int8" if precision == "int4" else precision
+        precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
+        files = _write_graphs(loaded, folder, precisions, token_ids, progress)
         del loaded
         gc.collect()  # the checks below load their own copies
 
-        graphs = [_graph_entry(role, precision, files[role]) for role in ROLES]
+        graphs = [_graph_entry(role, precisions[role], files[role]) for role in ROLES]
         manifest = manifest.model_copy(update={"graphs": graphs})
         text = card.read_text(encoding="utf-8") if card else model_card(manifest)
         (folder / MODEL_CARD).write_text(text, encoding="utf-8")
@@ -86,30 +105,45 @@ def export_bundle(
         manifest = manifest.model_copy(update={"files": hashes})
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if verify:
-            checks = verify_bundle(checkpoint, folder, images=images, progress=progress)
+            checks = verify_bundle(checkpoint, folder, images=images, vocabulary=token_ids, progress=progress)
             report(checks)
             _raise_if_failed(checks)
     return manifest
 
 
 def _write_graphs(
-    loaded: LoadedCheckpoint, folder: Path, precision: Precision, progress: Callable[[str], None]
-) -> dict[str, list[Path]]:
+    loaded: LoadedCheckpoint,
+    folder: Path,
+    precisions: dict[Role, Precision],
+    vocabulary: Int64 | None,
+    progress: Callable[[str], None],
+) -> dict[Role, list[Path]]:
     """Both graphs' files by role, the graph first; the checkpoint's weights are let go as they are written."""
-    fp32 = folder if precision == "fp32" else folder / "fp32"
-    fp32.mkdir(exist_ok=True)
-    progress("writing the vision graph")
-    files = {"vision": build_vision(loaded.model, loaded.tower).save(fp32 / "vision.onnx")}
+    fp32 = folder / "fp32"
+    fp32.mkdir()
+    files: dict[Role, list[Path]] = {}
+
+    def write(role: Role, graph: Graph) -> None:
+        precision, path = precisions[role], folder / f"{role}.onnx"
+        if precision == "fp32":
+            files[role] = graph.save(path)
+            return
+        (source, *_) = graph.save(fp32 / path.name)
+        if precision == "fp16":
+            files[role] = halve_graph(source, path)
+        else:
+            files[role] = quantize_graph(source, path, _FORMS[role, precision])
+
+    progress(f"writing the vision graph in {precisions['vision']}")
+    write("vision", build_vision(loaded.model, loaded.tower))
     del loaded.tower
-    progress("writing the decoder graph")
-    files["decoder"] = build_decoder(loaded.model).save(fp32 / "decoder.onnx")
+    progress(f"writing the decoder graph in {precisions['decoder']}")
+    # Integer products run on ONNX Runtime only, so such a decoder may as well have its attention.
+    fused = precisions["decoder"] in ("int8", "int4")
+    write("decoder", build_decoder(loaded.model, vocabulary, fused=fused))
     del loaded.model, loaded.language
     gc.collect()
-    if precision == "int8":
-        for role in ROLES:
-            progress(f"quantising the {role} graph")
-            files[role] = quantize_graph(files[role][0], folder / f"{role}.onnx")
-        shutil.rmtree(fp32)
+    shutil.rmtree(fp32)
     return files
 
 
@@ -157,6 +191,16 @@ def _describe(
     )
 
 
+def _shortlisted(manifest: Manifest, vocabulary: Vocabulary, size: int) -> Manifest:
+    return manifest.model_copy(
+        update={
+            "tokens": manifest.tokens.model_copy(update={"shortlist": size}),
+            "provenance": manifest.provenance | {"vocabulary": vocabulary.sha256},
+            "restore": None,  # the other tokens' embeddings are not in the bundle
+        }
+    )
+
+
 def _search_defaults(training: Mapping[str, Any], given: Mapping[str, Any], room: int) -> SearchDefaults:
     """What is given, else what the training's dev evaluation used, as far as the checkpoint tells.
 
@@ -180,7 +224,7 @@ def _config_json(config: Any) -> dict[str, Any]:
     return content
 
 
-def _graph_entry(role: str, precision: str, files: list[Path]) -> GraphEntry:
+def _graph_entry(role: Role, precision: Precision, files: list[Path]) -> GraphEntry:
     graph = Graph.load(files[0])
     return GraphEntry(
         role=role,

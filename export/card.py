@@ -23,12 +23,16 @@ def model_card(manifest: Manifest) -> str:
     source, decoder, search = manifest.provenance, manifest.decoder, manifest.search
     training = source["training"]
     score = f"{100 * training['dev_cider']:.1f} (x 100)" if "dev_cider" in training else "not recorded"
-    precision = manifest.graphs[0].precision
+    precisions = ", ".join(f"{graph.role} {graph.precision}" for graph in manifest.graphs)
     height, width = manifest.image.output_size
+    shortlist, restore = manifest.tokens.shortlist, _RESTORE
+    vocabulary = f"all {manifest.tokens.vocab_size:,} tokens of the language model"
+    if shortlist is not None:
+        vocabulary, restore = f"a shortlist of {shortlist:,} of {manifest.tokens.vocab_size:,} tokens", _NO_RESTORE
     return f"""# {manifest.name}
 
 An image captioner: a frozen language model that sees the image through I-Tuning adapters (arXiv 2202.06574),
-exported to ONNX in {precision} by itune {source["itune"]} on {source["exported"][:10]}.
+exported to ONNX ({precisions}) by itune {source["itune"]} on {source["exported"][:10]}.
 
     itune-run photo.jpg --bundle THIS_FOLDER
 
@@ -39,6 +43,7 @@ exported to ONNX in {precision} by itune {source["itune"]} on {source["exported"
 {height} x {width} pixels |
 | adapters | on {len(decoder.adapter_layers)} layers from layer {decoder.adapter_layers[0]}, bottleneck \
 {decoder.bottleneck}, heads {decoder.adapter_heads} |
+| vocabulary | {vocabulary} |
 | search | {search.num_beams} beams, at most {search.max_new_tokens} tokens |
 | CIDEr-D on the dev split | {score} |
 
@@ -59,8 +64,15 @@ not rely on them where a mistake harms somebody.
 {json.dumps(training, indent=2)}
 ```
 
-`itune-export --restore THIS_FOLDER -o FOLDER` gives the language model, the tower and the adapters back.
+{restore}
 """
+
+
+_RESTORE = "`itune-export --restore THIS_FOLDER -o FOLDER` gives the language model, the tower and the adapters back."
+_NO_RESTORE = (
+    "Other tokens are not in the decoder: captions are written with the shortlist alone, scores are relative to it, "
+    "and the language model cannot be restored from this bundle."
+)
 
 
 def _name(source: str) -> str:

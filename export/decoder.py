@@ -1,4 +1,4 @@
-"""The decoder graph: one step of a GPT-2 with merged I-Tuning adapters, in standard ONNX operators.
+"""The decoder graph: one step of a GPT-2 with merged I-Tuning adapters.
 
     tokens, positions   int64 [rows, T]           parents   int64 [rows]   row of the previous step
     mask                bool [rows, P + T]        k         int64 [1]
@@ -7,7 +7,9 @@
     visual.{i}.values   float32 [images, adapter heads, N, r / adapter heads]
     -> logits float32, token_ids int64 [rows, k]; logsumexp float32 [rows]; present.{i}.key|value
 
-Rows are grouped by image. Initializers keep the language model's own names, so that a bundle can be restored.
+All operators are standard ones; with `fused`, each layer's attention is ONNX Runtime's `GroupQueryAttention`, in
+place of thirteen small operators. Rows are grouped by image. Initializers keep the language model's own names, so
+that a bundle can be restored.
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from ..model import ITuningModel
 from .activations import append_activation
-from .graph import Array, Graph
+from .graph import MICROSOFT, Array, Graph
 from .merge import merge
 
 
-def build_decoder(model: ITuningModel) -> Graph:
-    """The decoder graph of a model, its adapters merged.
+def build_decoder(model: ITuningModel, vocabulary: Array | None = None, *, fused: bool = False) -> Graph:
+    """The decoder graph of a model, its adapters merged; `fused` runs on ONNX Runtime only.
+
+    `vocabulary` int64 [V], ascending: the only tokens that it can read and write; embedding and head keep only
+    their rows, while token ids stay those of the whole vocabulary. Any other token is an error when it is run.
 
     Raises:
         ItuneError: the language model's activation function cannot be exported, or its weights are broken.
@@ -41,7 +47,7 @@ def build_decoder(model: ITuningModel) -> Graph:
         score_scale=adapter.score_scale,
         lambda_=adapter.lambda_,
     )
-    return _Decoder(model, weights).build()
+    return _Decoder(model, weights, vocabulary, fused).build()
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
@@ -51,7 +57,7 @@ def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
 class _Decoder:
     """Appends the decoder's parts to a graph; every value is float32 [rows, T, width] unless stated."""
 
-    def __init__(self, model: ITuningModel, weights: dict[str, Array]) -> None:
+    def __init__(self, model: ITuningModel, weights: dict[str, Array], vocabulary: Array | None, fused: bool) -> None:
         config: Any = model.language_model.config
         self.layers, self.heads = config.n_layer, config.n_head
         self.width, self.inner = config.n_embd, config.n_inner or 4 * config.n_embd
@@ -62,7 +68,9 @@ class _Decoder:
         self.activation = config.activation_function
         self.adapter_layers = model.adapter_layers
         self.adapter_heads, self.bottleneck = model.config.heads, model.config.bottleneck
-        self.weights = weights
+        self.weights, self.vocabulary = weights, vocabulary
+        self.fused = fused and self.head_dim % 8 == 0  # GroupQueryAttention takes no other
+        self.vocab_size = config.vocab_size
         self.graph = Graph("decoder")
 
     def build(self) -> Graph:
@@ -76,10 +84,12 @@ class _Decoder:
         with g.scope("step"):
             bias = self.mask_bias(tokens, mask)
             self.declare_shapes(tokens)
+            if self.fused:
+                self.declare_lengths(mask)
         with g.scope("embeddings"):
             hidden = g.op(
                 "Add",
-                g.op("Gather", self.weight("transformer.wte.weight"), tokens),
+                g.op("Gather", self.by_token("transformer.wte.weight"), self.row(tokens)),
                 g.op("Gather", self.weight("transformer.wpe.weight"), positions),
             )
         for i in range(self.layers):
@@ -105,6 +115,14 @@ class _Decoder:
         self.by_image = g.op("Concat", images, g.constant(grouped), axis=0)
         self.by_row = g.op("Concat", g.op("Shape", tokens), g.constant([self.bottleneck]), axis=0)
 
+    def declare_lengths(self, mask: str) -> None:
+        """What the fused attention wants to know: the length of all rows, and of each but its last token."""
+        g = self.graph
+        length = g.op("Gather", g.op("Shape", mask), g.constant(1))
+        self.length = g.op("Cast", length, to=onnx.TensorProto.INT32)
+        others = g.op("Sub", self.length, g.constant(1, np.int32))
+        self.lengths = g.op("Expand", others, g.op("Shape", mask, start=0, end=1))
+
     def mask_bias(self, tokens: str, mask: str) -> str:
         """What attention scores gain [rows, 1, T, P + T]: 0 at visible positions, the lowest float elsewhere.
 
@@ -121,32 +139,51 @@ class _Decoder:
         return g.op("Where", visible, g.constant(0, np.float32), lowest)
 
     def attention(self, i: int, hidden: str, parents: str, bias: str) -> str:
-        g, name = self.graph, f"transformer.h.{i}.attn"
-        with g.scope("attn"):
-            normed = self.layer_norm(f"transformer.h.{i}.ln_1", hidden)
-            qkv = self.linear(f"{name}.c_attn", normed)
-            # [rows, 3 heads, T, head_dim]: one transposition for all three
-            split = g.op("Reshape", qkv, g.constant([0, 0, 3 * self.heads, self.head_dim]))
-            split = g.op("Transpose", split, perm=[0, 2, 1, 3])
-            query, *new = g.ops("Split", split, names=[None] * 3, axis=1, num_outputs=3)
-            key, value = (
-                self.extend_cache(i, part, parents, state) for part, state in zip(("key", "value"), new, strict=True)
-            )
+        name = f"transformer.h.{i}.attn"
+        with self.graph.scope("attn"):
+            qkv = self.linear(f"{name}.c_attn", self.layer_norm(f"transformer.h.{i}.ln_1", hidden))
             scaling = self.scaling / (i + 1) if self.inverse_layer_scaling else self.scaling
-            query = g.op("Mul", query, g.constant(scaling, np.float32))
-            scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))
-            scores = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
-            context = g.op("Transpose", g.op("MatMul", scores, value), perm=[0, 2, 1, 3])
-            context = g.op("Reshape", context, g.constant([0, 0, self.width]))
+            past = [self.past(i, part, parents) for part in ("key", "value")]
+            attend = self.attend_fused if self.fused else self.attend
+            context = attend(i, qkv, past, bias, scaling)
+            for part in ("key", "value"):
+                self.graph.output(f"present.{i}.{part}", np.float32, ["rows", self.heads, "P + T", self.head_dim])
             return self.linear(f"{name}.c_proj", context)
 
-    def extend_cache(self, i: int, part: str, parents: str, new: str) -> str:
+    def past(self, i: int, part: str, parents: str) -> str:
+        """The cached keys or values [rows, heads, P, head_dim] of what each row continues."""
+        shape = ["past_rows", self.heads, "P", self.head_dim]
+        return self.graph.op("Gather", self.graph.input(f"past_key_values.{i}.{part}", np.float32, shape), parents)
+
+    def attend(self, i: int, qkv: str, past: list[str], bias: str, scaling: float) -> str:
+        """Self-attention in standard operators, from `qkv` [rows, T, 3 width] to [rows, T, width]."""
         g = self.graph
-        shape = self.heads, "P", self.head_dim
-        past = g.input(f"past_key_values.{i}.{part}", np.float32, ["past_rows", *shape])
-        name = f"present.{i}.{part}"
-        g.op("Concat", g.op("Gather", past, parents), new, axis=2, name=name)
-        return g.output(name, np.float32, ["rows", self.heads, "P + T", self.head_dim])
+        # [rows, 3 heads, T, head_dim]: one transposition for all three
+        split = g.op("Reshape", qkv, g.constant([0, 0, 3 * self.heads, self.head_dim]))
+        split = g.op("Transpose", split, perm=[0, 2, 1, 3])
+        query, *new = g.ops("Split", split, names=[None] * 3, axis=1, num_outputs=3)
+        key, value = (
+            g.op("Concat", old, state, axis=2, name=f"present.{i}.{part}")
+            for part, old, state in zip(("key", "value"), past, new, strict=True)
+        )
+        query = g.op("Mul", query, g.constant(scaling, np.float32))
+        scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))
+        scores = g.op("Softmax", g.op("Add", scores, bias), axis=-1)
+        context = g.op("Transpose", g.op("MatMul", scores, value), perm=[0, 2, 1, 3])
+        return g.op("Reshape", context, g.constant([0, 0, self.width]))
+
+    def attend_fused(self, i: int, qkv: str, past: list[str], bias: str, scaling: float) -> str:
+        """The same in one operator."""
+        inputs = [qkv, "", "", *past, self.lengths, self.length, "", "", "", bias]
+        return self.graph.ops(
+            "GroupQueryAttention",
+            *inputs,
+            names=[None, f"present.{i}.key", f"present.{i}.value"],
+            domain=MICROSOFT,
+            num_heads=self.heads,
+            kv_num_heads=self.heads,
+            scale=scaling,
+        )[0]
 
     def feed_forward(self, i: int, hidden: str) -> str:
         """The feed-forward block, and the adapter inside it where the layer has one."""
@@ -184,14 +221,34 @@ class _Decoder:
         g = self.graph
         last = self.layer_norm("transformer.ln_f", g.op("Gather", hidden, g.constant(-1), axis=1))
         name = "lm_head.weight" if "lm_head.weight" in self.weights else "transformer.wte.weight"
-        logits = g.op("Gemm", last, self.weight(name), transB=1)
-        best, _ = g.ops("TopK", logits, k, names=["logits", "token_ids"], axis=-1)
+        logits = g.op("Gemm", last, self.by_token(name), transB=1)
+        # Of equal logits TopK takes the first: as the vocabulary ascends, that is the lower id here, too.
+        if self.vocabulary is None:
+            best, _ = g.ops("TopK", logits, k, names=["logits", "token_ids"], axis=-1)
+        else:
+            best, rows = g.ops("TopK", logits, k, names=["logits", None], axis=-1)
+            g.op("Gather", g.initializer("vocabulary.token_ids", self.vocabulary), rows, name="token_ids")
         largest = g.op("Slice", best, g.constant([0]), g.constant([1]), g.constant([1]))
         total = g.op("ReduceSum", g.op("Exp", g.op("Sub", logits, largest)), g.constant([1]), keepdims=0)
         g.op("Add", g.op("Log", total), g.op("Squeeze", largest, g.constant([1])), name="logsumexp")
         g.output("logits", np.float32, ["rows", "k"])
         g.output("token_ids", np.int64, ["rows", "k"])
         g.output("logsumexp", np.float32, ["rows"])
+
+    def row(self, tokens: str) -> str:
+        """Where the embeddings of `tokens` stand."""
+        if self.vocabulary is None:
+            return tokens
+        # A row that does not exist stops the runtime: a wrong embedding would go unnoticed.
+        rows = np.full(self.vocab_size, len(self.vocabulary), np.int32)
+        rows[self.vocabulary] = np.arange(len(self.vocabulary))
+        return self.graph.op("Gather", self.graph.initializer("vocabulary.rows", rows), tokens)
+
+    def by_token(self, name: str) -> str:
+        """A weight with a row for every token of the vocabulary."""
+        if self.vocabulary is None or name in self.graph.weights:
+            return self.weight(name)
+        return self.graph.initializer(name, self.weights[name][self.vocabulary])
 
     def layer_norm(self, name: str, x: str) -> str:
         weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")

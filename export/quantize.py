@@ -1,8 +1,8 @@
-"""Symmetric int8 weights, in the two layouts that the graphs use.
+"""Symmetric integer weights, in the layouts that the graphs use.
 
-Both quantisers are idempotent: quantising a dequantised weight gives the same integers again, so a backbone
-that was snapped to the int8 grid before the adapters were trained ships exactly as it was trained against,
-and a shipped int8 bundle can be restored and exported again without a further loss.
+All quantisers are idempotent: quantising a dequantised weight gives the same integers again, so a backbone that was
+snapped to a grid before the adapters were trained ships exactly as it was trained against, and a shipped bundle can
+be restored and exported again without a further loss.
 """
 
 from __future__ import annotations
@@ -12,34 +12,47 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float32]
 
-BLOCK_SIZE = 64  # values of one output row that share a scale; divides every GPT-2 width
+BLOCK_SIZES = {8: 64, 4: 32}
+"""By the number of bits: how many values of an output row share a scale. Both divide every GPT-2 width."""
 QMAX = 127  # symmetric: -128 is never used
 
 
-def quantize_blockwise(weight: Float, block_size: int = BLOCK_SIZE) -> tuple[NDArray[np.uint8], Float]:
-    """Quantise weight [N, K] in blocks along K, the layout of ONNX Runtime's MatMulNBits with 8 bits.
+def quantize_blockwise(weight: Float, bits: int = 8) -> tuple[NDArray[np.uint8], Float]:
+    """Quantise weight [N, K] in blocks along K, the layout of ONNX Runtime's MatMulNBits.
 
-    Returns (codes uint8 [N, ceil(K / block), block] with zero point 128, scales [N, ceil(K / block)]); a last
-    partial block is padded with the zero code.
+    Returns (codes uint8 [N, ceil(K / block), block * bits / 8], scales [N, ceil(K / block)]); the zero point is
+    2^(bits - 1), a last partial block is padded with the zero code, and of two 4-bit codes in a byte the first is
+    the lower.
     """
     n, k = weight.shape
+    block_size = BLOCK_SIZES[bits]
     blocks = -(-k // block_size)
     padded = np.zeros((n, blocks * block_size), np.float32)
     padded[:, :k] = weight
     padded = padded.reshape(n, blocks, block_size)
-    scales = _scales(np.abs(padded).max(axis=2))
-    codes = np.rint(padded / scales[..., None]).clip(-QMAX, QMAX)
-    return (codes + 128).astype(np.uint8), scales
+    if bits == 8:
+        scales = _scales(np.abs(padded).max(axis=2))
+        codes = np.rint(padded / scales[..., None]).clip(-QMAX, QMAX)
+        return (codes + 128).astype(np.uint8), scales
+    # All 16 codes serve: the value of largest size, of either sign, is -8 exactly.
+    largest = np.take_along_axis(padded, np.abs(padded).argmax(axis=2)[..., None], axis=2)[..., 0]
+    scales = (largest / -8).astype(np.float32)
+    scales[scales == 0] = 1.0
+    nibbles = (np.rint(padded / scales[..., None]).clip(-8, 7) + 8).astype(np.uint8)
+    pairs: NDArray[np.uint8] = nibbles[..., ::2] + 16 * nibbles[..., 1::2]
+    return pairs, scales
 
 
-def dequantize_blockwise(codes: NDArray[np.uint8], scales: Float, k: int) -> Float:
+def dequantize_blockwise(codes: NDArray[np.uint8], scales: Float, k: int, bits: int = 8) -> Float:
     """The weight [N, k] that `quantize_blockwise` stands for."""
-    values = (codes.astype(np.float32) - 128) * scales[..., None]
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
+    values = (codes.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
     return np.ascontiguousarray(values.reshape(len(codes), -1)[:, :k])
 
 
 def quantize_per_channel(weight: Float) -> tuple[NDArray[np.int8], Float]:
-    """Quantise weight [N, ...] with one scale per output channel N (convolutions); returns (int8, scales [N])."""
+    """Quantise weight [N, ...] with one scale per output channel N; returns (int8, scales [N])."""
     scales = _scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1))
     codes = np.rint(weight / _broadcast(scales, weight.ndim)).clip(-QMAX, QMAX)
     return codes.astype(np.int8), scales
@@ -50,10 +63,9 @@ def dequantize_per_channel(codes: NDArray[np.int8], scales: Float) -> Float:
     return codes.astype(np.float32) * _broadcast(scales, codes.ndim)
 
 
-def snap_blockwise(weight: Float, block_size: int = BLOCK_SIZE) -> Float:
-    """The nearest weight [N, K] on the block-wise int8 grid."""
-    codes, scales = quantize_blockwise(weight, block_size)
-    return dequantize_blockwise(codes, scales, weight.shape[1])
+def snap_blockwise(weight: Float, bits: int = 8) -> Float:
+    """The nearest weight [N, K] on the block-wise grid."""
+    return dequantize_blockwise(*quantize_blockwise(weight, bits), weight.shape[1], bits)
 
 
 def snap_per_channel(weight: Float) -> Float:

@@ -1,47 +1,49 @@
-"""Rewrite an fp32 graph to int8 weights, and read the weights of either back.
+"""Rewrite an fp32 graph to a smaller precision, and read the weights of any precision back.
 
-- Products with a constant matrix become `MatMulNBits` (8 bits, blocks of 64), which quantises activations as they
-  come, by row and block: an image never depends on its batch neighbours. Its kernels do not saturate without VNNI
-  (`tests/export/test_quantize_avx2.py`).
-- A Gather from such a matrix (the token embedding, tied to the language-model head) reads the same int8 tensor.
-- Convolutions keep their fp32 arithmetic and store int8 weights by output channel, dequantised at load.
-
-A quantised tensor is named after its weight: `NAME.int8`, or `NAME.T.int8` when it is stored transposed, and
-`NAME.scales`.
+- int8: products with a constant matrix run in integers (`export.products`); a Gather from such a matrix (the token
+  embedding, tied to the language-model head) reads the same int8 tensor. Convolutions keep their fp32 arithmetic and
+  store int8 weights by output channel, dequantised at load.
+- int4: the same with 4-bit products, but for the language-model head: it decides between 50,257 tokens, and the
+  embedding shares it.
+- fp16: all matrices are stored in half precision and cast to fp32 when the session loads: half the file, the speed of
+  fp32. x86 CPUs have no half-precision products in ONNX Runtime.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from .graph import CONSTANT, MICROSOFT, Array, Graph
-from .quantize import (
-    BLOCK_SIZE,
-    dequantize_blockwise,
-    dequantize_per_channel,
-    quantize_blockwise,
-    quantize_per_channel,
-)
+from ..runtime.errors import ItuneError
+from .graph import CONSTANT, Array, Graph
+from .products import SCALES, Blocks, Form, Product, in_floats, take_weight
+from .quantize import BLOCK_SIZES, dequantize_per_channel, quantize_per_channel
 
-_INT8, _TRANSPOSED, _SCALES, _DEQUANTIZED = ".int8", ".T.int8", ".scales", ".dequantized"
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+
+HEAD = "head/"
+"""Begins the names of the language-model head's nodes."""
+_INT8, _DEQUANTIZED, _HALF = ".int8", ".dequantized", ".fp16"
 
 
-def quantize_graph(source: Path, target: Path) -> list[Path]:
-    """Write the int8 variant of the fp32 graph `source` to `target`; returns its files, the graph first."""
+def quantize_graph(source: Path, target: Path, form: Form) -> list[Path]:
+    """Write the int8 (or, for `Blocks(4)`, int4) variant of the fp32 graph `source` to `target`.
+
+    Returns its files, the graph first.
+    """
     graph = Graph.load(source)
-    rewriter = _Rewriter(graph)
+    rewriter = _Rewriter(graph, form)
     nodes, graph.nodes = graph.nodes, []
     uses = Counter(name for node in nodes for name in node.input)
     for node in nodes:
-        inputs = list(node.input)
-        new = rewriter.rewrite(node)
-        graph.nodes += new
-        uses.update(name for replacement in new for name in replacement.input)
+        inputs, first = list(node.input), len(graph.nodes)
+        rewriter.rewrite(node)
+        uses.update(name for new in graph.nodes[first:] for name in new.input)
         uses.subtract(inputs)
         for name in inputs:
             if not uses[name]:
@@ -49,145 +51,131 @@ def quantize_graph(source: Path, target: Path) -> list[Path]:
     return graph.save(target)
 
 
+def halve_graph(source: Path, target: Path) -> list[Path]:
+    """Write the fp16 variant of the fp32 graph `source` to `target`; returns its files, the graph first.
+
+    Raises:
+        ItuneError: a weight is too large for half precision.
+    """
+    graph = Graph.load(source)
+    casts = []
+    for name, array in list(graph.weights.items()):
+        if array.ndim < 2 or array.dtype != np.float32:
+            continue
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ItuneError(f"weight {name} has values beyond 65504, too large for fp16: export it in int8 or fp32")
+        del graph.weights[name]
+        graph.weights[name + _HALF] = half
+        casts.append(helper.make_node("Cast", [name + _HALF], [name], name=name + _HALF, to=onnx.TensorProto.FLOAT))
+    graph.nodes = casts + graph.nodes
+    return graph.save(target)
+
+
 def read_weights(path: Path) -> dict[str, Array]:
-    """The weights of an exported graph under the names that they had in fp32, int8 ones dequantised."""
+    """The weights of an exported graph in float32, under the names that they had there."""
     graph = Graph.load(path)
     weights = {name: array for name, array in graph.weights.items() if not name.startswith(CONSTANT)}
     for node in graph.nodes:
-        if node.op_type == "MatMulNBits" and _is_quantized(node.input[1], weights):
-            codes, scales = node.input[1:3]
-            k = next(attribute.i for attribute in node.attribute if attribute.name == "K")
-            weight = dequantize_blockwise(weights.pop(codes), weights.pop(scales), k)
-            if codes.endswith(_TRANSPOSED):
-                weights[codes.removesuffix(_TRANSPOSED)] = weight.T
-            else:
-                weights[codes.removesuffix(_INT8)] = weight
-        elif node.op_type == "DequantizeLinear" and _is_quantized(node.input[0], weights):
+        take_weight(node, weights)
+        if node.op_type == "DequantizeLinear" and _is_ours(node, _INT8, weights):
             codes, scales = node.input[:2]
-            weight = dequantize_per_channel(weights.pop(codes), weights.pop(scales))
-            weights[codes.removesuffix(_INT8)] = weight
+            weights[codes.removesuffix(_INT8)] = dequantize_per_channel(weights.pop(codes), weights.pop(scales))
+        elif node.op_type == "Cast" and _is_ours(node, _HALF, weights):
+            weights[node.output[0]] = weights.pop(node.input[0]).astype(np.float32)
     return weights
 
 
-def dequantize_graph(path: Path) -> Graph:
-    """The fp32 graph that `quantize_graph` was given, its weights as the integers stand for them."""
+def float_graph(path: Path) -> Graph:
+    """The fp32 graph that an exported one was made from, its weights as they were rounded."""
     graph, floats = Graph.load(path), read_weights(path)
     nodes = []
-    for node in graph.nodes:
-        if node.op_type == "DequantizeLinear" and node.input[0].endswith(_INT8):
+    for node in in_floats(graph.nodes):
+        is_storage = (node.op_type == "DequantizeLinear" and _is_ours(node, _INT8, graph.weights)) or (
+            node.op_type == "Cast" and _is_ours(node, _HALF, graph.weights)
+        )
+        if is_storage:
             continue
-        if node.op_type == "MatMulNBits" and node.input[1].endswith(_INT8):
-            x, codes = node.input[:2]
-            if codes.endswith(_TRANSPOSED):
-                weight = codes.removesuffix(_TRANSPOSED)
-                node = helper.make_node("MatMul", [x, weight], node.output, name=node.name)
-            else:
-                weight = codes.removesuffix(_INT8)
-                node = helper.make_node("Gemm", [x, weight], node.output, name=node.name, transB=1)
-        elif node.op_type == "Conv":
+        if node.op_type == "Conv":
             node.input[1] = node.input[1].removesuffix(_DEQUANTIZED)
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
-    graph.nodes, weights = nodes, graph.weights | floats
-    graph.weights = {name: array for name, array in weights.items() if name in used}
+    weights = graph.weights | floats
+    graph.nodes, graph.weights = nodes, {name: array for name, array in weights.items() if name in used}
     domains = {node.domain for node in nodes} | {""}
     graph.opsets = {domain: version for domain, version in graph.opsets.items() if domain in domains}
     return graph
 
 
 class _Rewriter:
-    """Turns one node after the other into what takes its place; the weights of the graph follow."""
+    """Appends what takes the place of one node after the other to a graph; the weights follow."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.shared = {n.input[1] for n in graph.nodes if self.is_product(n) and _is_transposed(n)}
+    def __init__(self, graph: Graph, form: Form) -> None:
+        self.graph, self.form = graph, form
+        products = (product for node in graph.nodes if (product := self.product(node)))
+        self.embeddings = {p.weight for p in products if p.transposed and self.form_of(p) == Blocks()}
 
-    def rewrite(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        if self.is_product(node):
-            return self.product(node)
-        if node.op_type == "Gather" and node.input[0] in self.shared:
-            return self.embedding(node)
-        if node.op_type == "Conv" and node.input[1] in self.graph.weights:
-            return self.convolution(node)
-        return [node]
+    def rewrite(self, node: onnx.NodeProto) -> None:
+        product = self.product(node)
+        if product:
+            self.rewrite_product(node, product)
+        elif node.op_type == "Gather" and node.input[0] in self.embeddings:
+            self.rewrite_embedding(node)
+        else:
+            if node.op_type == "Conv" and node.input[1] in self.graph.weights:
+                self.store_convolution(node)
+            self.graph.nodes.append(node)
 
-    def is_product(self, node: onnx.NodeProto) -> bool:
-        """Whether the node is x W or x W^T, perhaps with a bias, for a constant float32 W."""
+    def product(self, node: onnx.NodeProto) -> Product | None:
+        """The node as x W or x W^T, perhaps with a bias, for a constant float32 W; None if it is not one."""
         weight = self.graph.weights.get(node.input[1]) if len(node.input) > 1 else None
         if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
-            return False
+            return None
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         plain = all(attributes.get(name, value) == value for name, value in _PLAIN_GEMM.items())
-        return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain)
+        if node.op_type != "MatMul" and not (node.op_type == "Gemm" and plain):
+            return None
+        return Product(node.name, node.input[0], node.input[1], node.output[0], attributes.get("transB") == 1)
 
-    def product(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        codes, scales, (n, k) = self.blockwise(node.input[1], transpose=not _is_transposed(node))
+    def form_of(self, product: Product) -> Form:
+        return Blocks() if product.name.startswith(HEAD) else self.form
+
+    def rewrite_product(self, node: onnx.NodeProto, product: Product) -> None:
         bias = node.input[2] if len(node.input) > 2 else ""
-        output = f"{node.output[0]}.product" if bias else node.output[0]
-        product = helper.make_node(
-            "MatMulNBits",
-            [node.input[0], codes, scales],
-            [output],
-            name=node.name,
-            domain=MICROSOFT,
-            N=n,
-            K=k,
-            bits=8,
-            block_size=BLOCK_SIZE,
-            accuracy_level=4,  # int8 products: without it the weights are dequantised at every step
-        )
-        self.graph.opsets[MICROSOFT] = 1
         if not bias:
-            return [product]
-        return [product, helper.make_node("Add", [output, bias], node.output, name=f"{node.name}.bias")]
+            self.form_of(product).append(self.graph, product)
+            return
+        without = product._replace(output=f"{product.output}.product")
+        self.form_of(product).append(self.graph, without)
+        add = helper.make_node("Add", [without.output, bias], [product.output], name=f"{product.name}.bias")
+        self.graph.nodes.append(add)
 
-    def embedding(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        codes, scales, (_, width) = self.blockwise(node.input[0], transpose=False)
-        g, indices, first = self.graph, node.input[1], len(self.graph.nodes)
+    def rewrite_embedding(self, node: onnx.NodeProto) -> None:
+        g, (table, indices) = self.graph, node.input
+        codes, (_, width) = Blocks().store(g, table, transpose=False)
         with g.scope(node.name):
             rows = g.op("Cast", g.op("Gather", codes, indices), to=onnx.TensorProto.FLOAT)
             rows = g.op("Sub", rows, g.constant(128, np.float32))
-            scale = g.op("Unsqueeze", g.op("Gather", scales, indices), g.constant([-1]))
+            scale = g.op("Unsqueeze", g.op("Gather", table + SCALES, indices), g.constant([-1]))
             rows = g.op("Reshape", g.op("Mul", rows, scale), g.constant([0, 0, -1]))
-            if width % BLOCK_SIZE:
+            if width % BLOCK_SIZES[8]:
                 g.op("Slice", rows, g.constant([0]), g.constant([width]), g.constant([-1]))
-        new = g.nodes[first:]
-        del g.nodes[first:]
-        new[-1].output[:] = node.output
-        return new
+        g.nodes[-1].output[:] = node.output
 
-    def convolution(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        name = node.input[1]
-        dequantized, nodes = f"{name}{_DEQUANTIZED}", []
-        if f"{name}{_INT8}" not in self.graph.weights:
-            codes, scales = quantize_per_channel(self.graph.weights[name])
-            inputs = [
-                self.graph.initializer(f"{name}{_INT8}", codes),
-                self.graph.initializer(f"{name}{_SCALES}", scales),
-            ]
-            nodes.append(helper.make_node("DequantizeLinear", inputs, [dequantized], name=dequantized, axis=0))
+    def store_convolution(self, node: onnx.NodeProto) -> None:
+        g, name = self.graph, node.input[1]
+        dequantized = f"{name}{_DEQUANTIZED}"
+        if f"{name}{_INT8}" not in g.weights:
+            codes, scales = quantize_per_channel(g.weights[name])
+            inputs = [g.initializer(f"{name}{_INT8}", codes), g.initializer(f"{name}{SCALES}", scales)]
+            g.nodes.append(helper.make_node("DequantizeLinear", inputs, [dequantized], name=dequantized, axis=0))
         node.input[1] = dequantized
-        return [*nodes, node]
-
-    def blockwise(self, name: str, transpose: bool) -> tuple[str, str, tuple[int, int]]:
-        """The codes and scales of a weight, and its shape [N, K]."""
-        weight = self.graph.weights[name]
-        weight = weight.T if transpose else weight
-        codes_name = f"{name}{_TRANSPOSED if transpose else _INT8}"
-        if codes_name not in self.graph.weights:
-            codes, scales = quantize_blockwise(weight)
-            self.graph.initializer(codes_name, codes)
-            self.graph.initializer(f"{name}{_SCALES}", scales)
-        return codes_name, f"{name}{_SCALES}", (weight.shape[0], weight.shape[1])
 
 
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
-def _is_quantized(name: str, weights: dict[str, Array]) -> bool:
-    """Whether a tensor is of this file's making, and not yet taken by another node with the same weight."""
-    return name.endswith(_INT8) and name in weights
-
-
-def _is_transposed(node: onnx.NodeProto) -> bool:
-    return any(a.name == "transB" and a.i == 1 for a in node.attribute)
+def _is_ours(node: onnx.NodeProto, suffix: str, weights: dict[str, Array]) -> bool:
+    """Whether a node reads a weight that this file stored, which no other node has taken yet."""
+    return node.input[0].endswith(suffix) and node.input[0] in weights

@@ -22,7 +22,7 @@ from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings
 from .graph import Array
 from .merge import Weights, unmerge
-from .quantize_graph import dequantize_graph, read_weights
+from .quantize_graph import float_graph, read_weights
 from .staging import staged_folder
 from .vision import split_projections
 from .vision_clip import PREFIX as CLIP_PREFIX
@@ -44,6 +44,11 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
     """
     bundle = Bundle.load(source)
     settings = bundle.manifest.restore
+    if bundle.manifest.tokens.shortlist is not None:
+        raise BundleError(
+            f"{source} was exported with --vocabulary: the rest of its language model is not in it; restore a bundle "
+            "that was exported without"
+        )
     if settings is None:
         raise BundleError(f"{source / MANIFEST}: has no field restore: this bundle cannot be restored")
     with staged_folder(output, force=force, mark="checkpoint") as folder:
@@ -75,7 +80,7 @@ def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> 
     weights = read_weights(graph)
     folder.mkdir()
     if settings.vision is None:
-        extract_tower(dequantize_graph(graph)).save(folder / "model.onnx")
+        extract_tower(float_graph(graph)).save(folder / "model.onnx")
     else:
         folded = {name.removeprefix(CLIP_PREFIX): w for name, w in weights.items() if name.startswith(CLIP_PREFIX)}
         config = CLIPVisionConfig.from_dict(settings.vision)

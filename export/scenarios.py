@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.bundle import TokenSettings
-from ..runtime.engines.base import Candidates, Engine, UInt8
+from ..runtime.engines.base import Candidates, Engine, Int64, UInt8
 from ..runtime.engines.onnxruntime import OnnxRuntimeState
 from ..runtime.errors import ItuneError
 from ..runtime.image import SUFFIXES, decode, preprocess
@@ -75,36 +75,44 @@ def pick_images(settings: ImageSettings, folder: Path | None = None) -> UInt8:
     return np.stack(images).astype(np.uint8)
 
 
-def record(engine: Engine[Any], pixels: UInt8, tokens: TokenSettings) -> list[Scenario]:
+def record(engine: Engine[Any], pixels: UInt8, tokens: TokenSettings, vocabulary: Int64) -> list[Scenario]:
     """Let the engine choose the tokens of all scenarios: likely ones, as a search would feed them."""
     rng = np.random.default_rng(1)
     return [
-        _record(engine, pixels, name, images, beams, _prompts(tokens, extra, rng))
+        _record(engine, pixels, name, images, beams, _prompts(tokens, vocabulary, extra, rng))
         for name, images, beams, extra in _PLAN
     ]
 
 
-def replay(engine: Engine[Any], pixels: UInt8, scenario: Scenario, vocab_size: int) -> dict[str, Array]:
+def replay(engine: Engine[Any], pixels: UInt8, scenario: Scenario, vocabulary: Int64) -> dict[str, Array]:
     """All outputs by name, those of a step as `NAME/step`: visual.*, logits in order of the vocabulary, present.*.
 
-    Visual keys and values come as [images, N, r]; padded positions of the cache are zero.
+    `vocabulary`: the ascending ids of all tokens that the engine can write. Visual keys and values come as
+    [images, N, r]; padded positions of the cache are zero.
+
+    Raises:
+        ItuneError: the engine's candidates are not the vocabulary.
     """
     state = engine.encode(pixels[scenario.images])
     results = _visual(state)
     for i, step in enumerate(scenario.steps):
-        found = _run(engine, state, step, vocab_size)
-        logits = np.empty_like(found.logits)
-        np.put_along_axis(logits, found.token_ids, found.logits, axis=1)
+        found = _run(engine, state, step, len(vocabulary))
+        order = np.argsort(found.token_ids, axis=1)
+        token_ids = np.take_along_axis(found.token_ids, order, axis=1)
+        if not np.array_equal(token_ids, np.tile(vocabulary, (len(token_ids), 1))):
+            raise ItuneError("token_ids: asked for the whole vocabulary, the decoder returns other tokens")
+        logits = np.take_along_axis(found.logits, order, axis=1)
         results |= {f"logits/{i}": logits, f"logsumexp/{i}": found.logsumexp}
     return results | _cache(state)
 
 
-def beside_loud_image(scenario: Scenario, vocab_size: int) -> Scenario:
+def beside_loud_image(scenario: Scenario, vocabulary: Int64) -> Scenario:
     """The scenario of one image and beam with the loud image beside it (its row is the second)."""
     steps = []
     for step in scenario.steps:
-        others = [(7 * token + 13) % vocab_size for token in step.tokens[0]]
-        steps.append(Step([others, *step.tokens], [0, 1]))
+        places = np.searchsorted(vocabulary, step.tokens[0])
+        others = vocabulary[(7 * places + 13) % len(vocabulary)]
+        steps.append(Step([others.tolist(), *step.tokens], [0, 1]))
     return Scenario("beside a loud image", [-1, *scenario.images], steps)
 
 
@@ -114,7 +122,7 @@ def _record(
     state = engine.encode(pixels[images])
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    tokens = [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    tokens = [prompt[:1] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
     mask = [[False] * pad + [True] * (longest - pad) for pad in padding]
     step = Step(tokens, list(range(len(images))), mask if any(padding) else None)
     steps = [step]
@@ -132,10 +140,12 @@ def _record(
     return Scenario(name, images, steps)
 
 
-def _prompts(tokens: TokenSettings, extra: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+def _prompts(
+    tokens: TokenSettings, vocabulary: Int64, extra: Sequence[int], rng: np.random.Generator
+) -> list[list[int]]:
     room = tokens.max_positions - _STEPS - 1 - len(tokens.prompt)
     lengths = [max(0, min(length, room)) for length in extra]
-    return [[tokens.begin, *tokens.prompt, *rng.integers(0, tokens.vocab_size, length).tolist()] for length in lengths]
+    return [[tokens.begin, *tokens.prompt, *rng.choice(vocabulary, length).tolist()] for length in lengths]
 
 
 def _run(engine: Engine[Any], state: Any, step: Step, k: int) -> Candidates:

@@ -59,6 +59,13 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+def encode_caption(tokenizer: Tokenizer, text: TextSettings, caption: str) -> list[int]:
+    """Token ids of a caption as the language model learns it, without what comes before and after."""
+    cleaned = clean_caption(caption, text)
+    # GPT-2's pieces carry the space before a word: after a prompt a caption begins with one.
+    return encode_text(tokenizer, f" {cleaned}" if text.prompt and not text.prompt[-1].isspace() else cleaned)
+
+
 def tokenize(
     records: Sequence[Record], tokenizer: Tokenizer, text: TextSettings, max_caption_tokens: int
 ) -> list[TokenizedRecord]:
@@ -67,9 +74,7 @@ def tokenize(
     end = special_token(tokenizer, text.end, "end")
 
     def encode(caption: str) -> tuple[int, ...]:
-        # GPT-2's pieces carry the space before a word: after a prompt a caption begins with one.
-        cleaned = clean_caption(caption, text)
-        ids = encode_text(tokenizer, f" {cleaned}" if text.prompt and not text.prompt[-1].isspace() else cleaned)
+        ids = encode_caption(tokenizer, text, caption)
         return (*head, *([*ids, end] if len(ids) <= max_caption_tokens else ids[:max_caption_tokens]))
 
     return [

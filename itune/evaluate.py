@@ -17,6 +17,7 @@ from .metrics import Scores, score
 from .model import EagerEngine, LoadedCheckpoint
 from .runtime import Captioner
 from .runtime.bundle import SearchDefaults, TokenSettings
+from .runtime.engines.base import Int64
 from .runtime.errors import ImageError
 from .runtime.search import SearchConfig, search
 from .runtime.settings import TextSettings
@@ -59,17 +60,19 @@ def load_captioner(folder: Path, *, threads: int | None = None) -> Captioner:
     return eager_captioner(loaded)
 
 
-def eager_captioner(loaded: LoadedCheckpoint) -> Captioner:
-    """The captioner that runs a checkpoint in eager PyTorch."""
+def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -> Captioner:
+    """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` as in `EagerEngine`."""
     text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
     tokens = TokenSettings(
         begin=special_token(tokenizer, text.begin, "begin"),
         end=special_token(tokenizer, text.end, "end"),
         prompt=encode_text(tokenizer, text.prompt),
         vocab_size=gpt2.vocab_size,
+        shortlist=None if vocabulary is None else len(vocabulary),
         max_positions=gpt2.n_positions,
     )
-    return Captioner(EagerEngine(loaded.model, loaded.tower), tokenizer, loaded.config.image, tokens, SearchDefaults())
+    engine = EagerEngine(loaded.model, loaded.tower, vocabulary)
+    return Captioner(engine, tokenizer, loaded.config.image, tokens, SearchDefaults())
 
 
 def caption_records(

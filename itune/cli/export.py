@@ -24,7 +24,9 @@ class Precision(StrEnum):
     """How weights are stored and products computed."""
 
     fp32 = "fp32"
+    fp16 = "fp16"
     int8 = "int8"
+    int4 = "int4"
 
 
 def export(
@@ -35,7 +37,13 @@ def export(
     target: Annotated[Target | None, typer.Option(help="What the graphs are for. [default: onnx]")] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="int8: a quarter of the size, weights and activations rounded. [default: fp32]"),
+        typer.Option(
+            help="Of the decoder. fp16: half the size, the speed of fp32. int8: a quarter, weights and activations "
+            "rounded. int4: an eighth, but for the language-model head. [default: fp32]"
+        ),
+    ] = None,
+    vision_precision: Annotated[
+        Precision | None, typer.Option(help="Of the vision tower. [default: the decoder's; int8 for int4]")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model. [default: the output folder's]")] = None,
     weights_license: Annotated[
@@ -51,6 +59,15 @@ def export(
         int | None, typer.Option(min=1, help="Longest caption, in tokens. [default: the training's]")
     ] = None,
     length_penalty: Annotated[float | None, typer.Option(help="> 0 favours long captions, < 0 short ones.")] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE",
+            help="Keep only the N most frequent tokens of the training captions (--data), or those of a text file "
+            "with a word, phrase or caption a line. Smaller and faster, other words; cannot be restored.",
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Captions for --vocabulary N (their train split).")] = None,
     images: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder of photos to verify the graphs on, too.")
     ] = None,
@@ -62,6 +79,10 @@ def export(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output of an earlier run.")] = False,
+    _compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Export in several precisions and measure them: --compare --help says how."),
+    ] = False,
     _version: common.Version = False,
 ) -> None:
     """Export a checkpoint to ONNX graphs, verified against PyTorch; or restore a bundle's parts."""
@@ -80,23 +101,25 @@ def export(
 
     from ..export.bundle import export_bundle
     from ..export.verify import Check, report_table
+    from ..export.vocabulary import Vocabulary
 
     assert checkpoint is not None
     chosen = precision or Precision.fp32
 
     def report(checks: list[Check]) -> None:
-        title = f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"
-        console.print(report_table(checks, title, chosen.value))
+        console.print(report_table(checks, f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"))
 
     with console.status("starting") as status:
         export_bundle(
             checkpoint,
             output,
             precision=chosen.value,
+            vision_precision=vision_precision.value if vision_precision else None,
             name=name,
             license=weights_license,
             card=model_card,
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
+            vocabulary=None if vocabulary is None else Vocabulary.read(vocabulary, data),
             verify=not no_verify,
             images=images,
             force=force,
@@ -111,12 +134,15 @@ _ONLY_EXPORT = {
     "checkpoint": "CHECKPOINT",
     "target": "--target",
     "precision": "--precision",
+    "vision_precision": "--vision-precision",
     "name": "--name",
     "weights_license": "--license",
     "model_card": "--model-card",
     "num_beams": "--num-beams",
     "max_new_tokens": "--max-new-tokens",
     "length_penalty": "--length-penalty",
+    "vocabulary": "--vocabulary",
+    "data": "--data",
     "images": "--images",
     "no_verify": "--no-verify",
 }
@@ -128,6 +154,8 @@ def _check_flags(given: dict[str, object]) -> None:
             raise ItuneError("CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore")
         if given["images"] is not None and given["no_verify"]:
             raise ItuneError("--images contradicts --no-verify: the photos are for the verification")
+        if given["data"] is not None and given["vocabulary"] is None:
+            raise ItuneError("--data is for --vocabulary N, which counts the tokens of the captions: give both")
         return
     for field, flag in _ONLY_EXPORT.items():
         if given[field] not in (None, False):
@@ -135,7 +163,11 @@ def _check_flags(given: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point; with --compare it is another command, with options of its own."""
+    if "--compare" in sys.argv[1:]:
+        from .compare import compare
+
+        common.run(compare, "itune-export")
     common.run(export, "itune-export")
 
 

@@ -91,7 +91,7 @@ def test_swapped_visual_states_swap_the_captions(bundle, pixels):
     assert [c.tokens for c in captioner.caption([pixels[0], pixels[2]])] == [second.tokens, first.tokens]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_caption_does_not_depend_on_neighbours(precision, clip_checkpoint, tmp_path, pixels):
     export_bundle(clip_checkpoint, tmp_path / "b", precision=precision, verify=False)
     captioner = Captioner.load(tmp_path / "b")
@@ -100,6 +100,25 @@ def test_caption_does_not_depend_on_neighbours(precision, clip_checkpoint, tmp_p
         alone = captioner.caption(image, max_new_tokens=12)
         assert alone.tokens == caption.tokens
         assert alone.score == pytest.approx(caption.score, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "vision", "expected"),
+    [
+        ("fp16", None, [("any", "fp16"), ("any", "fp16")]),
+        ("int8", None, [("onnxruntime", "int8"), ("onnxruntime", "int8")]),
+        ("int4", None, [("onnxruntime", "int8"), ("onnxruntime", "int4")]),
+        ("int4", "fp32", [("any", "fp32"), ("onnxruntime", "int4")]),
+        ("fp32", "int8", [("onnxruntime", "int8"), ("any", "fp32")]),
+    ],
+)
+def test_each_graph_has_its_precision(precision, vision, expected, clip_checkpoint, tmp_path):
+    manifest = export_bundle(
+        clip_checkpoint, tmp_path / "b", precision=precision, vision_precision=vision, verify=False
+    )
+    assert [(graph.engine, graph.precision) for graph in manifest.graphs] == expected
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"(vision {expected[0][1]}, decoder {expected[1][1]})" in card
 
 
 def test_existing_output_is_kept_unless_forced(clip_checkpoint, tmp_path):
@@ -148,8 +167,8 @@ def test_wrong_graph_leaves_no_bundle(clip_checkpoint, tmp_path, monkeypatch):
     """One wrong weight, as a bug in the merge would make it."""
     build = export_bundle.__globals__["build_decoder"]
 
-    def wrong(model):
-        graph = build(model)
+    def wrong(model, vocabulary, **options):
+        graph = build(model, vocabulary, **options)
         weight = graph.weights["transformer.h.1.mlp.c_fc.weight"].copy()
         weight[:, -32:] *= 1.2  # the queries' columns
         graph.weights["transformer.h.1.mlp.c_fc.weight"] = weight

@@ -10,6 +10,7 @@ from itune.adapter import AdapterConfig
 from itune.export.decoder import build_decoder
 from itune.export.graph import Graph
 from itune.model import ITuningModel, LoadedCheckpoint
+from itune.runtime.engines.onnxruntime import open_session
 from itune.runtime.errors import ItuneError
 
 VOCABULARY, WIDTH, LAYERS = 53, 24, 4
@@ -54,6 +55,43 @@ def test_standard_operators_with_consistent_shapes(tmp_path):
         "token_ids",
         "logsumexp",
     ]
+
+
+@pytest.mark.parametrize("config", [{}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+@pytest.mark.parametrize(("past", "length"), [(0, 1), (0, 4), (5, 1)])
+def test_the_fused_attention_computes_what_the_standard_operators_do(past, length, config, tmp_path):
+    model, rng, rows = random_model(heads=2, n_head=3, **config), np.random.default_rng(0), 6
+    real = np.ones((rows, past + length), np.bool_)
+    real[1::2, : (past + length) // 2] = False  # shorter prompts, padded on the left
+    positions = np.maximum(real.cumsum(axis=1) - 1, 0)[:, past:]
+    inputs = {"tokens": rng.integers(0, VOCABULARY, (rows, length)), "positions": positions, "mask": real}
+    inputs |= {"parents": np.arange(rows)[::-1], "k": np.array([VOCABULARY])}
+    for layer in range(LAYERS):
+        for part, shape in (("keys", (2, 2, 6, 5)), ("values", (2, 2, 5, 6))):
+            inputs[f"visual.{layer}.{part}"] = rng.standard_normal(shape, dtype=np.float32)
+        for part in ("key", "value"):
+            cache = rng.standard_normal((rows, 3, past, WIDTH // 3), dtype=np.float32)
+            inputs[f"past_key_values.{layer}.{part}"] = cache
+    outputs = []
+    for name, fused in (("standard", False), ("fused", True)):
+        graph = build_decoder(model, fused=fused)
+        assert sum(node.op_type == "GroupQueryAttention" for node in graph.nodes) == LAYERS * fused
+        (path,) = graph.save(tmp_path / f"{name}.onnx")
+        session = open_session(path, 1)
+        outputs.append(dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True)))
+    standard, fused_outputs = outputs
+    assert standard.keys() == fused_outputs.keys()
+    for name, expected in standard.items():
+        found = fused_outputs[name]
+        assert found.shape == expected.shape
+        if name.startswith("present."):  # what stands at padded positions is never looked at
+            found, expected = (np.where(real[:, None, :, None], cache, 0) for cache in (found, expected))
+        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=name)
+
+
+def test_head_sizes_that_the_fused_attention_refuses_get_the_standard_operators():
+    graph = build_decoder(random_model(), fused=True)  # heads of 12
+    assert {node.domain for node in graph.nodes} == {""}
 
 
 def test_initializers_keep_the_language_models_names():

@@ -63,6 +63,16 @@ def test_int8_and_back(onnx_checkpoint, pixels, tmp_path, run):
     assert np.isfinite(eager.caption(pixels[0]).score)
 
 
+def test_vocabulary(onnx_checkpoint, photos, tmp_path, run):
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.jpg", "captions": ["a dog runs", "a red dog"]}\n')
+    given = "--vocabulary", 3, "--data", tmp_path / "captions.jsonl"
+    status, said = run(onnx_checkpoint, "--no-verify", *given, "-o", tmp_path / "b")
+    assert status == 0, said
+    captioner = Captioner.load(tmp_path / "b")
+    assert 256 < captioner.tokens.shortlist < 262
+    assert captioner.caption(photos[0], max_new_tokens=5).tokens
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,10 +80,13 @@ def test_int8_and_back(onnx_checkpoint, pixels, tmp_path, run):
         (["-o", "b"], "CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore"),
         (["c", "-o", "b"], "c is not an adapter checkpoint: it has no itune.json"),
         (["c", "-o", "b", "--target", "tensorrt"], "Invalid value for '--target'"),
-        (["c", "-o", "b", "--precision", "int4"], "'int4' is not one of 'fp32', 'int8'"),
+        (["c", "-o", "b", "--precision", "int2"], "'int2' is not one of 'fp32', 'fp16', 'int8', 'int4'"),
         (["c", "-o", "b", "--images", ".", "--no-verify"], "--images contradicts --no-verify"),
+        (["c", "-o", "b", "--data", "captions.jsonl"], "--data is for --vocabulary N"),
+        (["-o", "b", "--restore", "x", "--vocabulary", "9"], "--vocabulary contradicts --restore"),
         (["c", "-o", "b", "--restore", "x"], "CHECKPOINT contradicts --restore"),
         (["-o", "b", "--restore", "x", "--precision", "int8"], "--precision contradicts --restore"),
+        (["-o", "b", "--restore", "x", "--vision-precision", "int8"], "--vision-precision contradicts --restore"),
         (["-o", "b", "--restore", "x", "--no-verify"], "--no-verify contradicts --restore"),
         (["-o", "b", "--restore", "x"], "x is not a folder; a bundle is the folder that itune-export writes"),
     ],
@@ -104,7 +117,7 @@ def test_help_is_fast_and_needs_no_torch():
 def test_sigterm_leaves_nothing(clip_checkpoint, tmp_path, run, monkeypatch):
     from itune.export import bundle
 
-    monkeypatch.setattr(bundle, "build_decoder", lambda _model: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(bundle, "build_decoder", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     status, _ = run(clip_checkpoint, "-o", tmp_path / "b")
     assert status == 143
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itune.export.quantize import (
-    BLOCK_SIZE,
+    BLOCK_SIZES,
     dequantize_blockwise,
     dequantize_per_channel,
     quantize_blockwise,
@@ -17,7 +17,7 @@ from itune.export.quantize import (
     snap_per_channel,
 )
 
-SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 3 * BLOCK_SIZE))
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 200))
 
 
 def random_weight(seed: int, shape: tuple[int, ...], size: float) -> np.ndarray:
@@ -26,22 +26,31 @@ def random_weight(seed: int, shape: tuple[int, ...], size: float) -> np.ndarray:
     return weight * np.float32(size)
 
 
-@settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 1000), shape=SHAPES, size=st.sampled_from([1e-6, 1.0, 1e6]))
-def test_blockwise(seed, shape, size):
-    weight = random_weight(seed, shape, size)
-    codes, scales = quantize_blockwise(weight)
-    blocks = -(-shape[1] // BLOCK_SIZE)
-    assert codes.shape == (shape[0], blocks, BLOCK_SIZE)
+@settings(deadline=None, max_examples=80)
+@given(seed=st.integers(0, 1000), shape=SHAPES, size=st.sampled_from([1e-6, 1.0, 1e6]), bits=st.sampled_from([8, 4]))
+def test_blockwise(seed, shape, size, bits):
+    weight, block_size = random_weight(seed, shape, size), BLOCK_SIZES[bits]
+    codes, scales = quantize_blockwise(weight, bits)
+    blocks = -(-shape[1] // block_size)
+    assert codes.shape == (shape[0], blocks, block_size * bits // 8)
     assert scales.shape == (shape[0], blocks)
-    assert codes.min() >= 1  # symmetric: 255 is +127, 1 is -127
-    back = dequantize_blockwise(codes, scales, shape[1])
-    half_steps = 0.5001 * scales.repeat(BLOCK_SIZE, axis=1)[:, : shape[1]]
-    assert (np.abs(back - weight) <= half_steps).all()
+    if bits == 8:
+        assert codes.min() >= 1  # symmetric: 255 is +127, 1 is -127
+    back = dequantize_blockwise(codes, scales, shape[1], bits)
+    # In 4 bits the largest value is -8 steps; what is as large with the other sign is cut off at 7.
+    steps = np.abs(scales).repeat(block_size, axis=1)[:, : shape[1]]
+    assert (np.abs(back - weight) <= (0.5001 if bits == 8 else 1.0001) * steps).all()
 
-    again, scales_again = quantize_blockwise(snap_blockwise(weight))
+    again, scales_again = quantize_blockwise(snap_blockwise(weight, bits), bits)
     np.testing.assert_array_equal(again, codes)
     np.testing.assert_allclose(scales_again, scales, rtol=2e-7)
+
+
+def test_the_first_of_two_4_bit_codes_is_the_lower():
+    weight = np.float32([[-8, 7, 3, -1, *[0] * 28]])
+    codes, scales = quantize_blockwise(weight, 4)
+    assert scales.tolist() == [[1.0]]
+    assert codes[0, 0, :2].tolist() == [0 | 15 << 4, 11 | 7 << 4]
 
 
 @settings(deadline=None, max_examples=50)

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from itune.export.graph import Graph
+from itune.export.products import Blocks, Form, Rows
 from itune.export.quantize_graph import quantize_graph
 
 QEMU = shutil.which("qemu-x86_64")
 SCRIPT = """
 import json, sys
-import numpy as np, onnxruntime as ort
+from pathlib import Path
+import numpy as np
 from numpy._core._multiarray_umath import __cpu_features__ as features
-options = ort.SessionOptions()
-options.intra_op_num_threads = 1
-session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+from itune.runtime.engines.onnxruntime import open_session
+session = open_session(Path(sys.argv[1]), 1, vnni=False)  # /proc/cpuinfo is the real processor's
 x = np.load(sys.argv[2])
 np.save(sys.argv[3], np.concatenate([session.run(None, {"x": rows})[0] for rows in (x, x[:1], x[:2])]))
 print(json.dumps({name: bool(features[name]) for name in ("AVX2", "AVX512F")}))
@@ -36,8 +37,9 @@ print(json.dumps({name: bool(features[name]) for name in ("AVX2", "AVX512F")}))
 @pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="emulates x86-64 Linux programs only"
 )
+@pytest.mark.parametrize("form", [Blocks(), Rows()], ids=str)
 @pytest.mark.parametrize(("k", "n"), [(64, 33), (768, 64)])
-def test_products_do_not_saturate(k, n, tmp_path):
+def test_products_do_not_saturate(k: int, n: int, form: Form, tmp_path):
     rng = np.random.default_rng(0)
     weight = rng.choice(np.float32([-1, 1]), (k, n))
     weight[:, : n // 4], weight[:, n // 4 : n // 2] = 1, -1  # codes +127 throughout, -127 throughout
@@ -49,7 +51,7 @@ def test_products_do_not_saturate(k, n, tmp_path):
     graph.op("MatMul", graph.input("x", np.float32, ["rows", k]), graph.initializer("weight", weight), name="y")
     graph.output("y", np.float32, ["rows", n])
     graph.save(tmp_path / "fp32.onnx")
-    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", form)
     np.save(tmp_path / "x.npy", x)
     # The emulated interpreter looks for its packages where this one found them.
     command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", SCRIPT]

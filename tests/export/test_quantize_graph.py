@@ -10,11 +10,15 @@ import pytest
 
 from itune.export.decoder import build_decoder
 from itune.export.graph import MICROSOFT, Graph
+from itune.export.products import Blocks, Rows
 from itune.export.quantize import snap_blockwise, snap_per_channel
-from itune.export.quantize_graph import quantize_graph, read_weights
+from itune.export.quantize_graph import float_graph, halve_graph, quantize_graph, read_weights
 from itune.export.vision import build_vision
 from itune.model import LoadedCheckpoint
+from itune.runtime.engines.onnxruntime import open_session
+from itune.runtime.errors import ItuneError
 
+FORMS = [Blocks(8), Blocks(4), Rows()]
 SMALL = ("wpe", "position", "class", "normalize")  # what is looked up or added stays fp32
 
 
@@ -31,9 +35,10 @@ def graphs(clip_checkpoint, onnx_checkpoint, tmp_path_factory) -> dict[str, Path
     return {name: graph.save(folder / f"{name}.onnx")[0] for name, graph in built.items()}
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("name", ["decoder", "clip", "conv"])
-def test_every_weight_is_int8_and_reads_back(graphs, name, tmp_path):
-    (path,) = quantize_graph(graphs[name], tmp_path / "int8.onnx")
+def test_every_weight_is_rounded_and_reads_back(graphs, name, form, tmp_path):
+    (path,) = quantize_graph(graphs[name], tmp_path / "small.onnx", form)
     before, after = read_weights(graphs[name]), read_weights(path)
     assert before.keys() == after.keys()
     rewritten = 0
@@ -44,32 +49,98 @@ def test_every_weight_is_int8_and_reads_back(graphs, name, tmp_path):
             assert weight.ndim < 2 or any(part in weight_name for part in SMALL), weight_name
             continue
         rewritten += 1
-        snapped = (
-            [snap_per_channel(weight)] if weight.ndim == 4 else [snap_blockwise(weight), snap_blockwise(weight.T).T]
-        )
-        assert any(np.array_equal(found, grid) for grid in snapped), weight_name
+        assert any(np.array_equal(found, grid) for grid in grids(weight, form, weight_name)), weight_name
     assert rewritten >= 3
-    assert {n.op_type for n in Graph.load(path).nodes if n.domain == MICROSOFT} == {"MatMulNBits"}
+    expected = {"MatMulIntegerToFloat"} if isinstance(form, Rows) else {"MatMulNBits"}
+    expected |= {"MatMulNBits"} if name == "decoder" else set()  # its head
+    assert {n.op_type for n in Graph.load(path).nodes if n.domain == MICROSOFT} == expected
+
+
+def grids(weight: np.ndarray, form: Blocks | Rows, name: str) -> list[np.ndarray]:
+    """What a weight may have become, in either orientation."""
+    if weight.ndim == 4:
+        return [snap_per_channel(weight)]
+    if "wte" in name or "lm_head" in name:
+        return [snap_blockwise(weight)]
+    if isinstance(form, Rows):
+        return [snap_per_channel(weight), snap_per_channel(weight.T).T]
+    return [snap_blockwise(weight, form.bits), snap_blockwise(weight.T, form.bits).T]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("name", ["decoder", "clip", "conv"])
+def test_quantising_what_was_read_back_loses_nothing_more(graphs, name, form, tmp_path):
+    quantize_graph(graphs[name], tmp_path / "small.onnx", form)
+    float_graph(tmp_path / "small.onnx").save(tmp_path / "restored.onnx")
+    quantize_graph(tmp_path / "restored.onnx", tmp_path / "again.onnx", form)
+    once, twice = Graph.load(tmp_path / "small.onnx").weights, Graph.load(tmp_path / "again.onnx").weights
+    assert once.keys() == twice.keys() | {n for n in once if "constant." in n}
+    for weight, array in twice.items():
+        if array.dtype == np.float32:
+            np.testing.assert_allclose(array, once[weight], rtol=2e-7, err_msg=weight)
+        else:
+            np.testing.assert_array_equal(array, once[weight], err_msg=weight)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("name", ["clip", "conv"])
+def test_integer_products_are_near_those_of_the_rounded_weights(graphs, name, form, tmp_path, pixels):
+    (path,) = quantize_graph(graphs[name], tmp_path / "small.onnx", form)
+    (floats,) = float_graph(path).save(tmp_path / "floats.onnx")
+    assert {node.op_type for node in Graph.load(floats).nodes} <= {
+        n.op_type for n in Graph.load(graphs[name]).nodes
+    } | {"Gemm"}
+    found, expected = (open_session(file, 1).run(None, {"pixels": pixels}) for file in (path, floats))
+    for one, other in zip(found, expected, strict=True):
+        assert np.sqrt(np.mean((one - other) ** 2)) < 0.06 * np.sqrt(np.mean(other**2))
 
 
 @pytest.mark.parametrize("name", ["decoder", "clip", "conv"])
-def test_quantising_what_was_read_back_loses_nothing_more(graphs, name, tmp_path):
-    quantize_graph(graphs[name], tmp_path / "int8.onnx")
-    restored = Graph.load(graphs[name])
-    restored.weights |= read_weights(tmp_path / "int8.onnx")
-    restored.save(tmp_path / "restored.onnx")
-    quantize_graph(tmp_path / "restored.onnx", tmp_path / "again.onnx")
-    once, twice = Graph.load(tmp_path / "int8.onnx").weights, Graph.load(tmp_path / "again.onnx").weights
-    assert once.keys() == twice.keys()
-    for weight, array in once.items():
-        if array.dtype == np.float32:
-            np.testing.assert_allclose(array, twice[weight], rtol=2e-7, err_msg=weight)
-        else:
-            np.testing.assert_array_equal(array, twice[weight], err_msg=weight)
+def test_half_precision_is_storage_only(graphs, name, tmp_path):
+    (path,) = halve_graph(graphs[name], tmp_path / "half.onnx")
+    onnx.checker.check_model(onnx.load(path))
+    stored, before, after = Graph.load(path), read_weights(graphs[name]), read_weights(path)
+    assert before.keys() == after.keys()
+    assert set(stored.opsets) == {""}
+    for weight, array in before.items():
+        half = array.dtype == np.float32 and array.ndim > 1
+        assert (f"{weight}.fp16" in stored.weights) == half
+        expected = array.astype(np.float16).astype(np.float32) if half else array
+        np.testing.assert_array_equal(after[weight], expected, err_msg=weight)
+    assert [n.op_type for n in float_graph(path).nodes] == [n.op_type for n in Graph.load(graphs[name]).nodes]
 
 
-def test_the_tied_embedding_is_stored_once(graphs, tmp_path):
-    (path,) = quantize_graph(graphs["decoder"], tmp_path / "int8.onnx")
+def test_weights_too_large_for_half_precision_are_refused(tmp_path):
+    graph = Graph("large")
+    weight = graph.initializer("weight", np.full((2, 2), 1e5, np.float32))
+    graph.op("MatMul", graph.input("x", np.float32, ["rows", 2]), weight, name="y")
+    graph.output("y", np.float32, ["rows", 2])
+    graph.save(tmp_path / "fp32.onnx")
+    with pytest.raises(ItuneError, match=r"weight weight has values beyond 65504"):
+        halve_graph(tmp_path / "fp32.onnx", tmp_path / "half.onnx")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_row_never_depends_on_the_others(form, tmp_path):
+    """Not even a row of zeros beside one that is a million times louder than the third."""
+    rng = np.random.default_rng(0)
+    graph = Graph("product")
+    weight = graph.initializer("weight", rng.standard_normal((96, 40), dtype=np.float32))
+    graph.op("MatMul", graph.input("x", np.float32, ["images", "N", 96]), weight, name="y")
+    graph.output("y", np.float32, ["images", "N", 40])
+    graph.save(tmp_path / "fp32.onnx")
+    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "small.onnx", form)
+    session = open_session(path, 1)
+    x = rng.standard_normal((3, 5, 96), dtype=np.float32) * np.float32([[[0]], [[1e6]], [[1]]])
+    (together,) = session.run(None, {"x": x})
+    for i in range(3):
+        np.testing.assert_array_equal(session.run(None, {"x": x[i : i + 1]})[0][0], together[i])
+    assert not together[0].any()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_tied_embedding_is_stored_once_in_8_bits(graphs, form, tmp_path):
+    (path,) = quantize_graph(graphs["decoder"], tmp_path / "int8.onnx", form)
     graph = Graph.load(path)
     uses = Counter(name for node in graph.nodes for name in node.input)
     assert uses["transformer.wte.weight.int8"] == 2
@@ -95,7 +166,7 @@ def test_widths_that_no_block_divides(tmp_path):
     graph.output("embedded", np.float32, ["rows", "T", 70])
     graph.output("logits", np.float32, ["rows * T", 9])
     graph.save(tmp_path / "fp32.onnx")
-    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", Blocks())
     onnx.checker.check_model(onnx.load(path))
 
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -114,13 +185,13 @@ def test_gemms_that_scale_stay_as_they_are(tmp_path):
     graph.op("Gemm", x, weight, alpha=0.5, name="y")
     graph.output("y", np.float32, ["rows", 64])
     graph.save(tmp_path / "fp32.onnx")
-    quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx")
+    quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", Blocks())
     assert [node.op_type for node in Graph.load(tmp_path / "int8.onnx").nodes] == ["Gemm"]
 
 
 def test_convolutions_run_in_fp32(graphs, tmp_path, pixels):
     """Only the storage is int8: the tower's output is that of the snapped weights."""
-    (path,) = quantize_graph(graphs["conv"], tmp_path / "int8.onnx")
+    (path,) = quantize_graph(graphs["conv"], tmp_path / "int8.onnx", Blocks())
     int8, snapped = Graph.load(path), Graph.load(graphs["conv"])
     snapped.weights |= read_weights(path)
     assert sum(node.op_type == "DequantizeLinear" for node in int8.nodes) == 2

@@ -12,11 +12,12 @@ from itune.export import verify
 from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
 from itune.export.scenarios import Scenario, beside_loud_image, pick_images
-from itune.export.verify import Check, VerificationError, compare, report_table, write_reference
+from itune.export.verify import LIMITS, Check, VerificationError, compare, report_table, write_reference
 from itune.runtime.bundle import MANIFEST, FileHash
 from itune.runtime.settings import ImageSettings
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def bundles(clip_checkpoint, onnx_checkpoint, tmp_path_factory):
     """Their unverified bundles, by kind and precision."""
     root = tmp_path_factory.mktemp("bundles")
     for kind, checkpoint in (("clip", clip_checkpoint), ("onnx", onnx_checkpoint)):
-        for precision in ("fp32", "int8"):
+        for precision in PRECISIONS:
             export_bundle(checkpoint, root / f"{kind}-{precision}", precision=precision, verify=False)
     return root
 
@@ -69,11 +70,21 @@ def test_fp32_agrees_far_below_the_limits(kind, references, bundles):
 
 
 @KINDS
-def test_int8_agrees_within_its_limits(kind, references, bundles):
-    found = by_output(compare(bundles / f"{kind}-int8", references[kind]))
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("fp16", 1e-5, 0.003), ("int8", 1e-3, 0.05), ("int4", 5e-3, 0.4)]
+)
+def test_smaller_precisions_agree_within_their_limits(kind, precision, least, most, references, bundles):
+    found = by_output(compare(bundles / f"{kind}-{precision}", references[kind]))
     assert all(check.passed for check in found.values())
-    assert 1e-3 < found["logits with past"].value < 0.05  # it is int8 that was measured
+    assert least < found["logits with past"].value < most  # it is this precision that was measured
     assert found["neighbours: logits"].value < 1e-5
+
+
+def test_a_tower_in_fp32_is_held_to_its_own_limits(references, bundles, tmp_path, clip_checkpoint):
+    export_bundle(clip_checkpoint, tmp_path / "b", precision="int4", vision_precision="fp32", verify=False)
+    found = by_output(compare(tmp_path / "b", references["clip"]))
+    assert all(check.passed for check in found.values())
+    assert found["visual.1.keys"].limit == LIMITS["fp32"].outputs < found["logits with past"].limit
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -122,7 +133,7 @@ def test_report_marks_what_failed():
         Check("logits", "3 images", 0.5, 0.25, 1e-3, passed=False),
     ]
     console = Console(width=100, file=io.StringIO())
-    console.print(report_table(checks, "a title", "fp32"))
+    console.print(report_table(checks, "a title"))
     text = console.file.getvalue()
     assert "0.25" in text
     assert text.count("ok") == text.count("FAILED") == 1
@@ -152,7 +163,7 @@ def test_images_are_loud_quiet_and_real(photos):
 
 def test_loud_neighbour_goes_first():
     alone = Scenario.from_json({"name": "n", "images": [0], "steps": [{"tokens": [[3, 4]], "parents": [0]}]})
-    both = beside_loud_image(alone, vocab_size=20)
+    both = beside_loud_image(alone, np.arange(20))
     assert both.images == [-1, 0]
     assert both.steps[0].tokens == [[14, 1], [3, 4]]
     assert both.steps[0].parents == [0, 1]
