@@ -1,4 +1,4 @@
-"""What the latency benchmark compares, each in a process of its own that waits for photos on a pipe.
+"""What the benchmarks compare, each in a process of its own that waits for photos on a pipe.
 
 Separate processes give every contestant its own peak memory and its own threads; a contestant that waits does not
 use the CPU.
@@ -6,181 +6,144 @@ use the CPU.
 
 from __future__ import annotations
 
-import signal
-import sys
+import shutil
 import time
-import traceback
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
-
-from itune import ItuneError
+from itune.export.worker import Worker
 from itune.runtime.engines.base import UInt8
 
 
 class Sample(NamedTuple):
-    """One caption: milliseconds, and the tokens that were written."""
+    """One batch of photos: milliseconds, and the tokens that were written for each photo."""
 
-    encode: float
+    encode: float | None
+    """None: this contestant only decodes."""
     decode: float
-    tokens: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What everybody does alike: beams, a forced length, threads."""
+    """What everybody does alike: beams, a forced length, the tokens before a caption and the one after it."""
 
     num_beams: int
     new_tokens: int
-    threads: int
+    prompt: tuple[int, ...]
+    end: int
 
 
 class Contestant(Protocol):
-    """Captions one preprocessed photo, uint8 [1, H, W, 3]."""
+    """Captions preprocessed photos; built from a folder and a number of threads."""
 
-    def caption(self, pixels: UInt8) -> Sample:
-        """Encode, decode, and the time of each."""
+    def caption(self, pixels: UInt8, task: Task) -> Sample:
+        """Encode photos, uint8 [B, H, W, 3], decode, and the time of each."""
         ...
 
 
-class Eager:
-    """PyTorch with its KV cache: the tower, then `transformers.generate` over the language model with adapters."""
+@dataclass(frozen=True)
+class Entry:
+    """Who takes part: where its class is, what it is called, what it reads, what it needs."""
 
-    def __init__(self, checkpoint: Path, task: Task) -> None:
-        import torch
-        from transformers import GenerationConfig
+    label: str
+    implementation: str
+    """`module:class`; imported in the contestant's process only."""
+    options: dict[str, Any] = field(default_factory=dict)
+    reads: Literal["checkpoint", "bundle", "conversion"] = "conversion"
+    """The adapter checkpoint, the fp32 bundle, or a folder that the module's `convert` makes of one of the two."""
+    source: Literal["checkpoint", "bundle"] = "checkpoint"
+    """What `convert` starts from."""
+    requires: tuple[str, ...] = ()
+    """Modules beside those of itune's own extras."""
+    clip_only: bool = False
+    """It exports the tower from PyTorch, which an ONNX tower has left already."""
+    note: str = ""
+    """What its figures leave out."""
 
-        from itune.evaluate import eager_captioner
-        from itune.model import LoadedCheckpoint
+    def lacks(self, vision: str) -> str | None:
+        """What keeps it from running here with a tower of kind `vision`, as the end of a sentence; None if nothing."""
+        if self.clip_only and vision != "clip":
+            return "needs a CLIP tower, and this checkpoint's is an ONNX graph already"
+        missing = [module for module in self.requires if find_spec(module) is None]
+        if missing:
+            return f"needs {', '.join(missing)}: pip install 'itune[benchmark]'"
+        if self.options.get("compiled") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return "needs a C++ compiler when it runs"
+        return None
 
-        torch.set_num_threads(task.threads)
-        self.loaded = LoadedCheckpoint.load(checkpoint)
-        self.tokens = eager_captioner(self.loaded).tokens
-        self.gpt2: Any = self.loaded.language.model
-        # In place of the checkpoint's own, whose penalties `generate` would go on applying.
-        self.gpt2.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-            num_beams=task.num_beams,
-            min_new_tokens=task.new_tokens,
-            max_new_tokens=task.new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=self.tokens.end,
-            pad_token_id=self.tokens.end,
-        )
 
-    def caption(self, pixels: UInt8) -> Sample:
-        """See `Contestant.caption`."""
-        import torch
+_TORCH, _PLAIN, _OPENVINO = "peers.torch_eager:Eager", "peers.plain_onnx:PlainOnnx", "peers.openvino_graphs:OpenVino"
+PEERS = {
+    "eager": Entry("eager", _TORCH, reads="checkpoint"),
+    "eager-bf16": Entry("eager bf16", _TORCH, {"dtype": "bfloat16"}, reads="checkpoint"),
+    "compile": Entry("torch.compile", _TORCH, {"compiled": True}, reads="checkpoint"),
+    "compile-bf16": Entry("torch.compile bf16", _TORCH, {"compiled": True, "dtype": "bfloat16"}, reads="checkpoint"),
+    "onnx-plain": Entry("ONNX, plain export", _PLAIN, requires=("onnxscript",), clip_only=True),
+    "onnx-plain-int8": Entry(
+        "ONNX, plain int8", _PLAIN, {"precision": "int8"}, requires=("onnxscript",), clip_only=True
+    ),
+    "openvino-f32": Entry("OpenVINO f32", _OPENVINO, {"precision": "f32"}, reads="bundle", requires=("openvino",)),
+    "openvino-bf16": Entry("OpenVINO bf16", _OPENVINO, {"precision": "bf16"}, reads="bundle", requires=("openvino",)),
+    "openvino-int8": Entry(
+        "OpenVINO int8", _OPENVINO, {"precision": "f32"}, source="bundle", requires=("openvino", "nncf")
+    ),
+    "ctranslate2-int8": Entry(
+        "CTranslate2 int8",
+        "peers.ctranslate:CTranslate2",
+        requires=("ctranslate2",),
+        note="decodes a plain GPT-2, without adapters and image",
+    ),
+}
+"""What a user could take in place of a bundle, by its name on the command line."""
 
-        model, prompt = self.loaded.model, [self.tokens.begin, *self.tokens.prompt]
-        with torch.inference_mode():
-            start = time.perf_counter()
-            visual = model.project(self.loaded.tower.embed(pixels))
-            encoded = time.perf_counter()
-            with model.looking_at(visual):
-                output = self.gpt2.generate(
-                    torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long)
-                )
-            done = time.perf_counter()
-        written = output[0, len(prompt) :].tolist()
-        return Sample(1e3 * (encoded - start), 1e3 * (done - encoded), tuple(written))
+BUNDLE = Entry("itune", "contestants:Bundle")
 
 
 class Bundle:
     """An exported bundle on its engine, with the project's own search."""
 
-    def __init__(self, bundle: Path, task: Task) -> None:
+    def __init__(self, folder: Path, threads: int) -> None:
         from itune import Captioner
-        from itune.runtime.search import SearchConfig
 
-        self.captioner = Captioner.load(bundle, threads=task.threads)
-        self.config = SearchConfig(
-            num_beams=task.num_beams, min_new_tokens=task.new_tokens, max_new_tokens=task.new_tokens
-        )
+        self.engine = Captioner.load(folder, threads=threads).engine
 
-    def caption(self, pixels: UInt8) -> Sample:
+    def caption(self, pixels: UInt8, task: Task) -> Sample:
         """See `Contestant.caption`."""
-        from itune.runtime.search import search
-
-        engine, tokens = self.captioner.engine, self.captioner.tokens
-        start = time.perf_counter()
-        state = engine.encode(pixels)
-        encoded = time.perf_counter()
-        hypotheses = search(engine, state, [[tokens.begin, *tokens.prompt]], self.config, tokens.end)
-        done = time.perf_counter()
-        return Sample(1e3 * (encoded - start), 1e3 * (done - encoded), hypotheses[0][0].tokens)
+        return search_captions(self.engine, pixels, task)
 
 
-KINDS: dict[str, Any] = {"eager": Eager, "bundle": Bundle}
+def search_captions(engine: Any, pixels: UInt8, task: Task) -> Sample:
+    """Caption with the project's search over anything that has `encode` and `step` (the engine protocol)."""
+    from itune.runtime.search import SearchConfig, search
+
+    config = SearchConfig(num_beams=task.num_beams, min_new_tokens=task.new_tokens, max_new_tokens=task.new_tokens)
+    start = time.perf_counter()
+    state = engine.encode(pixels)
+    encoded = time.perf_counter()
+    hypotheses = search(engine, state, [task.prompt] * len(pixels), config, task.end)
+    done = time.perf_counter()
+    return Sample(1e3 * (encoded - start), 1e3 * (done - encoded), tuple(best[0].tokens for best in hypotheses))
 
 
-class Worker:
+class Contender(Worker):
     """A contestant in its own process, which ends with this one."""
 
-    def __init__(self, kind: str, folder: Path, task: Task) -> None:
-        context = get_context("spawn")
-        self.kind = kind
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, kind, folder, task), daemon=True)
-        # Inherited: Ctrl-C is for this process, which then ends the others.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self.process.start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        theirs.close()
-        self._exchange()  # loaded
+    def __init__(self, entry: Entry, folder: Path, threads: int) -> None:
+        self.entry = entry
+        super().__init__(entry.label, make_contestant, entry, folder, threads)
 
-    def caption(self, pixels: UInt8) -> Sample:
-        """Have one photo captioned, uint8 [1, H, W, 3]."""
-        sample: Sample = self._exchange(pixels)
+    def caption(self, pixels: UInt8, task: Task) -> Sample:
+        """Have photos captioned, uint8 [B, H, W, 3]."""
+        sample: Sample = self.call("caption", pixels, task)
         return sample
 
-    def close(self) -> float:
-        """End the process; returns its peak resident memory in MB."""
-        peak: float = self._exchange(None)
-        self.process.join()
-        return peak
 
-    def _exchange(self, *messages: UInt8 | None) -> Any:
-        try:
-            for message in messages:
-                self.pipe.send(message)
-            answer = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self.process.join()
-            status = self.process.exitcode
-            raise ItuneError(f"the {self.kind} process died with status {status}, perhaps for want of memory") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def _serve(pipe: Connection, kind: str, folder: Path, task: Task) -> None:
-    try:
-        contestant: Contestant = KINDS[kind](folder, task)
-        pipe.send(None)
-        while (pixels := pipe.recv()) is not None:
-            pipe.send(contestant.caption(np.asarray(pixels)))
-        pipe.send(_peak_memory())
-    except (EOFError, ConnectionError):
-        pass  # the parent is gone
-    except ItuneError as error:
-        pipe.send(error)
-    except Exception:
-        pipe.send(RuntimeError(traceback.format_exc()))
-
-
-def _peak_memory() -> float:
-    """The largest resident memory of this process so far, in MB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, getrusage would count what the parent had when it started this process
-        lines = status.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+def make_contestant(entry: Entry, folder: Path, threads: int) -> Contestant:
+    """Import and load a contestant; for its own process."""
+    module, name = entry.implementation.split(":")
+    contestant: Contestant = getattr(import_module(module), name)(folder, threads, **entry.options)
+    return contestant

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,37 +28,59 @@ def latency(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("latency")
-
-
-def test_report(checkpoint_folder: Path, work: Path) -> None:
+def measured(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The work folder of a run, its bundles and results inside, and what was printed."""
+    work = tmp_path_factory.mktemp("latency")
     options = ("--work-dir", work, "--repeats", "2", "--warmup", "1", "--threads", "1", "--new-tokens", "6")
     done = latency("--checkpoint", checkpoint_folder, *options, "--json", work / "out.json")
     assert done.returncode == 0, done.stderr
+    assert {path.name for path in work.iterdir()} == {"bundle-fp32", "bundle-int8", "out.json"}
+    return work, done.stdout
+
+
+@pytest.fixture
+def work(measured: tuple[Path, str]) -> Path:
+    return measured[0]
+
+
+def test_report(measured: tuple[Path, str]) -> None:
+    work, printed = measured
     result = json.loads((work / "out.json").read_text())
     assert result.keys() == {"machine", "settings", "summary", "samples"}
-    assert result["summary"].keys() == {"eager", "ONNX fp32", "ONNX int8"}
+    assert result["summary"].keys() == {"eager", "itune fp32", "itune int8"}
     photos = result["settings"]["photos"]
     assert photos >= 8
     for name, row in result["summary"].items():
         assert row["peak_mb"] > 50
         for part in ("encode", "decode", "total"):
             assert 0 < row[part]["min_ms"] <= row[part]["median_ms"] <= row[part]["p95_ms"] <= row[part]["max_ms"]
-        assert all(len(sample["tokens"]) == 6 for sample in result["samples"][name]), "the length is forced"
-    assert result["summary"]["ONNX fp32"]["identical_captions"] == photos
+        assert all(len(sample["tokens"][0]) == 6 for sample in result["samples"][name]), "the length is forced"
+    assert result["summary"]["itune fp32"]["identical_captions"] == photos
     assert result["summary"]["eager"]["distinct_captions"] > 1
     # PyTorch is in one process only; the bundles' memory is their own.
-    assert result["summary"]["ONNX int8"]["peak_mb"] < result["summary"]["eager"]["peak_mb"]
-    assert {path.name for path in work.iterdir()} == {"bundle-fp32", "bundle-int8", "out.json"}
+    assert result["summary"]["itune int8"]["peak_mb"] < result["summary"]["eager"]["peak_mb"]
+    assert "images/s" not in printed, "one after the other they are no throughput"
+
+
+def test_batches(checkpoint_folder: Path, work: Path) -> None:
+    options = ("--work-dir", work, "--repeats", "1", "--warmup", "0", "--threads", "1", "--new-tokens", "5")
+    done = latency("--checkpoint", checkpoint_folder, *options, "--batch-size", "3", "--json", work / "batch.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((work / "batch.json").read_text())
+    photos = result["settings"]["photos"]
+    samples = result["samples"]["itune fp32"]
+    assert len(samples) == -(-photos // 3), "every photo is in a batch"
+    assert all(len(sample["tokens"]) == 3 for sample in samples)
+    for row in result["summary"].values():
+        assert row["images_per_s"] == pytest.approx(3e3 / row["total"]["median_ms"])
+    assert result["summary"]["itune fp32"]["identical_captions"] == photos
+    assert "images/s" in done.stdout
 
 
 def test_work_dir_is_reused_for_the_same_checkpoint_only(
     checkpoint_folder: Path, language_model_folder: Path, clip_folder: Path, work: Path
 ) -> None:
     manifest = work / "bundle-int8" / "bundle.json"
-    if not manifest.exists():
-        pytest.skip("needs the bundles of the test before")
     before = manifest.stat().st_mtime_ns
     options = ("--work-dir", work, "--repeats", "1", "--warmup", "0", "--threads", "1", "--new-tokens", "2")
     assert latency("--checkpoint", checkpoint_folder, *options).returncode == 0
@@ -84,9 +107,13 @@ def contestants(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return contestants
 
 
+def task(contestants: ModuleType) -> Any:
+    return contestants.Task(num_beams=2, new_tokens=4, prompt=(0,), end=0)
+
+
 def test_a_waiting_contestant_uses_no_cpu(contestants: ModuleType, checkpoint_folder: Path) -> None:
-    worker = contestants.Worker("eager", checkpoint_folder, contestants.Task(num_beams=2, new_tokens=4, threads=2))
-    worker.caption(np.zeros((1, 32, 32, 3), np.uint8))
+    worker = contestants.Contender(contestants.PEERS["eager"], checkpoint_folder, threads=2)
+    worker.caption(np.zeros((1, 32, 32, 3), np.uint8), task(contestants))
     time.sleep(0.1)
     process = psutil.Process(worker.process.pid)
     before = sum(process.cpu_times()[:2])
@@ -96,33 +123,27 @@ def test_a_waiting_contestant_uses_no_cpu(contestants: ModuleType, checkpoint_fo
 
 
 def test_peak_memory_is_the_contestants_own(contestants: ModuleType, work: Path) -> None:
-    if not (work / "bundle-int8").exists():
-        pytest.skip("needs the bundles of the first test")
     parents = np.ones(100_000_000)  # 800 MB, which the kernel would count as the child's (getrusage)
-    worker = contestants.Worker("bundle", work / "bundle-int8", contestants.Task(1, 2, 1))
+    worker = contestants.Contender(contestants.BUNDLE, work / "bundle-int8", threads=1)
     assert worker.close() < 400
     assert parents[-1] == 1
 
 
 def test_a_killed_contestant_is_reported(contestants: ModuleType, work: Path) -> None:
-    if not (work / "bundle-int8").exists():
-        pytest.skip("needs the bundles of the first test")
-    worker = contestants.Worker("bundle", work / "bundle-int8", contestants.Task(1, 2, 1))
+    worker = contestants.Contender(contestants.BUNDLE, work / "bundle-int8", threads=1)
     worker.process.kill()
     worker.process.join()
-    with pytest.raises(ItuneError, match="the bundle process died with status -9, perhaps for want of memory"):
-        worker.caption(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(ItuneError, match="the itune process died with status -9, perhaps for want of memory"):
+        worker.caption(np.zeros((1, 32, 32, 3), np.uint8), task(contestants))
 
 
 def test_a_contestants_error_is_one_sentence(contestants: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ItuneError, match="is not a bundle"):
-        contestants.Worker("bundle", tmp_path, contestants.Task(1, 2, 1))
+        contestants.Contender(contestants.BUNDLE, tmp_path, threads=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_stopping_ends_every_process(number: signal.Signals, checkpoint_folder: Path, work: Path) -> None:
-    if not (work / "bundle-int8").exists():
-        pytest.skip("needs the bundles of the first test")
     command = [sys.executable, str(LATENCY), "--checkpoint", str(checkpoint_folder), "--work-dir", str(work)]
     with subprocess.Popen(
         [*command, "--repeats", "100000"],
@@ -180,6 +201,8 @@ def test_usage_errors_are_one_sentence(tmp_path: Path) -> None:
         (("--random-init", "base", "--num-beams", "0"), "--num-beams must be at least 1"),
         (("--random-init", "base", "--json", tmp_path / "no" / "out.json"), "is not a folder"),
         (("--checkpoint", tmp_path, "--images", tmp_path), "there is no photo in it"),
+        (("--checkpoint", tmp_path, "--contestants", "eager,onnx"), "there is no 'onnx'; there are all, eager, "),
+        (("--checkpoint", tmp_path, "--batch-size", "0"), "--batch-size must be at least 1"),
     ):
         done = latency(*arguments)
         assert done.returncode == 2

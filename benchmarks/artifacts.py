@@ -1,0 +1,131 @@
+"""What the contestants read: bundles and conversions of one checkpoint, made once and reused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from contestants import BUNDLE, PEERS, Contender, Entry
+from rich.console import Console
+
+from itune import ItuneError, __version__
+from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, atomic_folder, hash_files
+from itune.runtime.bundle import MANIFEST
+from itune.runtime.bundle import Bundle as BundleFolder
+
+BASE = "eager"
+"""Whom all others are compared with."""
+_SOURCE = "source.json"
+_BENCHMARKS = Path(__file__).resolve().parent
+console = Console(stderr=True)
+
+
+class Artifacts:
+    """The folders of a checkpoint's bundles and conversions below `work`, built when they are asked for."""
+
+    def __init__(self, checkpoint: Path, work: Path) -> None:
+        self.checkpoint, self.work = checkpoint, work
+        self.source = {name: hash_files([checkpoint / name]) for name in (WEIGHTS_FILE, CONFIG_FILE)}
+
+    def bundle(self, precision: str) -> Path:
+        """The bundle of a precision: itune-export's, or DECODER+VISION for two of them."""
+        folder = self.work / f"bundle-{precision}"
+        if (folder / MANIFEST).is_file():
+            provenance = BundleFolder.load(folder, verify=False).manifest.provenance
+            self._check(folder, provenance.get("checkpoint"), provenance.get("itune"))
+            return folder
+        decoder, _, vision = precision.partition("+")
+        command = ["-m", "itune.cli.export", self.checkpoint, "--precision", decoder, "-o", folder]
+        with console.status(f"exporting {folder.name}"):
+            _run([*command, *(["--vision-precision", vision] if vision else [])], f"the export to {folder}")
+        return folder
+
+    def conversion(self, name: str) -> Path:
+        """What a peer's own `convert` makes."""
+        entry = PEERS[name]
+        module = entry.implementation.partition(":")[0]
+        folder = self.work / module.rpartition(".")[2]
+        if (folder / _SOURCE).is_file():
+            found: dict[str, Any] = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
+            self._check(folder, found["checkpoint"], found["itune"])
+            return folder
+        source = self.checkpoint if entry.source == "checkpoint" else self.bundle("fp32")
+        with console.status(f"converting for {entry.label}"), atomic_folder(folder) as staging:
+            _run(["-m", module, source, staging], f"the conversion for {name}")
+            made = json.dumps({"checkpoint": self.source, "itune": __version__})
+            (staging / _SOURCE).write_text(made, encoding="utf-8")
+        return folder
+
+    def _check(self, folder: Path, checkpoint: Any, version: Any) -> None:
+        if checkpoint != self.source:
+            raise ItuneError(f"{folder} was exported from another checkpoint: give another --work-dir")
+        if version != __version__:
+            raise ItuneError(
+                f"{folder} was exported by another version of itune: delete it, or give another --work-dir"
+            )
+
+    def start(self, peers: Iterable[str], precisions: Iterable[str], threads: int) -> dict[str, Contender]:
+        """A process for every peer and every bundle, by their names; the bundles' are `itune PRECISION`."""
+        parts: dict[str, tuple[Entry, Path]] = {}
+        for name in peers:
+            reads = PEERS[name].reads
+            folder = self.checkpoint if reads == "checkpoint" else None
+            parts[name] = (PEERS[name], folder or (self.bundle("fp32") if reads == "bundle" else self.conversion(name)))
+        for precision in precisions:
+            parts[f"itune {precision}"] = (BUNDLE, self.bundle(precision))
+        workers = {}
+        with console.status("loading") as status:
+            for name, (entry, folder) in parts.items():
+                status.update(f"loading {name}")
+                workers[name] = Contender(entry, folder, threads)
+        return workers
+
+
+def label(name: str) -> str:
+    """How a contestant is called in tables."""
+    return PEERS[name].label if name in PEERS else name
+
+
+def choose_peers(text: str, vision: str = "clip") -> list[str]:
+    """The peers of a comma list, eager PyTorch first whether named or not; `all` is whoever can run here.
+
+    `vision`: the kind of the checkpoint's tower, "clip" or "onnx".
+
+    Raises:
+        ItuneError: an unknown name, or one that cannot run here.
+    """
+    names = list(PEERS) if text == "all" else [BASE, *(n for n in text.split(",") if n not in ("", BASE))]
+    chosen = []
+    for name in dict.fromkeys(names):
+        if name not in PEERS:
+            raise ItuneError(f"--contestants: there is no {name!r}; there are all, {', '.join(PEERS)}")
+        reason = PEERS[name].lacks(vision)
+        if reason and text != "all":
+            raise ItuneError(f"--contestants: {name} {reason}")
+        if reason:
+            console.print(f"left out: {name} {reason}", highlight=False)
+        else:
+            chosen.append(name)
+    return chosen
+
+
+def _run(arguments: list[Any], what: str) -> None:
+    """Run a Python module, in a process whose memory goes with it."""
+    # -P: started in a checkout, Python would take its folder `itune` for the package.
+    command = [sys.executable, "-P", *map(str, arguments)]
+    path = os.pathsep.join([str(_BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            process.terminate()  # it clears its half-written folder away, and is waited for
+            raise
+    if process.returncode:
+        raise ItuneError(f"{what} failed: {(errors.strip().splitlines() or ['it was killed'])[-1]}")

@@ -1,0 +1,216 @@
+"""Images a second through a bundle, and whether memory grows with their number.
+
+    python benchmarks/throughput.py --images FOLDER --count 10000 --json throughput.json --plot throughput.png
+
+One process captions them with `Captioner.stream`, file decoding included. Photos of the folder (default: JPEGs made up
+here) go round until there are `count`; rate and resident memory are noted every `--window` images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from measuring import machine
+from PIL import Image
+from rich.console import Console
+
+from itune.checkpoint import atomic_path
+from itune.cli.common import progress, require
+from itune.cli.run import expand
+from itune.runtime import Captioner, ImageError, ItuneError
+from itune.runtime.engines.onnxruntime import available_cpus
+
+SYNTHETIC = 200
+SIZE = (500, 375)
+
+
+class Window(NamedTuple):
+    """What was noted after some more images."""
+
+    images: int
+    seconds: float
+    rss_mb: float
+
+
+def photos(folder: Path | None) -> Sequence[str] | Sequence[bytes]:
+    """The photos of a folder, or encoded smooth random ones."""
+    if folder is not None:
+        found = expand([str(folder)])
+        if found == [str(folder)]:
+            raise ItuneError(f"--images {folder}: there is no photo in it")
+        return found
+    return [_made_up(np.random.default_rng(seed)) for seed in range(SYNTHETIC)]
+
+
+def measure(
+    captioner: Captioner, images: Sequence[str] | Sequence[bytes], arguments: argparse.Namespace
+) -> list[Window]:
+    """Caption `arguments.count` images; the first window is the start, before any image."""
+    import psutil
+
+    process = psutil.Process()
+
+    def note(done: int) -> Window:
+        return Window(done, perf_counter() - start, process.memory_info().rss / 1e6)
+
+    def endless() -> Iterator[str | bytes]:
+        while True:
+            yield from images
+
+    failed = 0
+    start = perf_counter()
+    windows = [note(0)]
+    results = captioner.stream(
+        islice(endless(), arguments.count),
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        num_beams=arguments.num_beams,
+    )
+    with progress("captioning") as update:
+        for done, (_, result) in enumerate(results, 1):
+            failed += isinstance(result, ImageError)
+            if done % arguments.window == 0 or done == arguments.count:
+                windows.append(note(done))
+            update(done, arguments.count)
+    if failed:
+        raise ItuneError(f"{failed} of {arguments.count} images could not be decoded, so that the rate means nothing")
+    return windows
+
+
+def summarize(windows: Sequence[Window]) -> dict[str, Any]:
+    """Images a second with their spread over the windows; memory, whose peaks in both halves tell whether it grows."""
+    images, seconds, rss = (np.array(column) for column in zip(*windows, strict=True))
+    rates = np.diff(images) / np.diff(seconds)
+    early = images <= images[-1] / 2
+    return {
+        "images_per_s": float(images[-1] / seconds[-1]),
+        "images_per_s_p10_p50_p90": [float(rate) for rate in np.percentile(rates, (10, 50, 90))],
+        "rss_mb": {
+            "loaded": float(rss[0]),
+            "most_in_first_half": float(rss[early].max()),
+            "most_in_second_half": float(rss[~early].max()),
+            "end": float(rss[-1]),
+        },
+    }
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything the JSON file holds."""
+    images = photos(arguments.images)
+    captioner = Captioner.load(arguments.bundle, threads=arguments.threads)
+    windows = measure(captioner, images, arguments)
+    return {
+        "machine": machine(arguments.threads),
+        "settings": {
+            "bundle": str(arguments.bundle or "default model"),
+            "images": f"{len(images)} {'made up' if arguments.images is None else 'photos'}",
+            "count": arguments.count,
+            "batch_size": arguments.batch_size,
+            "workers": captioner.workers if arguments.workers is None else arguments.workers,
+            "num_beams": arguments.num_beams or captioner.search.num_beams,
+        },
+        "summary": summarize(windows),
+        "windows": [window._asdict() for window in windows],
+    }
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write a PNG: memory and rate over the number of images."""
+    # Only now: matplotlib's memory is not the captioner's.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    images, seconds, rss = (np.array([window[name] for window in result["windows"]]) for name in Window._fields)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    memory, rate = figure.subplots(2, sharex=True)
+    memory.plot(images, rss)
+    memory.set_ylim(0, 1.25 * rss.max())
+    memory.set_ylabel("resident memory, MB")
+    rate.stairs(np.diff(images) / np.diff(seconds), images, baseline=None)
+    rate.set_ylim(0)
+    rate.set_ylabel("images a second")
+    rate.set_xlabel("images captioned")
+    settings = result["settings"]
+    memory.set_title(
+        f"{settings['bundle']}, {settings['num_beams']} beams, batches of {settings['batch_size']}, "
+        f"{result['machine']['threads']} threads"
+    )
+    for axes in (memory, rate):
+        axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path, help="default: the model inside the package")
+    parser.add_argument("--images", type=Path, help="folder of photos; default: JPEGs of 500 x 375 made up here")
+    parser.add_argument("--count", type=int, default=1000, help="images to caption; the photos go round")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--workers", type=int, help="threads that decode ahead, as in itune-run")
+    parser.add_argument("--num-beams", type=int, help="default: the bundle's")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads")
+    parser.add_argument("--window", type=int, default=200, help="images between two notes of rate and memory")
+    parser.add_argument("--json", type=Path, help="write every window here")
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
+    arguments = parser.parse_args(argv)
+    for name in ("count", "window"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if arguments.count < 2 * arguments.window:
+        parser.error("--count must be at least two windows, or there is no spread to tell")
+    for name in ("json", "plot"):
+        path = getattr(arguments, name)
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"--{name}: {path.parent} is not a folder")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write the files."""
+    arguments = parse_arguments(argv)
+    try:
+        require("benchmark", "psutil", *(["matplotlib"] if arguments.plot else []))
+        result = run(arguments)
+        if arguments.json:
+            with atomic_path(arguments.json) as path:
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if arguments.plot:
+            draw(result, arguments.plot)
+    except (ItuneError, OSError) as error:
+        print(f"throughput: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    summary = result["summary"]
+    low, _, high = summary["images_per_s_p10_p50_p90"]
+    rss = summary["rss_mb"]
+    console = Console(highlight=False)
+    console.print(f"{summary['images_per_s']:.1f} images/s (windows p10-p90: {low:.1f}-{high:.1f})")
+    console.print(
+        f"resident memory: {rss['loaded']:.0f} MB with the model loaded; at most {rss['most_in_first_half']:.0f} MB in "
+        f"the first half of the images, {rss['most_in_second_half']:.0f} MB in the second",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _made_up(rng: np.random.Generator) -> bytes:
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+    file = io.BytesIO()
+    coarse.resize(SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
