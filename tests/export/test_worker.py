@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+
 from itune.export.worker import Worker, _ctrl_c_held_back
 from itune.runtime.errors import ItuneError
 
