@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel
 
 from .adapter import AdapterConfig, ITuningAdapter
-from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
+from .backbones import CACHE_ARGUMENT, LanguageModel, VisionTower, load_language_model, load_vision_tower
 from .checkpoint import (
     WEIGHTS_FILE,
     CheckpointConfig,
@@ -282,9 +282,9 @@ class EagerEngine:
                 input_ids,
                 attention_mask=real,
                 position_ids=positions,
-                past_key_values=state.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE_ARGUMENT: state.cache},
             ).logits
         logits = logits[:, -1].float()
         if self.vocabulary is None:

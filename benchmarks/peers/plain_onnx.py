@@ -146,9 +146,13 @@ def convert(checkpoint: Path, output: Path) -> None:
             keys_values = zip(visual[::2], visual[1::2], strict=True)
             with model.looking_at(dict(zip(model.adapter_layers, keys_values, strict=True))):
                 out: Any = model.language_model(
-                    input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                    input_ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    logits_to_keep=1,
+                    **{CACHE_ARGUMENT: cache},
                 )
-            layers = out.past_key_values.layers
+            layers = cache.layers
             return [out.logits[:, -1], *(part for layer in layers for part in (layer.keys, layer.values))]
 
     # Sizes of an example: 2 and more where they vary, or the exporter takes them for constants.
