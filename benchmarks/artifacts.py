@@ -91,19 +91,25 @@ def label(name: str) -> str:
     return PEERS[name].label if name in PEERS else name
 
 
+def peer_names(text: str) -> list[str]:
+    """The names of a comma list, eager PyTorch first whether named or not; raises ItuneError for an unknown one."""
+    names = list(PEERS) if text == "all" else [BASE, *(n for n in text.split(",") if n not in ("", BASE))]
+    for name in names:
+        if name not in PEERS:
+            raise ItuneError(f"--contestants: there is no {name!r}; there are all, {', '.join(PEERS)}")
+    return list(dict.fromkeys(names))
+
+
 def choose_peers(text: str, vision: str = "clip") -> list[str]:
-    """The peers of a comma list, eager PyTorch first whether named or not; `all` is whoever can run here.
+    """The peers of a comma list (see `peer_names`); `all` is whoever can run here.
 
     `vision`: the kind of the checkpoint's tower, "clip" or "onnx".
 
     Raises:
         ItuneError: an unknown name, or one that cannot run here.
     """
-    names = list(PEERS) if text == "all" else [BASE, *(n for n in text.split(",") if n not in ("", BASE))]
     chosen = []
-    for name in dict.fromkeys(names):
-        if name not in PEERS:
-            raise ItuneError(f"--contestants: there is no {name!r}; there are all, {', '.join(PEERS)}")
+    for name in peer_names(text):
         reason = PEERS[name].lacks(vision)
         if reason and text != "all":
             raise ItuneError(f"--contestants: {name} {reason}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from artifacts import BASE, Artifacts, choose_peers, console, label
+from artifacts import BASE, Artifacts, choose_peers, console, label, peer_names
 from contestants import PEERS, Task
 from measuring import PARTS, batches, machine, measure, summarize
 from PIL import Image
@@ -110,7 +110,8 @@ def print_table(result: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Build or reuse what is needed, measure, and return everything that the JSON file holds."""
-    photos(arguments.images)  # before anything is built
+    photos(arguments.images)  # mistakes first, before anything is built
+    peer_names(arguments.contestants)
     vision = "clip" if arguments.random_init else load_config(find_checkpoint(arguments.checkpoint)).vision.kind
     peers, precisions = choose_peers(arguments.contestants, vision), arguments.precisions.split(",")
     if arguments.random_init:

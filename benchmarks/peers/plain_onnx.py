@@ -18,6 +18,7 @@ from contestants import Sample, Task, search_captions
 from numpy.typing import NDArray
 
 from itune.runtime.engines.base import Candidates, Float32, Int64, UInt8
+from itune.runtime.engines.onnxruntime import has_vnni
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import ImageSettings
 
@@ -115,7 +116,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     from torch.export import Dim
     from transformers import DynamicCache
 
-    from itune.backbones import ClipTower
+    from itune.backbones import CACHE_ARGUMENT, ClipTower
     from itune.model import LoadedCheckpoint
 
     loaded = LoadedCheckpoint.load(checkpoint)
@@ -213,6 +214,7 @@ def convert(checkpoint: Path, output: Path) -> None:
                 op_types_to_quantize=["MatMul", "Gemm"],
                 weight_type=QuantType.QInt8,
                 per_channel=True,
+                reduce_range=not has_vnni(),  # as ONNX Runtime advises where products of 8 bits saturate
                 use_external_data_format=True,
             )
     (output / IMAGE).write_text(tower.image.model_dump_json(), encoding="utf-8")

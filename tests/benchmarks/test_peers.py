@@ -14,6 +14,7 @@ import pytest
 
 from itune import ItuneError
 from itune.model import candidates
+from itune.runtime.engines.onnxruntime import has_vnni
 from tests.conftest import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -62,7 +63,9 @@ def test_captions(name: str, artifacts: ModuleType, report: Any) -> None:
     elif name in EXACT:
         assert row["identical_captions"] == photos
     else:
-        assert row["identical_captions"] >= 1, "on random weights, rounding changes most captions but not all"
+        assert row["distinct_captions"] > photos / 2, "it looks at the photos"
+        # On random weights rounding changes most captions; on x86 without VNNI some round more, or saturate.
+        assert row["identical_captions"] >= 1 or not has_vnni()
 
 
 def test_order(report: Any) -> None:
