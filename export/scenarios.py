@@ -170,7 +170,10 @@ def _join_heads(name: str, array: Array) -> Array:
 
 def _cache(state: EagerState | OnnxRuntimeState) -> dict[str, Array]:
     if isinstance(state, OnnxRuntimeState):
-        arrays = {name.replace("past_key_values", "present"): value.numpy() for name, value in state.past.items()}
+        arrays = {
+            name.replace("past_key_values", "present"): value.numpy()[: state.rows]
+            for name, value in state.past.items()
+        }
     else:
         layers: Any = state.cache.layers
         arrays = {
@@ -178,5 +181,6 @@ def _cache(state: EagerState | OnnxRuntimeState) -> dict[str, Array]:
             for i, layer in enumerate(layers)
             for part in ("key", "value")
         }
-    real = np.asarray(state.mask)[:, None, :, None] != 0
+    rows = len(next(iter(arrays.values())))
+    real = np.asarray(state.mask)[:rows, None, :, None] != 0
     return {name: np.where(real, array, 0) for name, array in arrays.items()}

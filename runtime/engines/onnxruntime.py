@@ -27,6 +27,7 @@ class OnnxRuntimeState:
 
     def __init__(self, visual: dict[str, ort.OrtValue]) -> None:
         self.visual = visual
+        self.rows = 0  # of the last step; the cache may hold a copy of the only one behind it
         self.past: dict[str, ort.OrtValue] = {}
         self.mask: Bool | None = None  # [rows, cached tokens]
 
@@ -43,9 +44,12 @@ class OnnxRuntimeState:
 class OnnxRuntimeEngine:
     """A bundle's graphs behind the engine protocol."""
 
-    def __init__(self, vision: ort.InferenceSession, decoder: ort.InferenceSession, most_candidates: int) -> None:
+    def __init__(
+        self, vision: ort.InferenceSession, decoder: ort.InferenceSession, most_candidates: int, least_rows: int = 1
+    ) -> None:
+        """`least_rows`: 1 or 2; with 2, a single row runs beside a copy of itself."""
         self.vision, self.decoder = vision, decoder
-        self.most_candidates = most_candidates
+        self.most_candidates, self.least_rows = most_candidates, least_rows
         self._pixels = vision.get_inputs()[0].name
         self._visual = [output.name for output in vision.get_outputs()]
         self._outputs = [output.name for output in decoder.get_outputs()]
@@ -63,10 +67,12 @@ class OnnxRuntimeEngine:
             BundleError: the bundle lacks a graph, or ONNX Runtime cannot load one.
         """
         count = threads or available_cpus()
-        vision, decoder = (
-            open_session(bundle.path(bundle.graph(role, NAME).file), count) for role in ("vision", "decoder")
-        )
-        return cls(vision, decoder, bundle.manifest.tokens.candidates)
+        graphs = [bundle.graph(role, NAME) for role in ("vision", "decoder")]
+        vision, decoder = (open_session(bundle.path(graph.file), count) for graph in graphs)
+        # On AVX2, 4-bit products of a single row are summed in another order than those of several, and rounding to
+        # int8 in the layers above would make that a difference between an image alone and in a batch.
+        least_rows = 2 if graphs[1].precision == "int4" else 1
+        return cls(vision, decoder, bundle.manifest.tokens.candidates, least_rows)
 
     def encode(self, pixels: UInt8) -> OnnxRuntimeState:
         """Images, uint8 [B, H, W, 3], to their keys/values."""
@@ -77,7 +83,10 @@ class OnnxRuntimeEngine:
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> Candidates:
         """One step of the decoder (see `Engine.step`)."""
+        state.rows = len(tokens)
         real = np.ones(tokens.shape, np.bool_) if mask is None else mask
+        if tokens.size < self.least_rows:
+            tokens, real, parents = (np.repeat(array, 2, axis=0) for array in (tokens, real, parents))
         if state.mask is None:
             state.past = {
                 name: _value(np.zeros((len(tokens), heads, 0, head_dim), np.float32))
@@ -97,7 +106,7 @@ class OnnxRuntimeEngine:
         named = dict(zip(self._outputs, outputs, strict=True))
         state.mask = real
         state.past = {name: named[name.replace(_PAST, "present.")] for name in self._caches}
-        return Candidates(*(named[name].numpy() for name in Candidates._fields))
+        return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
 
 
 def open_session(path: Path, threads: int, *, vnni: bool | None = None) -> ort.InferenceSession:

@@ -95,11 +95,12 @@ def test_swapped_visual_states_swap_the_captions(bundle, pixels):
 def test_caption_does_not_depend_on_neighbours(precision, clip_checkpoint, tmp_path, pixels):
     export_bundle(clip_checkpoint, tmp_path / "b", precision=precision, verify=False)
     captioner = Captioner.load(tmp_path / "b")
-    together = captioner.caption(list(pixels[:6]), max_new_tokens=12)
-    for image, caption in zip(pixels[:6], together, strict=True):
-        alone = captioner.caption(image, max_new_tokens=12)
-        assert alone.tokens == caption.tokens
-        assert alone.score == pytest.approx(caption.score, abs=1e-5)
+    for num_beams in (1, 5):
+        together = captioner.caption(list(pixels[:6]), num_beams=num_beams, max_new_tokens=12)
+        for image, caption in zip(pixels[:6], together, strict=True):
+            alone = captioner.caption(image, num_beams=num_beams, max_new_tokens=12)
+            assert alone.tokens == caption.tokens
+            assert alone.score == pytest.approx(caption.score, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,12 @@ def test_equal_logits_come_in_order_of_the_id(precision, onnx_checkpoint, tmp_pa
     engine = Captioner.load(tmp_path / "b").engine
     state = engine.encode(np.zeros((1, 32, 32, 3), np.uint8))
     found = engine.step(np.array([[0]]), np.array([0]), state, 10**6)
+    logits, ids = found.logits[0], found.token_ids[0]
     weights = Graph.load(tmp_path / "b" / "decoder.onnx").weights
-    np.testing.assert_array_equal(found.token_ids, weights["vocabulary.token_ids"][None])
+    np.testing.assert_array_equal(np.sort(ids), weights["vocabulary.token_ids"])
+    # Kernels may sum a matrix's last columns in another order than the first: nearly all are equal.
+    assert np.unique(logits).size <= 3
+    np.testing.assert_array_equal(ids, ids[np.lexsort((ids, -logits))])
 
 
 def test_int8_keeps_the_rows_of_the_whole_model(onnx_checkpoint, tmp_path, pixels):
