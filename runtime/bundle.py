@@ -39,6 +39,7 @@ FileName = Annotated[str, AfterValidator(_inside)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class TensorSpec(Settings):
@@ -48,6 +49,35 @@ class TensorSpec(Settings):
     dtype: str
     """As NumPy spells it: "float32", "int64", "uint8", "bool"..."""
     shape: list[int | str]
+
+
+class ProfileRange(Settings):
+    """What an optimisation profile lets an input be: its shape, or the values of a shape input (`k`)."""
+
+    min: list[Count]
+    opt: list[Count]
+    max: list[Count]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        sizes = list(zip(self.min, self.opt, self.max, strict=False))
+        if len({len(self.min), len(self.opt), len(self.max)}) > 1 or any(a > b or b > c for a, b, c in sizes):
+            raise ValueError(f"min {self.min}, opt {self.opt} and max {self.max} do not ascend")
+        return self
+
+
+class PlanSettings(Settings):
+    """What a TensorRT plan was built with: it runs with the same version, on those GPUs, within the profiles."""
+
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    compute_capabilities: list[Annotated[str, Field(pattern="^sm[0-9]+$")]] = Field(min_length=1)
+    """Such as "sm86"."""
+    profiles: list[dict[str, ProfileRange]] = Field(min_length=1)
+    """By the input's name, for each optimisation profile in the plan's order."""
+    source: FileName
+    """The ONNX graph that it was built from, in the same bundle."""
+    source_sha256: Sha256
 
 
 class Graph(Settings):
@@ -64,7 +94,15 @@ class Graph(Settings):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     target: str | None = None
-    """The machine that a plan was built for, as the engine spells it; None when it runs anywhere."""
+    """The GPUs that a plan was built for, such as "sm86,sm89"; None when it runs anywhere."""
+    plan: PlanSettings | None = None
+    """How a TensorRT plan was built; None for ONNX graphs."""
+
+    @model_validator(mode="after")
+    def _plan_of_tensorrt(self) -> Self:
+        if (self.engine == "tensorrt") != (self.plan is not None):
+            raise ValueError(f"engine {self.engine!r} and plan: a TensorRT plan has both, another graph neither")
+        return self
 
 
 class TokenSettings(Settings):
@@ -134,7 +172,7 @@ class RestoreSettings(Settings):
 class FileHash(Settings):
     """What a file of the bundle must be."""
 
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Count
 
     @classmethod

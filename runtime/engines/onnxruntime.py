@@ -20,6 +20,7 @@ from .base import Bool, Candidates, Int64, UInt8
 NAME = "onnxruntime"
 CPUINFO = Path("/proc/cpuinfo")
 _PAST = "past_key_values."
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRuntimeState:
@@ -54,7 +55,7 @@ class OnnxRuntimeEngine:
         self._visual = [output.name for output in vision.get_outputs()]
         self._outputs = [output.name for output in decoder.get_outputs()]
         self._caches = {
-            cache.name: (cache.shape[1], cache.shape[3])  # heads, head_dim
+            cache.name: (cache.shape[1], cache.shape[3], _DTYPES[cache.type])  # heads, head_dim
             for cache in decoder.get_inputs()
             if cache.name.startswith(_PAST)
         }
@@ -89,8 +90,8 @@ class OnnxRuntimeEngine:
             tokens, real, parents = (np.repeat(array, 2, axis=0) for array in (tokens, real, parents))
         if state.mask is None:
             state.past = {
-                name: _value(np.zeros((len(tokens), heads, 0, head_dim), np.float32))
-                for name, (heads, head_dim) in self._caches.items()
+                name: _value(np.zeros((len(tokens), heads, 0, head_dim), dtype))
+                for name, (heads, head_dim, dtype) in self._caches.items()
             }
         else:
             real = np.concatenate([state.mask[parents], real], axis=1)

@@ -58,6 +58,45 @@ def test_prefers_the_graph_made_for_an_engine(bundle: Path) -> None:
         both.graph("decoder", "tensorrt")
 
 
+PLAN = {
+    "flavour": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "compute_capabilities": ["sm86", "sm89"],
+    "profiles": [{"pixels": {"min": [1, 16, 16, 3], "opt": [1, 16, 16, 3], "max": [8, 16, 16, 3]}}],
+    "source": "vision.onnx",
+    "source_sha256": "0" * 64,
+}
+
+
+def test_plans(copy: Path) -> None:
+    """A plan says how it was built, and other graphs of the bundle stay what other engines run."""
+
+    def add(plan: object, engine: str = "tensorrt") -> Change:
+        def change(content: dict[str, Any]) -> None:
+            content["graphs"].append(content["graphs"][0] | {"engine": engine, "target": "sm86,sm89", "plan": plan})
+
+        return change
+
+    original = (copy / MANIFEST).read_text()
+    rewrite(copy, add(PLAN))
+    loaded = Bundle.load(copy)
+    plan = loaded.graph("vision", "tensorrt").plan
+    assert plan is not None
+    assert plan.profiles[0]["pixels"].max == [8, 16, 16, 3]
+    assert loaded.graph("vision", "onnxruntime").plan is None
+    for change, field in (
+        (add(None), "a TensorRT plan has both"),
+        (add(PLAN, "any"), "a TensorRT plan has both"),
+        (add(PLAN | {"profiles": []}), "plan.profiles"),
+        (add(PLAN | {"compute_capabilities": ["8.6"]}), "plan.compute_capabilities.0"),
+        (add(PLAN | {"profiles": [{"k": {"min": [3], "opt": [2], "max": [4]}}]}), "do not ascend"),
+        (add(PLAN | {"source": "../vision.onnx"}), "plan.source"),
+    ):
+        (copy / MANIFEST).write_text(original)
+        rewrite(copy, change)
+        assert field in refusal(copy)
+
+
 def test_not_a_bundle(tmp_path: Path) -> None:
     assert "is not a folder" in refusal(tmp_path / "absent")
     assert "has no bundle.json" in refusal(tmp_path)
