@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .captioner import Candidate, Caption, Captioner
-    from .errors import BundleError, ImageError, ItuneError, SearchError
+    from .errors import BundleError, EngineError, ImageError, ItuneError, SearchError
 
 _MODULES = {
     "Bundle": ".bundle",
@@ -16,6 +16,7 @@ _MODULES = {
     "Candidate": ".captioner",
     "Caption": ".captioner",
     "Captioner": ".captioner",
+    "EngineError": ".errors",
     "ImageError": ".errors",
     "ItuneError": ".errors",
     "SearchError": ".errors",
@@ -26,6 +27,7 @@ __all__ = [
     "Candidate",
     "Caption",
     "Captioner",
+    "EngineError",
     "ImageError",
     "ItuneError",
     "SearchError",

@@ -24,7 +24,8 @@ from .pipeline import decode_ahead
 from .search import SearchConfig, search
 from .settings import ImageSettings
 
-ENGINES = ("auto", "onnxruntime")
+ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
+"""The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
 MAX_WORKERS = 4
 """Threads that decode images, unless more are asked for; each may hold a large photo in memory."""
 T = TypeVar("T", bound=Source)
@@ -114,6 +115,8 @@ class Captioner:
         tokens: TokenSettings,
         search: SearchDefaults,
         workers: int = 1,
+        engine_name: str = "",
+        engine_notice: str | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -121,13 +124,20 @@ class Captioner:
         self.tokens = tokens
         self.search = search
         self.workers = workers
+        self.engine_name = engine_name
+        """Which of ENGINES runs the model."""
+        self.engine_notice = engine_notice
+        """What is worth telling about how "auto" chose it, as a sentence; None if nothing is."""
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, engine: str = "auto", threads: int | None = None) -> Captioner:
         """Load a bundle: `folder`, or the model that is installed with the package.
 
-        `engine` is one of ENGINES; `threads` None lets the engine choose. Raises BundleError for a bundle that
-        is missing, damaged or of another schema version.
+        `engine` is one of ENGINES; `threads` None lets the engine choose.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another schema version.
+            EngineError: the engine cannot run here; with "auto", a bundle of TensorRT plans where there is no GPU.
         """
         if engine not in ENGINES:
             raise ItuneError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
@@ -140,13 +150,23 @@ class Captioner:
         except Exception as error:  # tokenizers raises nothing more specific
             raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from error
         # Slow to import: only once the bundle is good.
-        from .engines.onnxruntime import OnnxRuntimeEngine, available_cpus
+        from .engines.choice import load_engine
+        from .engines.onnxruntime import available_cpus
 
         manifest = bundle.manifest
-        loaded = OnnxRuntimeEngine.load(bundle, threads=threads)
+        loaded = load_engine(bundle, engine, threads)
         # The thread that runs the model decodes, too, while it would wait.
         workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
-        return cls(loaded, tokenizer, manifest.image, manifest.tokens, manifest.search, workers)
+        return cls(
+            loaded.engine,
+            tokenizer,
+            manifest.image,
+            loaded.tokens,
+            manifest.search,
+            workers,
+            loaded.name,
+            loaded.notice,
+        )
 
     @overload
     def caption(
@@ -267,8 +287,9 @@ class Captioner:
         # The last token is not fed back, so it needs no position; the begin token does.
         room = self.tokens.max_positions - len(self.tokens.prompt)
         if config.max_new_tokens > room:
+            plan = ", which itune-export --max-new-tokens sets" if self.engine_name == "tensorrt" else ""
             raise SearchError(
-                f"max_new_tokens must be at most {room}, the decoder's positions after the prompt, "
+                f"max_new_tokens must be at most {room}, the decoder's positions after the prompt{plan}, "
                 f"not {config.max_new_tokens}"
             )
         return config

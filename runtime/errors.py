@@ -15,3 +15,7 @@ class BundleError(ItuneError):
 
 class SearchError(ItuneError):
     """Search options contradict each other, or the engine's candidates cannot answer them exactly."""
+
+
+class EngineError(ItuneError):
+    """An engine cannot run here: no GPU, a library that is missing, or a plan for another machine."""

@@ -50,7 +50,7 @@ def run(
         float | None, typer.Option(help="With --sample: draw from the best tokens of this total probability.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="With --sample: another seed draws other captions.")] = None,
-    engine: Annotated[str, typer.Option(help="auto or onnxruntime.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU).")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: the engine's choice.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once through the model.")] = 8,
     workers: Annotated[
@@ -71,6 +71,8 @@ def run(
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of its complaints is in the ImageErrors
     captioner = Captioner.load(bundle, engine=engine, threads=threads)
+    if captioner.engine_notice:
+        print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if STDIN in sources:
         workers = 0  # reading ahead would wait for stdin before it captions what comes first
     results = captioner.stream(

@@ -1,14 +1,16 @@
 """ONNX Runtime on the CPU: a session for the vision graph, a session for the decoder's step.
 
-The key/value cache stays in ONNX Runtime's own memory: what a step returns is fed back to the next.
+The key/value cache stays in ONNX Runtime's own memory: what a step returns is fed back to the next. The same on a GPU
+is in `onnxruntime_cuda`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -26,8 +28,9 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class OnnxRuntimeState:
     """Visual keys/values of some images, the rows' cache, and the rows' mask of real tokens."""
 
-    def __init__(self, visual: dict[str, ort.OrtValue]) -> None:
-        self.visual = visual
+    def __init__(self, visual: dict[str, ort.OrtValue], device: str = "cpu") -> None:
+        """`device`: where the visual state is, as ONNX Runtime calls it."""
+        self.visual, self.device = visual, device
         self.rows = 0  # of the last step; the cache may hold a copy of the only one behind it
         self.past: dict[str, ort.OrtValue] = {}
         self.mask: Bool | None = None  # [rows, cached tokens]
@@ -38,12 +41,14 @@ class OnnxRuntimeState:
         return int(next(iter(self.visual.values())).shape()[0])
 
     def keep(self, images: Int64) -> None:
-        """Drop every image but these (see `State.keep`)."""
-        self.visual = {name: _value(value.numpy()[images]) for name, value in self.visual.items()}
+        """Drop every image but these (see `State.keep`); on a GPU by way of the host, once for a finished image."""
+        self.visual = {name: _value(value.numpy()[images], self.device) for name, value in self.visual.items()}
 
 
 class OnnxRuntimeEngine:
     """A bundle's graphs behind the engine protocol."""
+
+    device = "cpu"
 
     def __init__(
         self, vision: ort.InferenceSession, decoder: ort.InferenceSession, most_candidates: int, least_rows: int = 1
@@ -61,7 +66,7 @@ class OnnxRuntimeEngine:
         }
 
     @classmethod
-    def load(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
+    def load(cls, bundle: Bundle, *, threads: int | None = None) -> Self:
         """Load a bundle's vision and decoder graphs; `threads` None is one for each CPU this process may use.
 
         Raises:
@@ -69,7 +74,7 @@ class OnnxRuntimeEngine:
         """
         count = threads or available_cpus()
         graphs = [bundle.graph(role, NAME) for role in ("vision", "decoder")]
-        vision, decoder = (open_session(bundle.path(graph.file), count) for graph in graphs)
+        vision, decoder = (open_session(bundle.path(graph.file), count, device=cls.device) for graph in graphs)
         # On AVX2, 4-bit products of a single row are summed in another order than those of several, and rounding to
         # int8 in the layers above would make that a difference between an image alone and in a batch.
         least_rows = 2 if graphs[1].precision == "int4" else 1
@@ -77,8 +82,7 @@ class OnnxRuntimeEngine:
 
     def encode(self, pixels: UInt8) -> OnnxRuntimeState:
         """Images, uint8 [B, H, W, 3], to their keys/values."""
-        outputs = self.vision.run_with_ort_values(self._visual, {self._pixels: _value(pixels)})
-        return OnnxRuntimeState(dict(zip(self._visual, outputs, strict=True)))
+        return OnnxRuntimeState(self._run(self.vision, self._visual, {self._pixels: _value(pixels)}), self.device)
 
     def step(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
@@ -103,17 +107,23 @@ class OnnxRuntimeEngine:
             "k": np.array([min(k, self.most_candidates)]),
         }
         values = {name: _value(array) for name, array in inputs.items()}
-        outputs = self.decoder.run_with_ort_values(self._outputs, values | state.past | state.visual)
-        named = dict(zip(self._outputs, outputs, strict=True))
+        named = self._run(self.decoder, self._outputs, values | state.past | state.visual)
         state.mask = real
         state.past = {name: named[name.replace(_PAST, "present.")] for name in self._caches}
         return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
 
+    def _run(
+        self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
+        """The outputs of a session by their names."""
+        return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
 
-def open_session(path: Path, threads: int, *, vnni: bool | None = None) -> ort.InferenceSession:
-    """A CPU session over a graph file; raises BundleError if ONNX Runtime cannot load it.
 
-    `vnni` None is found out: see `has_vnni`.
+def open_session(path: Path, threads: int, *, vnni: bool | None = None, device: str = "cpu") -> ort.InferenceSession:
+    """A session over a graph file; raises BundleError if ONNX Runtime cannot load it.
+
+    `vnni` None is found out: see `has_vnni`. `device` "cuda" keeps the CPU for what has no CUDA kernel, and falls back
+    to it silently where CUDA does not work.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -125,8 +135,9 @@ def open_session(path: Path, threads: int, *, vnni: bool | None = None) -> ort.I
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not (has_vnni() if vnni is None else vnni):
         options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 by uint8: slower, and exact
+    providers = [*(["CUDAExecutionProvider"] if device == "cuda" else []), "CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().split("\n")[0]
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
@@ -154,5 +165,5 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _value(array: Any) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+def _value(array: Any, device: str = "cpu") -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
