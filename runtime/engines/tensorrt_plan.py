@@ -73,7 +73,7 @@ def check_capability(plan: PlanSettings, capability: str, label: str) -> None:
 
 @cache
 def _log(trt: Any) -> Any:
-    """The process's one logger (TensorRT keeps the first it is given): it remembers instead of printing."""
+    """The process's one logger (TensorRT keeps the first it is given): it remembers an error instead of printing."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -82,7 +82,7 @@ def _log(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.error = " ".join(message.split())
+                self.error = self.error or " ".join(message.split())  # the first is the cause
 
     return Log()
 
@@ -107,6 +107,7 @@ class Plan:
         self.inputs = {spec.name: np.dtype(spec.dtype) for spec in graph.inputs}
         self.outputs = {spec.name: np.dtype(spec.dtype) for spec in graph.outputs}
         self._runtime = trt.Runtime(_log(trt))
+        _log(trt).error = ""
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise EngineError(
@@ -114,6 +115,7 @@ class Plan:
                 f"another GPU or by another version, or no GPU can be used; export it again on this machine"
             )
         self._check()
+        self._cuda_graphs = False
         self._contexts: dict[int, Any] = {}
         self._addresses: dict[int, dict[str, int]] = {}
 
@@ -144,8 +146,6 @@ class Plan:
         nobody has measured. So TensorRT goes without.
         """
         self._cuda_graphs = wanted and hasattr(self._trt, "CudaGraphStrategy")
-
-    _cuda_graphs = False
 
     def run(self, sizes: Sizes, addresses: Mapping[str, int], stream: int) -> None:
         """Enqueue one run: `addresses` of every input and output, those of `host_inputs` in host memory.

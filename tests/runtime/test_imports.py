@@ -81,7 +81,7 @@ def test_captioning_needs_no_training_library(bundle: Path) -> None:
     )
     assert "onnxruntime" in modules
     assert not modules & {"torch", "transformers", "onnx", "typer", "rich"}
-    assert not modules & {"cuda", "tensorrt", "tensorrt_rtx", "itune.runtime.engines.tensorrt"}
+    assert not modules & {"cuda.bindings.runtime", "tensorrt", "tensorrt_rtx", "itune.runtime.engines.tensorrt"}
 
 
 def test_help_and_a_plain_import_are_quick() -> None:
