@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,34 @@ console = Console(stderr=True)
 class Artifacts:
     """The folders of a checkpoint's bundles and conversions below `work`, built when they are asked for."""
 
-    def __init__(self, checkpoint: Path, work: Path) -> None:
-        self.checkpoint, self.work = checkpoint, work
+    def __init__(
+        self, checkpoint: Path, work: Path, engine: str = "onnxruntime", plans: Callable[[str], list[Any]] | None = None
+    ) -> None:
+        """`engine` runs the bundles; `plans`: the options of itune-export for TensorRT plans of a precision."""
+        self.checkpoint, self.work, self.engine, self.plans = checkpoint, work, engine, plans
         self.source = {name: hash_files([checkpoint / name]) for name in (WEIGHTS_FILE, CONFIG_FILE)}
 
     def bundle(self, precision: str) -> Path:
         """The bundle of a precision: itune-export's, or DECODER+VISION for two of them."""
-        folder = self.work / f"bundle-{precision}"
+        return self._bundle(precision)
+
+    def own(self, precision: str) -> Path:
+        """The same for the engine that is measured."""
+        return self._bundle(precision, self.plans)
+
+    def _bundle(self, precision: str, plans: Callable[[str], list[Any]] | None = None) -> Path:
+        folder = self.work / f"bundle-{'tensorrt-' if plans else ''}{precision}"
         if (folder / MANIFEST).is_file():
             provenance = BundleFolder.load(folder, verify=False).manifest.provenance
             self._check(folder, provenance.get("checkpoint"), provenance.get("itune"))
             return folder
         decoder, _, vision = precision.partition("+")
         command = ["-m", "itune.cli.export", self.checkpoint, "--precision", decoder, "-o", folder]
+        options = ["--vision-precision", vision] if vision else []
+        if plans:
+            options += ["--target", "tensorrt", *plans(decoder)]
         with console.status(f"exporting {folder.name}"):
-            _run([*command, *(["--vision-precision", vision] if vision else [])], f"the export to {folder}")
+            _run([*command, *options], f"the export to {folder}")
         return folder
 
     def conversion(self, name: str) -> Path:
@@ -70,14 +84,18 @@ class Artifacts:
             )
 
     def start(self, peers: Iterable[str], precisions: Iterable[str], threads: int) -> dict[str, Contender]:
-        """A process for every peer and every bundle, by their names; the bundles' are `itune PRECISION`."""
+        """A process for every peer and every bundle, by their names; the bundles' are `itune PRECISION`,
+        with the engine between where it is not ONNX Runtime on the CPU.
+        """
         parts: dict[str, tuple[Entry, Path]] = {}
         for name in peers:
             reads = PEERS[name].reads
             folder = self.checkpoint if reads == "checkpoint" else None
             parts[name] = (PEERS[name], folder or (self.bundle("fp32") if reads == "bundle" else self.conversion(name)))
         for precision in precisions:
-            parts[f"itune {precision}"] = (BUNDLE, self.bundle(precision))
+            engine = "" if self.engine == "onnxruntime" else f"{self.engine} "
+            entry = replace(BUNDLE, options={"engine": self.engine})
+            parts[f"itune {engine}{precision}"] = (entry, self.own(precision))
         workers = {}
         with console.status("loading") as status:
             for name, (entry, folder) in parts.items():

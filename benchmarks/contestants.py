@@ -71,6 +71,11 @@ class Entry:
         missing = [module for module in self.requires if find_spec(module) is None]
         if missing:
             return f"needs {', '.join(missing)}: pip install 'itune[benchmark]'"
+        if self.options.get("device") == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                return "needs an NVIDIA GPU and a PyTorch for it"
         if self.options.get("compiled") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return "needs a C++ compiler when it runs"
         return None
@@ -82,6 +87,8 @@ PEERS = {
     "eager-bf16": Entry("eager bf16", _TORCH, {"dtype": "bfloat16"}, reads="checkpoint"),
     "compile": Entry("torch.compile", _TORCH, {"compiled": True}, reads="checkpoint"),
     "compile-bf16": Entry("torch.compile bf16", _TORCH, {"compiled": True, "dtype": "bfloat16"}, reads="checkpoint"),
+    "eager-cuda": Entry("eager CUDA", _TORCH, {"device": "cuda"}, reads="checkpoint"),
+    "eager-cuda-fp16": Entry("eager CUDA fp16", _TORCH, {"device": "cuda", "dtype": "float16"}, reads="checkpoint"),
     "onnx-plain": Entry("ONNX, plain export", _PLAIN, requires=("onnxscript",), clip_only=True),
     "onnx-plain-int8": Entry(
         "ONNX, plain int8", _PLAIN, {"precision": "int8"}, requires=("onnxscript",), clip_only=True
@@ -106,10 +113,10 @@ BUNDLE = Entry("itune", "contestants:Bundle")
 class Bundle:
     """An exported bundle on its engine, with the project's own search."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, *, engine: str = "onnxruntime") -> None:
         from itune import Captioner
 
-        self.engine = Captioner.load(folder, threads=threads).engine
+        self.engine = Captioner.load(folder, engine=engine, threads=threads).engine
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
         """See `Contestant.caption`."""

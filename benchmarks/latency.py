@@ -3,6 +3,7 @@
     python benchmarks/latency.py --checkpoint CHECKPOINT
     python benchmarks/latency.py --random-init base --work-dir DIR    # the papers' sizes, without a download
     python benchmarks/latency.py --random-init base --contestants all --precisions fp32,int8,int4+int8
+    python benchmarks/latency.py --random-init base --engine tensorrt --contestants eager-cuda-fp16  # on a GPU
 
 Every contestant captions the same photos before anybody gets the next, in a process of its own. All write the same
 forced number of tokens with the same beams on the same threads. docs/benchmarks.md says what is measured.
@@ -15,6 +16,7 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,13 @@ from itune.checkpoint import atomic_path, find_checkpoint, load_config
 from itune.cli.common import require
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8
+from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.engines.onnxruntime import available_cpus
 from itune.runtime.image import SUFFIXES, decode, preprocess
 from itune.runtime.settings import ImageSettings
 
 PHOTOS = 8  # captions are compared on at least so many
+PRECISIONS = {"onnxruntime": "fp32,int8", "onnxruntime-cuda": "fp32,fp16", "tensorrt": "fp16,int8"}
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -66,6 +70,26 @@ def make_task(bundle: Path, num_beams: int, new_tokens: int) -> Task:
     return Task(num_beams, new_tokens, (tokens.begin, *tokens.prompt), tokens.end)
 
 
+def plan_options(arguments: argparse.Namespace) -> Callable[[str], list[Any]]:
+    """What itune-export is told of a precision's TensorRT plans: the GPU here, room for the task, photos to calibrate.
+
+    Raises:
+        EngineError: there is no GPU to measure on.
+    """
+    limits = {
+        "--gpu": CudaDevice().capability,
+        "--max-beams": max(arguments.num_beams, 5),
+        "--max-batch": max(arguments.batch_size, 8),
+        "--max-new-tokens": max(arguments.new_tokens, 32),
+    }
+
+    def options(precision: str) -> list[Any]:
+        calibration = {"--calibration-data": arguments.images or EXAMPLES} if precision == "int8" else {}
+        return [each for option in (limits | calibration).items() for each in option]
+
+    return options
+
+
 def print_table(result: dict[str, Any]) -> None:
     """Show the summary on the terminal."""
     settings, about = result["settings"], result["machine"]
@@ -73,6 +97,7 @@ def print_table(result: dict[str, Any]) -> None:
     out.print(
         f"{settings['model']}: batch {settings['batch_size']}, {settings['num_beams']} beams, "
         f"{settings['new_tokens']} tokens, {about['threads']} threads of {about['cpu']}, "
+        f"{' on '.join(filter(None, [settings['engine'], about['gpu']]))}, "
         f"{settings['samples']} samples, milliseconds"
     )
     table = Table(box=box.SIMPLE, pad_edge=False)
@@ -112,6 +137,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Build or reuse what is needed, measure, and return everything that the JSON file holds."""
     photos(arguments.images)  # mistakes first, before anything is built
     peer_names(arguments.contestants)
+    plans = plan_options(arguments) if arguments.engine == "tensorrt" else None
     vision = "clip" if arguments.random_init else load_config(find_checkpoint(arguments.checkpoint)).vision.kind
     peers, precisions = choose_peers(arguments.contestants, vision), arguments.precisions.split(",")
     if arguments.random_init:
@@ -125,8 +151,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         checkpoint = find_checkpoint(arguments.checkpoint)
         model = str(arguments.checkpoint)
     pixels = preprocessed(load_config(checkpoint).image, arguments.images)
-    artifacts = Artifacts(checkpoint, work)
-    task = make_task(artifacts.bundle(precisions[0]), arguments.num_beams, arguments.new_tokens)
+    artifacts = Artifacts(checkpoint, work, arguments.engine, plans)
+    task = make_task(artifacts.own(precisions[0]), arguments.num_beams, arguments.new_tokens)
     workers = artifacts.start(peers, precisions, arguments.threads)
     samples = measure(workers, batches(pixels, arguments.batch_size, arguments.repeats), task, arguments.warmup)
     summary = summarize(samples, len(pixels))
@@ -136,6 +162,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "machine": machine(arguments.threads),
         "settings": {
             "model": model,
+            "engine": arguments.engine,
             "batch_size": arguments.batch_size,
             "num_beams": arguments.num_beams,
             "new_tokens": arguments.new_tokens,
@@ -161,11 +188,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="LIST",
         help=f"beside the bundles, separated by commas: {', '.join(PEERS)}; all: whoever is installed",
     )
+    parser.add_argument("--engine", choices=PRECISIONS, default="onnxruntime", help="what runs the bundles")
     parser.add_argument(
         "--precisions",
-        default="fp32,int8",
         metavar="LIST",
-        help="of the bundles, as itune-export knows them; DECODER+VISION for two of them",
+        help="of the bundles, as itune-export knows them; DECODER+VISION for two of them; default: "
+        + "; ".join(f"{precisions} on {engine}" for engine, precisions in PRECISIONS.items()),
     )
     parser.add_argument("--batch-size", type=int, default=1, help="photos that are captioned together")
     parser.add_argument("--num-beams", type=int, default=5)
@@ -176,6 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of photos; default: examples and random ones")
     parser.add_argument("--json", type=Path, help="write every sample here")
     arguments = parser.parse_args(argv)
+    arguments.precisions = arguments.precisions or PRECISIONS[arguments.engine]
     for name in ("batch_size", "num_beams", "new_tokens", "threads", "repeats"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +21,10 @@ from rich.progress import Progress
 from itune.runtime.engines.base import UInt8
 
 PARTS = ("encode", "decode", "total")
-_PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "ctranslate2", "numpy", "itune")
+_PACKAGES = (
+    *("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu12", "openvino", "nncf"),
+    *("ctranslate2", "numpy", "itune"),
+)
 Samples = dict[str, list[Sample]]
 
 
@@ -89,11 +94,21 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
+        "gpu": _gpu(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _gpu() -> str | None:
+    """The first NVIDIA GPU and its driver."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return None
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    return found[0] if found else None
 
 
 def _captions(samples: list[Sample], photos: int) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""PyTorch with `transformers.generate`: eager, in bfloat16, compiled."""
+"""PyTorch with `transformers.generate`: eager, in bfloat16, compiled, on a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Eager:
     a compilation is repeated until nothing more is compiled, and only then counts.
     """
 
-    def __init__(self, checkpoint: Path, threads: int, *, dtype: str = "float32", compiled: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Path, threads: int, *, dtype: str = "float32", compiled: bool = False, device: str = "cpu"
+    ) -> None:
         torch.set_num_threads(threads)
         loaded = LoadedCheckpoint.load(checkpoint)
         self.model, self.tower = loaded.model, loaded.tower
@@ -34,10 +36,11 @@ class Eager:
         self.dtype = getattr(torch, dtype)
         self.compiled = compiled
         self.warm: set[tuple[Any, ...]] = set()
-        self.model.to(self.dtype)
+        self.device = torch.device(device)
+        self.model.to(self.device, self.dtype)
         self.project: Callable[[Tensor], Any] = self.model.project
         if isinstance(self.tower, ClipTower):
-            self.tower.model.to(self.dtype)
+            self.tower.model.to(self.device, self.dtype)
         if compiled:
             self.gpt2.forward = torch.compile(self.gpt2.forward, dynamic=True)
             self.project = torch.compile(self.project, dynamic=False)
@@ -66,14 +69,16 @@ class Eager:
 
     @torch.inference_mode()
     def _caption(self, pixels: UInt8, task: Task) -> Sample:
-        prompts = torch.tensor([task.prompt] * len(pixels))
+        prompts = torch.tensor([task.prompt] * len(pixels), device=self.device)
         start = time.perf_counter()
-        visual = self.project(self.tower.embed(pixels).to(self.dtype))
+        visual = self.project(self.tower.embed(pixels).to(self.device, self.dtype))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         encoded = time.perf_counter()
         with self.model.looking_at(visual):
             output = self.gpt2.generate(prompts, attention_mask=torch.ones_like(prompts))
-        done = time.perf_counter()
         written = output[:, len(task.prompt) :].tolist()
+        done = time.perf_counter()
         return Sample(1e3 * (encoded - start), 1e3 * (done - encoded), tuple(map(tuple, written)))
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,27 @@ def test_work_dir_is_reused_for_the_same_checkpoint_only(
     assert '"lambda": 2.5' in settings
     (same_weights / CONFIG_FILE).write_text(settings.replace('"lambda": 2.5', '"lambda": 1.5'))
     assert "was exported from another checkpoint" in latency("--checkpoint", same_weights, *options).stderr
+
+
+def test_without_a_gpu_tensorrt_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where there is one
+    done = latency("--random-init", "base", "--engine", "tensorrt", "--work-dir", tmp_path / "work")
+    assert done.returncode == 2
+    assert done.stderr.startswith("latency: error: ")
+    assert "GPU" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "work").exists(), "nothing was built for it"
+
+
+def test_what_the_export_of_plans_is_told(contestants: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import latency as command
+
+    monkeypatch.setattr(command, "CudaDevice", lambda: SimpleNamespace(capability="sm89"))
+    arguments = command.parse_arguments(["--random-init", "base", "--engine", "tensorrt", "--batch-size", "16"])
+    assert arguments.precisions == "fp16,int8"
+    fp16, int8 = map(command.plan_options(arguments), ("fp16", "int8"))
+    assert fp16 == ["--gpu", "sm89", "--max-beams", 5, "--max-batch", 16, "--max-new-tokens", 32]
+    assert int8 == [*fp16, "--calibration-data", command.EXAMPLES]
 
 
 @pytest.fixture
