@@ -51,11 +51,11 @@ def caption_features(
     return captions
 
 
-def load_captioner(folder: Path, *, threads: int | None = None) -> Captioner:
-    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (its engine)."""
+def load_captioner(folder: Path, *, engine: str = "auto", threads: int | None = None) -> Captioner:
+    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`)."""
     checkpoint = find_checkpoint(folder)
     if not (checkpoint / CONFIG_FILE).is_file():
-        return Captioner.load(folder, threads=threads)
+        return Captioner.load(folder, engine=engine, threads=threads)
     loaded = LoadedCheckpoint.load(checkpoint)
     return eager_captioner(loaded)
 

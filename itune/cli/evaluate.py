@@ -26,6 +26,9 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest caption, in tokens.")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="> 0 favours long captions, < 0 short ones.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos at once.")] = 8,
+    engine: Annotated[
+        str, typer.Option(help="Of a bundle: auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU).")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the captions here, in COCO's results format.")
@@ -43,7 +46,9 @@ def evaluate(
 
         torch.set_num_threads(threads)
     records = load_records(data, images=images, split=None if split == "all" else split)[:limit]
-    captioner = load_captioner(model, threads=threads)
+    captioner = load_captioner(model, engine=engine, threads=threads)
+    if captioner.engine_notice:
+        common.console().print(captioner.engine_notice, markup=False, highlight=False)
     with common.progress("photos") as update:
         captions, failed = caption_records(
             captioner,

@@ -292,7 +292,7 @@ class TensorRTEngine:
         if k > self.most_k:
             raise SearchError(
                 f"{label} gives the {self.most_k} best tokens of a row, and the search options need {k}: give fewer "
-                f"beams or a lower top_k, export it again with larger --max-beams, or run it with --engine onnxruntime"
+                f"beams or a lower top_k, or run it with --engine onnxruntime"
             )
 
     def _check(self) -> None:

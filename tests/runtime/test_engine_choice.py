@@ -12,6 +12,7 @@ import pytest
 
 from itune import Captioner
 from itune.cli import run as command
+from itune.evaluate import load_captioner
 from itune.runtime.captioner import ENGINES
 from itune.runtime.engines import choice, onnxruntime_cuda
 from itune.runtime.engines.cuda import CudaDevice
@@ -67,6 +68,13 @@ def test_plans_without_a_gpu_say_what_runs_here(plans):
         Captioner.load(plans)
     with pytest.raises(EngineError, match=r"^there is no NVIDIA GPU here$"):
         Captioner.load(plans, engine="tensorrt")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_an_evaluation_takes_the_engine_asked_for(plans):
+    with pytest.raises(EngineError, match="--engine onnxruntime runs its ONNX graphs"):
+        load_captioner(plans)
+    assert load_captioner(plans, engine="onnxruntime").engine_name == "onnxruntime"
 
 
 @pytest.mark.usefixtures("no_gpu")
