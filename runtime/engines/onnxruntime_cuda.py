@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import io
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -40,20 +40,25 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             raise EngineError(
                 f"onnxruntime {ort.__version__} here has no CUDA: install onnxruntime-gpu in place of onnxruntime"
             )
-        if hasattr(ort, "preload_dlls"):
-            # CUDA's libraries may lie in their own wheels. It prints what it misses, which is no caption.
-            with contextlib.redirect_stdout(sys.stderr):
-                ort.preload_dlls()
         for role in ("vision", "decoder"):
             bundle.graph(role, "onnxruntime")
+        printed = io.StringIO()
+        if hasattr(ort, "preload_dlls"):
+            # CUDA's libraries may lie in wheels of their own. What it misses it prints among the captions.
+            with contextlib.redirect_stdout(printed):
+                ort.preload_dlls()
+        ort.set_default_logger_severity(4)  # else it tells the terminal what it tells us
         try:
             engine = super().load(bundle, threads=threads)
         except BundleError as error:
             raise EngineError(f"on CUDA: {error}") from None
+        finally:
+            ort.set_default_logger_severity(2)
         if any(PROVIDER not in session.get_providers() for session in (engine.vision, engine.decoder)):
+            reason = printed.getvalue().strip().split("\n")[0]
             raise EngineError(
-                "onnxruntime-gpu fell back to the CPU, as it does without a GPU, its driver or CUDA's libraries: "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"onnxruntime-gpu fell back to the CPU, as it does without a GPU, its driver or CUDA's libraries"
+                f"{f' ({reason})' if reason else ''}: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
         try:
             engine._try_out(bundle)
