@@ -155,7 +155,10 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
         (["a.jpg", "--num-beams", "many"], "Invalid value for '--num-beams'"),
         (["a.jpg", "--num-beams", "0"], "num_beams must be a whole number of at least 1, not 0"),
         (["a.jpg", "--max-new-tokens", "99"], "max_new_tokens must be at most 40"),
-        (["a.jpg", "--engine", "cuda"], "engine must be one of auto, onnxruntime, not 'cuda'"),
+        (
+            ["a.jpg", "--engine", "cuda"],
+            "engine must be one of auto, tensorrt, onnxruntime-cuda, onnxruntime, not 'cuda'",
+        ),
         (["a.jpg", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["a.jpg", "--threads", "0"], "threads must be at least 1, not 0"),
         (["a.jpg", "--workers", "-1"], "workers must be at least 0, not -1"),
