@@ -28,7 +28,8 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 HEAD = "head/"
 """Begins the names of the language-model head's nodes."""
-_INT8, _DEQUANTIZED, _HALF = ".int8", ".dequantized", ".fp16"
+INT8, DEQUANTIZED = ".int8", ".dequantized"
+_HALF = ".fp16"
 
 
 def quantize_graph(source: Path, target: Path, form: Form) -> list[Path]:
@@ -79,9 +80,14 @@ def read_weights(path: Path) -> dict[str, Array]:
     weights = {name: array for name, array in graph.weights.items() if not name.startswith(CONSTANT)}
     for node in graph.nodes:
         take_weight(node, weights)
-        if node.op_type == "DequantizeLinear" and _is_ours(node, _INT8, weights):
+        if node.op_type == "DequantizeLinear" and _is_ours(node, INT8, weights):
             codes, scales = node.input[:2]
-            weights[codes.removesuffix(_INT8)] = dequantize_per_channel(weights.pop(codes), weights.pop(scales))
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            channels_first = np.moveaxis(weights.pop(codes), axis, 0)
+            weight = np.moveaxis(
+                dequantize_per_channel(channels_first, weights.pop(scales).astype(np.float32)), 0, axis
+            )
+            weights.setdefault(codes.removesuffix(INT8), weight)  # an embedding may be there in fp16, too
         elif node.op_type == "Cast" and _is_ours(node, _HALF, weights):
             weights[node.output[0]] = weights.pop(node.input[0]).astype(np.float32)
     return weights
@@ -92,13 +98,13 @@ def float_graph(path: Path) -> Graph:
     graph, floats = Graph.load(path), read_weights(path)
     nodes = []
     for node in in_floats(graph.nodes):
-        is_storage = (node.op_type == "DequantizeLinear" and _is_ours(node, _INT8, graph.weights)) or (
+        is_storage = (node.op_type == "DequantizeLinear" and _is_ours(node, INT8, graph.weights)) or (
             node.op_type == "Cast" and _is_ours(node, _HALF, graph.weights)
         )
         if is_storage:
             continue
         if node.op_type == "Conv":
-            node.input[1] = node.input[1].removesuffix(_DEQUANTIZED)
+            node.input[1] = node.input[1].removesuffix(DEQUANTIZED)
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
     weights = graph.weights | floats
@@ -165,10 +171,10 @@ class _Rewriter:
 
     def store_convolution(self, node: onnx.NodeProto) -> None:
         g, name = self.graph, node.input[1]
-        dequantized = f"{name}{_DEQUANTIZED}"
-        if f"{name}{_INT8}" not in g.weights:
+        dequantized = f"{name}{DEQUANTIZED}"
+        if f"{name}{INT8}" not in g.weights:
             codes, scales = quantize_per_channel(g.weights[name])
-            inputs = [g.initializer(f"{name}{_INT8}", codes), g.initializer(f"{name}{SCALES}", scales)]
+            inputs = [g.initializer(f"{name}{INT8}", codes), g.initializer(f"{name}{SCALES}", scales)]
             g.nodes.append(helper.make_node("DequantizeLinear", inputs, [dequantized], name=dequantized, axis=0))
         node.input[1] = dequantized
 

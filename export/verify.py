@@ -230,7 +230,7 @@ def _centred(logits: Array) -> Array:
 
 
 def _rms(array: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(array))))
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))  # fp16 squares overflow
 
 
 def _best(expected: dict[str, Array], found: dict[str, Array]) -> list[bool]:

@@ -97,7 +97,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
         while (message := pipe.recv()) is not None:
             method, positional, options = message
             pipe.send(getattr(served, method)(*positional, **options))
-        pipe.send(_peak_memory())
+        pipe.send(peak_memory())
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except ItuneError as error:
@@ -106,7 +106,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
         pipe.send(RuntimeError(traceback.format_exc()))
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """The largest resident memory of this process so far, in MB."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, getrusage would count what the parent had when it started this process
