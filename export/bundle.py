@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onnx import ValueInfoProto, helper
 from pydantic import ValidationError
@@ -34,14 +34,15 @@ from ..runtime.errors import ItuneError
 from .card import MODEL_CARD, default_license, model_card
 from .decoder import build_decoder
 from .graph import Graph
+from .plans import PlanOptions, PlanWriter, Role
 from .products import Blocks, Form, Rows
+from .profiles import PlanLimits
 from .quantize_graph import Precision, halve_graph, quantize_graph
 from .staging import staged_folder
 from .verify import Check, VerificationError, verify_bundle
 from .vision import build_vision
 from .vocabulary import Vocabulary
 
-Role = Literal["vision", "decoder"]
 ROLES: tuple[Role, ...] = ("vision", "decoder")
 _FORMS: dict[tuple[Role, Precision], Form] = {
     ("vision", "int8"): Rows(),
@@ -62,6 +63,7 @@ def export_bundle(
     card: Path | None = None,
     search: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    plans: PlanOptions | None = None,
     verify: bool = True,
     images: Path | None = None,
     force: bool = False,
@@ -74,7 +76,8 @@ def export_bundle(
     for int4: four bits neither speed a tower up nor leave it as it was. `license` is that of the weights; `card`
     takes the place of the generated model card; `search` are search defaults that differ from what the training
     evaluated with (None is not given); `vocabulary` cuts the decoder down to a shortlist of tokens, and such a
-    bundle cannot be restored; `images` is a folder of photos for the verification; `progress` is told every stage,
+    bundle cannot be restored; with `plans` the graphs are such as TensorRT takes, and its plans of them are in the
+    bundle, too; `images` is a folder of photos for the verification; `progress` is told every stage,
     and `report` what the verification measured.
 
     Raises:
@@ -82,6 +85,9 @@ def export_bundle(
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
     checkpoint = find_checkpoint(checkpoint)
+    default: Precision = "int8" if precision == "int4" else precision
+    precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
+    writer = None if plans is None else PlanWriter.prepare(plans, precisions)
     with staged_folder(output, force=force, mark=MANIFEST) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
@@ -91,9 +97,12 @@ def export_bundle(
             token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
             manifest = _shortlisted(manifest, vocabulary, len(token_ids))
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
-        default: Precision = "int8" if precision == "int4" else precision
-        precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
-        files = _write_graphs(loaded, folder, precisions, token_ids, progress)
+        if plans is not None:
+            manifest = _within(manifest, plans.limits.of(manifest.tokens))
+        if writer is None:
+            files = _write_graphs(loaded, folder, precisions, token_ids, progress)
+        else:
+            files = _write_typed(writer, loaded, folder, manifest, token_ids, progress)
         del loaded
         gc.collect()  # the checks below load their own copies
 
@@ -101,14 +110,53 @@ def export_bundle(
         manifest = manifest.model_copy(update={"graphs": graphs})
         text = card.read_text(encoding="utf-8") if card else model_card(manifest)
         (folder / MODEL_CARD).write_text(text, encoding="utf-8")
-        hashes = {path.name: FileHash.of(path) for path in sorted(folder.iterdir())}
-        manifest = manifest.model_copy(update={"files": hashes})
-        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = _write_manifest(manifest, folder)
         if verify:
             checks = verify_bundle(checkpoint, folder, images=images, vocabulary=token_ids, progress=progress)
             report(checks)
             _raise_if_failed(checks)
+        if writer is not None:
+            built = writer.build(manifest, folder, progress)
+            manifest = _write_manifest(manifest.model_copy(update={"graphs": [*graphs, *built]}), folder)
     return manifest
+
+
+def _write_manifest(manifest: Manifest, folder: Path) -> Manifest:
+    """Hash the bundle's files and write its manifest."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    manifest = manifest.model_copy(update={"files": {path.name: FileHash.of(path) for path in files}})
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _within(manifest: Manifest, limits: PlanLimits) -> Manifest:
+    """The manifest with search defaults that the plans have room for."""
+    search = manifest.search
+    room = {"num_beams": limits.max_beams, "max_new_tokens": limits.max_new_tokens}
+    defaults = search.model_copy(update={name: min(getattr(search, name), most) for name, most in room.items()})
+    return manifest.model_copy(update={"search": defaults})
+
+
+def _write_typed(
+    writer: PlanWriter,
+    loaded: LoadedCheckpoint,
+    folder: Path,
+    manifest: Manifest,
+    vocabulary: Int64 | None,
+    progress: Callable[[str], None],
+) -> dict[Role, list[Path]]:
+    """The same for TensorRT, from fp32 graphs that are there together: photos are captioned with them in between."""
+    fp32 = folder / "fp32"
+    fp32.mkdir()
+    progress("writing the graphs in fp32")
+    sources: dict[Role, Path] = {"vision": build_vision(loaded.model, loaded.tower).save(fp32 / "vision.onnx")[0]}
+    del loaded.tower
+    sources["decoder"] = build_decoder(loaded.model, vocabulary).save(fp32 / "decoder.onnx")[0]
+    del loaded.model, loaded.language
+    gc.collect()
+    files = writer.write_graphs(sources, folder, manifest, progress)
+    shutil.rmtree(fp32)
+    return files
 
 
 def _write_graphs(

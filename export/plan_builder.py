@@ -58,6 +58,7 @@ class Builder:
         """
         config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, self.request.workspace)
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # no more digits than fp16, where the graph asks for fp32
         if hasattr(config, "set_compute_capability"):
             config.num_compute_capabilities = len(self.request.compute_capabilities)
             for place, gpu in enumerate(self.request.compute_capabilities):

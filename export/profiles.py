@@ -10,26 +10,34 @@ from ..runtime.errors import ItuneError
 
 MAX_K = 3840
 """The most candidates that TensorRT's TopK returns."""
+MAX_BEAMS = MAX_BATCH = 8
 _OPT_BEAMS = 5
+_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class PlanLimits:
     """The largest search that the plans have room for."""
 
-    max_beams: int = 8
-    max_batch: int = 8
-    max_new_tokens: int = 32
+    max_beams: int = MAX_BEAMS
+    max_batch: int = MAX_BATCH
+    max_new_tokens: int | None = None
+    """None: 32, or as many as the model has positions for."""
 
-    def check(self, tokens: TokenSettings) -> None:
-        """Raise ItuneError, naming the flag, if the model has no room for them."""
+    def of(self, tokens: TokenSettings) -> PlanLimits:
+        """The limits for a model, all of them numbers.
+
+        Raises:
+            ItuneError: the model has no room for them; the sentence names the flag.
+        """
         for flag, value in (("--max-beams", self.max_beams), ("--max-batch", self.max_batch)):
             if value < 1:
                 raise ItuneError(f"{flag} {value}: the profile would be empty; give at least 1")
         room = tokens.max_positions - len(tokens.prompt)
-        if not 1 <= self.max_new_tokens <= room:
+        longest = min(_NEW_TOKENS, room) if self.max_new_tokens is None else self.max_new_tokens
+        if not 1 <= longest <= room:
             raise ItuneError(
-                f"--max-new-tokens {self.max_new_tokens}: the profile is impossible, the language model has positions "
+                f"--max-new-tokens {longest}: the profile is impossible, the language model has positions "
                 f"for 1 to {room} new tokens"
             )
         if self.max_beams > tokens.candidates // 2:
@@ -37,6 +45,7 @@ class PlanLimits:
                 f"--max-beams {self.max_beams}: the profile is impossible, a search with so many beams compares "
                 f"{2 * self.max_beams} tokens and the vocabulary has {tokens.candidates}"
             )
+        return PlanLimits(self.max_beams, self.max_batch, longest)
 
 
 def plan_profile(
@@ -46,6 +55,8 @@ def plan_profile(
 
     Rows go from one image's first step to a full batch of beams, the past from nothing to the longest caption.
     """
+    limits = limits.of(tokens)
+    assert limits.max_new_tokens is not None
     prompt, rows = 1 + len(tokens.prompt), limits.max_batch * limits.max_beams
     past = prompt + limits.max_new_tokens
     beams = min(_OPT_BEAMS, limits.max_beams)

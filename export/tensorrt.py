@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -178,16 +178,15 @@ def _follow(
     raise TensorRTError(f"{request.source.name}: the building process ended without a plan: {(said or ['?'])[-1]}")
 
 
-def layer_table(reports: Sequence[tuple[str, LayerReport]]) -> Table:
-    """The layer reports of some graphs as one table."""
-    table = Table(title="what TensorRT made of the graphs", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("graph", "precision", "layers", "tensors", "weights"):
-        table.add_column(header, justify="left" if header in ("graph", "precision") else "right", no_wrap=True)
-    for name, report in reports:
-        for kind in dict.fromkeys([*report.layers, *report.tensors, *report.weights]):
-            weights = report.weights.get(kind, 0)
-            counts = (str(counted.get(kind, "")) for counted in (report.layers, report.tensors))
-            table.add_row(name, kind, *counts, f"{weights / 1e6:.1f} MB" if weights else "")
+def layer_table(name: str, report: LayerReport) -> Table:
+    """The layer report of a graph as a table, a line for every type."""
+    table = Table(title=f"{name} in TensorRT", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("type", "layers", "tensors", "weights"):
+        table.add_column(header, justify="left" if header == "type" else "right", no_wrap=True)
+    for kind in dict.fromkeys([*report.layers, *report.tensors, *report.weights]):
+        weights = report.weights.get(kind, 0)
+        counts = (str(counted.get(kind, "")) for counted in (report.layers, report.tensors))
+        table.add_row(kind, *counts, f"{weights / 1e6:.1f} MB" if weights >= 1e5 else "")
     return table
 
 

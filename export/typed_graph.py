@@ -14,7 +14,6 @@ All operators are standard ones, so the same graph runs on ONNX Runtime. Weights
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -42,21 +41,17 @@ _LARGE = 1024
 _TINY = np.float16(2**-24)
 
 
-def type_graph(
-    source: Path, target: Path, precision: Precision, ranges: Mapping[str, float] | None = None
-) -> list[Path]:
-    """Write the fp32 graph `source` to `target` in fp32, fp16 or int8; returns its files, the graph first.
+def type_graph(graph: Graph, precision: Precision, ranges: Mapping[str, float] | None = None) -> None:
+    """Turn an fp32 graph into fp32, fp16 or int8 that TensorRT takes as it is.
 
     `ranges`: for int8, the largest size of each value that `quantized_inputs` names.
 
     Raises:
         ItuneError: a weight is too large for half precision, or an operator with a graph inside cannot be typed.
     """
-    graph = Graph.load(source)
     cast_pixels_first(graph)
     if precision != "fp32":
         _Typer(graph, ranges if precision == "int8" else None).run()
-    return graph.save(target)
 
 
 def cast_pixels_first(graph: Graph) -> None:

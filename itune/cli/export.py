@@ -18,6 +18,7 @@ class Target(StrEnum):
     """What the graphs are written for."""
 
     onnx = "onnx"
+    tensorrt = "tensorrt"
 
 
 class Precision(StrEnum):
@@ -34,12 +35,19 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Adapter checkpoint, or the output of itune-train.")
     ] = None,
-    target: Annotated[Target | None, typer.Option(help="What the graphs are for. [default: onnx]")] = None,
+    target: Annotated[
+        Target | None,
+        typer.Option(
+            help="What the graphs are for. tensorrt: plans for NVIDIA GPUs beside the ONNX graphs that they come from; "
+            "with tensorrt-rtx no GPU is needed to build them. [default: onnx]"
+        ),
+    ] = None,
     precision: Annotated[
         Precision | None,
         typer.Option(
             help="Of the decoder. fp16: half the size, the speed of fp32. int8: a quarter, weights and activations "
-            "rounded. int4: an eighth, but for the language-model head. [default: fp32]"
+            "rounded. int4: an eighth, but for the language-model head. With --target tensorrt: fp16 or int8 products, "
+            "fp32 where it matters. [default: fp32]"
         ),
     ] = None,
     vision_precision: Annotated[
@@ -59,6 +67,27 @@ def export(
         int | None, typer.Option(min=1, help="Longest caption, in tokens. [default: the training's]")
     ] = None,
     length_penalty: Annotated[float | None, typer.Option(help="> 0 favours long captions, < 0 short ones.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SM,...",
+            help="Compute capabilities of the TensorRT plans, such as sm86,sm89. [default: all that it can build for]",
+        ),
+    ] = None,
+    max_beams: Annotated[
+        int | None, typer.Option(min=1, help="Most beams that the TensorRT plans have room for. [default: 8]")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Most images at once in the TensorRT plans. [default: 8]")
+    ] = None,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|random",
+            help="Photos like those to caption, 64 of which are, to find the ranges of int8 activations in TensorRT "
+            "plans; `random` is noise, which costs quality.",
+        ),
+    ] = None,
     vocabulary: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +114,7 @@ def export(
     ] = False,
     _version: common.Version = False,
 ) -> None:
-    """Export a checkpoint to ONNX graphs, verified against PyTorch; or restore a bundle's parts."""
+    """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch; or restore a bundle's parts."""
     given = dict(locals())
     _check_flags(given)
     common.require("export", "torch", "transformers", "safetensors", "onnx")
@@ -100,14 +129,29 @@ def export(
         return
 
     from ..export.bundle import export_bundle
+    from ..export.plans import PlanOptions
+    from ..export.profiles import MAX_BATCH, MAX_BEAMS, PlanLimits
+    from ..export.tensorrt import layer_table
     from ..export.verify import Check, report_table
     from ..export.vocabulary import Vocabulary
 
     assert checkpoint is not None
     chosen = precision or Precision.fp32
 
+    title = f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"
+    plans = None
+    if target == Target.tensorrt:
+        if chosen != Precision.fp32:
+            title += " (whose products on a CPU may be computed in fp32)"
+        plans = PlanOptions(
+            gpus=gpu,
+            limits=PlanLimits(max_beams or MAX_BEAMS, max_batch or MAX_BATCH, max_new_tokens),
+            calibration=calibration_data,
+            report=lambda role, report: console.print(layer_table(role, report)),
+        )
+
     def report(checks: list[Check]) -> None:
-        console.print(report_table(checks, f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"))
+        console.print(report_table(checks, title))
 
     with console.status("starting") as status:
         export_bundle(
@@ -120,6 +164,7 @@ def export(
             card=model_card,
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
             vocabulary=None if vocabulary is None else Vocabulary.read(vocabulary, data),
+            plans=plans,
             verify=not no_verify,
             images=images,
             force=force,
@@ -141,11 +186,16 @@ _ONLY_EXPORT = {
     "num_beams": "--num-beams",
     "max_new_tokens": "--max-new-tokens",
     "length_penalty": "--length-penalty",
+    "gpu": "--gpu",
+    "max_beams": "--max-beams",
+    "max_batch": "--max-batch",
+    "calibration_data": "--calibration-data",
     "vocabulary": "--vocabulary",
     "data": "--data",
     "images": "--images",
     "no_verify": "--no-verify",
 }
+_ONLY_TENSORRT = ("gpu", "max_beams", "max_batch", "calibration_data")
 
 
 def _check_flags(given: dict[str, object]) -> None:
@@ -156,6 +206,9 @@ def _check_flags(given: dict[str, object]) -> None:
             raise ItuneError("--images contradicts --no-verify: the photos are for the verification")
         if given["data"] is not None and given["vocabulary"] is None:
             raise ItuneError("--data is for --vocabulary N, which counts the tokens of the captions: give both")
+        for field in _ONLY_TENSORRT:
+            if given[field] is not None and given["target"] != Target.tensorrt:
+                raise ItuneError(f"{_ONLY_EXPORT[field]} is for TensorRT plans: give --target tensorrt, too")
         return
     for field, flag in _ONLY_EXPORT.items():
         if given[field] not in (None, False):
