@@ -91,7 +91,7 @@ class OnnxRuntimeEngine:
         state.rows = len(tokens)
         real = np.ones(tokens.shape, np.bool_) if mask is None else mask
         if tokens.size < self.least_rows:
-            tokens, real, parents = (np.repeat(array, 2, axis=0) for array in (tokens, real, parents))
+            tokens, real, parents = np.repeat(tokens, 2, axis=0), np.repeat(real, 2, axis=0), np.repeat(parents, 2)
         if state.mask is None:
             state.past = {
                 name: _value(np.zeros((len(tokens), heads, 0, head_dim), dtype))
