@@ -73,12 +73,12 @@ def export_bundle(
     """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
 
     The bundle appears whole or not at all. `vision_precision` is that of the decoder unless it is given, and int8
-    for int4: four bits neither speed a tower up nor leave it as it was. `license` is that of the weights; `card`
-    takes the place of the generated model card; `search` are search defaults that differ from what the training
-    evaluated with (None is not given); `vocabulary` cuts the decoder down to a shortlist of tokens, and such a
-    bundle cannot be restored; with `plans` the graphs are such as TensorRT takes, and its plans of them are in the
-    bundle, too; `images` is a folder of photos for the verification; `progress` is told every stage,
-    and `report` what the verification measured.
+    for int4: four bits neither speed a tower up nor leave it as it was (for plans, see `PlanWriter.for_tower`).
+    `license` is that of the weights; `card` takes the place of the generated model card; `search` are search defaults
+    that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
+    shortlist of tokens, and such a bundle cannot be restored; with `plans` the graphs are such as TensorRT takes, and
+    its plans of them are in the bundle, too; `images` is a folder of photos for the verification; `progress` is told
+    every stage, and `report` what the verification measured.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
@@ -99,6 +99,9 @@ def export_bundle(
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
         if plans is not None:
             manifest = _within(manifest, plans.limits.of(manifest.tokens))
+        if writer is not None and vision_precision is None:
+            writer = writer.for_tower(loaded.tower)
+            precisions = dict(writer.precisions)
         if writer is None:
             files = _write_graphs(loaded, folder, precisions, token_ids, progress)
         else:

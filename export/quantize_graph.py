@@ -30,6 +30,7 @@ HEAD = "head/"
 """Begins the names of the language-model head's nodes."""
 INT8, DEQUANTIZED = ".int8", ".dequantized"
 _HALF = ".fp16"
+_TYPING = ("Cast", "QuantizeLinear", "DequantizeLinear")
 
 
 def quantize_graph(source: Path, target: Path, form: Form) -> list[Path]:
@@ -90,21 +91,27 @@ def read_weights(path: Path) -> dict[str, Array]:
             weights.setdefault(codes.removesuffix(INT8), weight)  # an embedding may be there in fp16, too
         elif node.op_type == "Cast" and _is_ours(node, _HALF, weights):
             weights[node.output[0]] = weights.pop(node.input[0]).astype(np.float32)
-    return weights
+    for name in [name for name in weights if name.endswith(_HALF)]:  # small ones of a typed graph, which need no cast
+        weights.setdefault(name.removesuffix(_HALF), weights.pop(name))
+    return {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in weights.items()}
 
 
 def float_graph(path: Path) -> Graph:
     """The fp32 graph that an exported one was made from, its weights as they were rounded."""
     graph, floats = Graph.load(path), read_weights(path)
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
+    sources = {f"{name}{_HALF}": name for name in floats} | {f"{name}{DEQUANTIZED}": name for name in floats}
+    given = {value.name for value in graph.inputs}
     for node in in_floats(graph.nodes):
         is_storage = (node.op_type == "DequantizeLinear" and _is_ours(node, INT8, graph.weights)) or (
             node.op_type == "Cast" and _is_ours(node, _HALF, graph.weights)
         )
         if is_storage:
             continue
-        if node.op_type == "Conv":
-            node.input[1] = node.input[1].removesuffix(DEQUANTIZED)
+        if node.op_type in _TYPING and node.name == node.output[0] and node.input[0] not in given:
+            sources[node.output[0]] = sources.get(node.input[0], node.input[0])  # between the types of a typed graph
+            continue
+        node.input[:] = [sources.get(name, name) for name in node.input]
         nodes.append(node)
     used = {name for node in nodes for name in node.input}
     weights = graph.weights | floats

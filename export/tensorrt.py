@@ -139,13 +139,16 @@ def build_plan(
     Raises:
         TensorRTError: an operator that TensorRT does not have, an impossible profile, or not enough memory.
     """
-    # -P: started in a checkout, Python would take its folder `itune` for the package.
-    command = [sys.executable, "-P", "-m", "itune.export.plan_builder", request.model_dump_json()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(_command(request), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             return _follow(process, request, progress, report)
         finally:
             process.kill()
+
+
+def _command(request: PlanRequest) -> list[str]:
+    # -P: started in a checkout, Python would take its folder `itune` for the package.
+    return [sys.executable, "-P", "-m", "itune.export.plan_builder", request.model_dump_json()]
 
 
 def _follow(

@@ -54,6 +54,18 @@ def type_graph(graph: Graph, precision: Precision, ranges: Mapping[str, float] |
         _Typer(graph, ranges if precision == "int8" else None).run()
 
 
+def cast_outputs(graph: Graph, kind: Kind) -> None:
+    """Give the float outputs of a typed graph another type: the vision graph's are what the decoder reads."""
+    other = {v.name: v for v in graph.outputs if v.type.tensor_type.elem_type in {FLOAT, HALF} - {kind}}
+    before = {name: f"{name}.{'fp32' if kind == HALF else 'fp16'}" for name in other}
+    for node in graph.nodes:
+        for names in (node.input, node.output):
+            names[:] = [before.get(name, name) for name in names]
+    for name, value in other.items():
+        graph.nodes.append(helper.make_node("Cast", [before[name]], [name], name=f"{name}.cast", to=kind))
+        value.type.tensor_type.elem_type = kind
+
+
 def cast_pixels_first(graph: Graph) -> None:
     """Move the cast of a vision graph's bytes to its beginning: TensorRT does nothing else with uint8."""
     pixels = [v.name for v in graph.inputs if v.type.tensor_type.elem_type == TensorProto.UINT8]

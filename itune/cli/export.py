@@ -51,7 +51,11 @@ def export(
         ),
     ] = None,
     vision_precision: Annotated[
-        Precision | None, typer.Option(help="Of the vision tower. [default: the decoder's; int8 for int4]")
+        Precision | None,
+        typer.Option(
+            help="Of the vision tower. [default: the decoder's; int8 for int4; fp32 for an ONNX tower with --target "
+            "tensorrt --precision fp16, in which its convolutions lose too much]",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model. [default: the output folder's]")] = None,
     weights_license: Annotated[

@@ -1,0 +1,335 @@
+"""Real plans, built without a GPU. They are never compared byte for byte, since no two builds are alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks.random_init import GEOMETRIES, build_checkpoint
+from itune.export import tensorrt
+from itune.export.bundle import export_bundle
+from itune.export.graph import Graph
+from itune.export.plans import PlanOptions, PlanWriter
+from itune.export.profiles import PlanLimits
+from itune.export.restore import restore_bundle
+from itune.export.tensorrt import Library, PlanRequest, TensorRTError, build_plan
+from itune.runtime import Captioner
+from itune.runtime.bundle import Bundle, FileHash, ProfileRange, default_bundle
+from itune.runtime.errors import ItuneError
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, tensorrt.LIBRARIES)), reason="TensorRT is not installed: no plan can be built"
+)
+GPUS = "sm86,sm89"
+LIMITS = PlanLimits(max_beams=4, max_batch=2, max_new_tokens=12)
+
+
+def export(checkpoint: Path, folder: Path, precision: str, *, verify: bool = False, **options) -> tuple[Bundle, dict]:
+    """The bundle, and what TensorRT made of each graph by its role."""
+    reports = {}
+    if precision == "int8":
+        options.setdefault("calibration", Path("random"))
+    plans = PlanOptions(gpus=GPUS, limits=LIMITS, report=reports.__setitem__, **options)
+    checks = []
+    export_bundle(checkpoint, folder, precision=precision, plans=plans, verify=verify, report=checks.extend)
+    assert all(check.passed for check in checks)
+    assert bool(checks) == verify
+    return Bundle.load(folder), reports
+
+
+@pytest.fixture(scope="module")
+def bundles(clip_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plans")
+    return {precision: export(clip_checkpoint, folder / precision, precision) for precision in ("fp32", "fp16", "int8")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_bundle_says_how_its_plans_were_built(bundles, precision):
+    bundle, reports = bundles[precision]
+    library = Library.find()
+    assert {path.name for path in bundle.folder.iterdir()} == {
+        "bundle.json", "README.md", "tokenizer.json", "vision.onnx", "decoder.onnx", "vision.plan", "decoder.plan"
+    }  # fmt: skip
+    for role in ("vision", "decoder"):
+        entry, source = bundle.graph(role, "tensorrt"), bundle.graph(role, "onnxruntime")
+        assert (entry.file, source.file, source.engine) == (f"{role}.plan", f"{role}.onnx", "any")
+        assert entry.precision == source.precision == precision
+        assert entry.target == GPUS
+        assert bundle.path(entry.file).stat().st_size > 10_000
+        plan = entry.plan
+        assert (plan.flavour, plan.version) == (library.flavour, library.version)
+        assert (plan.source, plan.source_sha256) == (source.file, FileHash.of(bundle.path(source.file)).sha256)
+        assert entry.inputs == source.inputs
+        assert {spec.name: spec.dtype for spec in entry.inputs} == reports[role].inputs
+        assert {spec.name: spec.dtype for spec in entry.outputs} == reports[role].outputs
+        assert plan.profiles[0].keys() == reports[role].inputs.keys()
+
+
+@pytest.mark.parametrize(("precision", "cache"), [("fp32", "float32"), ("fp16", "float16"), ("int8", "float16")])
+def test_types_of_inputs_and_outputs(bundles, precision, cache):
+    _, reports = bundles[precision]
+    decoder = reports["decoder"].inputs | reports["decoder"].outputs
+    for name, dtype in {
+        "tokens": "int64", "positions": "int64", "mask": "bool", "parents": "int64", "k": "int64",
+        "past_key_values.2.key": cache, "present.2.value": cache, "visual.1.keys": cache,
+        "logits": "float32", "token_ids": "int64", "logsumexp": "float32",
+    }.items():  # fmt: skip
+        assert decoder[name] == dtype, name
+    assert reports["vision"].inputs == {"pixels": "uint8"}
+    assert set(reports["vision"].outputs.values()) == {cache}
+
+
+def test_profile_goes_from_an_empty_past_to_a_full_batch(bundles):
+    bundle, _ = bundles["fp16"]
+    (decoder,) = bundle.graph("decoder", "tensorrt").plan.profiles
+    assert decoder["past_key_values.0.key"].min == [1, 4, 0, 16]
+    assert decoder["past_key_values.0.key"].max == [8, 4, 13, 16]
+    assert (decoder["tokens"].min, decoder["tokens"].max) == ([1, 1], [8, 1])
+    assert decoder["mask"].max == [8, 14]
+    assert (decoder["k"].min, decoder["k"].max) == ([1], [bundle.manifest.tokens.vocab_size])
+    assert decoder["visual.1.values"].max == [2, 2, 17, 16]
+    (vision,) = bundle.graph("vision", "tensorrt").plan.profiles
+    assert (vision["pixels"].min[0], vision["pixels"].max[0]) == (1, 2)
+    assert bundle.manifest.search.num_beams == 4  # the plans have room for no more
+    assert bundle.manifest.search.max_new_tokens == 12
+
+
+def test_layers_of_each_precision(bundles):
+    layers = {precision: reports["decoder"].layers for precision, (_, reports) in bundles.items()}
+    weights = {precision: reports["decoder"].weights for precision, (_, reports) in bundles.items()}
+    assert layers["fp32"].keys() == {"float32", "other"}
+    assert layers["fp16"]["float16"] > layers["fp16"]["float32"] > 0
+    assert "int8" not in layers["fp16"]
+    # Four products a layer and the head, and as many activations that are rounded for them.
+    assert layers["int8"]["int8"] == 2 * (4 * 3 + 1)
+    assert weights["fp16"]["float16"] > 10 * weights["fp16"]["float32"]
+    assert weights["int8"]["int8"] > weights["int8"]["float16"]
+
+
+def test_captions_on_onnx_runtime(bundles, pixels):
+    captioners = {name: Captioner.load(bundle.folder, engine="onnxruntime") for name, (bundle, _) in bundles.items()}
+    captions = {name: captioner.caption(list(pixels), num_beams=3) for name, captioner in captioners.items()}
+    same = [a.tokens == b.tokens for a, b in zip(captions["fp32"], captions["fp16"], strict=True)]
+    assert np.mean(same) >= 0.8  # a random model's captions stand less far apart than a trained one's
+    alone = [captioners["int8"].caption(image, num_beams=3) for image in pixels]
+    assert [caption.tokens for caption in alone] == [caption.tokens for caption in captions["int8"]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_verified_on_a_convolutional_tower_with_a_prompt(onnx_checkpoint, photos, tmp_path, precision):
+    calibration = {"calibration": photos[0].parent} if precision == "int8" else {}
+    bundle, reports = export(onnx_checkpoint, tmp_path / "b", precision, verify=True, **calibration)
+    (profile,) = bundle.graph("decoder", "tensorrt").plan.profiles
+    prompt = 1 + len(bundle.manifest.tokens.prompt)
+    assert (profile["tokens"].min, profile["tokens"].max) == ([1, 1], [8, prompt])
+    if precision == "int8":
+        assert reports["vision"].layers["int8"] == 2 * 3  # two convolutions, and the adapters' product
+
+
+@pytest.mark.parametrize(
+    ("vision", "decoder"), [("fp32", "fp16"), ("fp16", "fp32"), ("int8", "fp16"), ("fp16", "int8")]
+)
+def test_two_precisions(clip_checkpoint, tmp_path, vision, decoder):
+    """The vision graph writes what the decoder reads."""
+    plans = PlanOptions(gpus=GPUS, limits=LIMITS, calibration=Path("random") if "int8" in (vision, decoder) else None)
+    export_bundle(clip_checkpoint, tmp_path / "b", precision=decoder, vision_precision=vision, plans=plans)
+    bundle = Bundle.load(tmp_path / "b")
+    written, read = bundle.graph("vision", "tensorrt"), bundle.graph("decoder", "tensorrt")
+    assert (written.precision, read.precision) == (vision, decoder)
+    dtype = "float32" if decoder == "fp32" else "float16"
+    assert {spec.dtype for spec in written.outputs} == {dtype}
+    assert {spec.dtype for spec in read.inputs if spec.name.startswith("visual.")} == {dtype}
+
+
+def test_convolutional_towers_stay_in_fp32_unless_asked(onnx_checkpoint, tmp_path):
+    bundle, _ = export(onnx_checkpoint, tmp_path / "b", "fp16")
+    assert [bundle.graph(role, "tensorrt").precision for role in ("vision", "decoder")] == ["fp32", "fp16"]
+    plans = PlanOptions(gpus=GPUS, limits=LIMITS)
+    export_bundle(onnx_checkpoint, tmp_path / "c", precision="fp16", vision_precision="fp16", plans=plans)
+    assert Bundle.load(tmp_path / "c").graph("vision", "tensorrt").precision == "fp16"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_restored_tower(onnx_checkpoint, tmp_path, precision):
+    """The tower comes back in fp32, with the weights as they were rounded, for ONNX Runtime to export again."""
+    export(onnx_checkpoint, tmp_path / "b", precision)
+    restore_bundle(tmp_path / "b", tmp_path / "parts")
+    export_bundle(tmp_path / "parts" / "checkpoint", tmp_path / "again", precision="fp32", verify=False)
+    plain, typed = (
+        Captioner.load(tmp_path / folder, engine="onnxruntime").engine.encode(
+            np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+        )
+        for folder in ("again", "b")
+    )
+    for name, value in plain.visual.items():
+        if name.endswith("keys"):  # values are scaled against W_o in int8
+            expected = typed.visual[name].numpy().astype(np.float32)
+            difference = value.numpy() - expected
+            assert np.square(difference).mean() < 0.05**2 * np.square(expected).mean()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_restored(bundles, tmp_path, precision):
+    """What a bundle gives back is what its graphs compute: an fp32 export of it makes the same captions."""
+    bundle, _ = bundles[precision]
+    restore_bundle(bundle.folder, tmp_path / "parts")
+    export_bundle(tmp_path / "parts" / "checkpoint", tmp_path / "again", precision="fp32", verify=False)
+    before, after = (Graph.load(folder / "decoder.onnx") for folder in (bundle.folder, tmp_path / "again"))
+    name = "transformer.h.0.attn.c_attn.weight"
+    weight = before.weights.get(name)
+    if weight is None:
+        weight = before.weights[f"{name}.int8"] * before.weights[f"{name}.scales"].astype(np.float32)
+    np.testing.assert_array_equal(after.weights[name], weight.astype(np.float32))
+
+
+def test_default_model(tmp_path):
+    restore_bundle(default_bundle(), tmp_path / "restored")
+    sizes = {}
+    for precision in ("fp16", "int8"):
+        photos = {"calibration": REPOSITORY / "examples"} if precision == "int8" else {}
+        bundle, reports = export(tmp_path / "restored" / "checkpoint", tmp_path / precision, precision, **photos)
+        assert bundle.graph("decoder", "tensorrt").plan.profiles[0]["past_key_values.5.key"].min[2] == 0
+        assert ("int8" in reports["decoder"].layers) == (precision == "int8")
+        captioner = Captioner.load(bundle.folder, engine="onnxruntime")
+        for photo in sorted((REPOSITORY / "examples").glob("*.jpg")):
+            assert len(captioner.caption(photo).tokens) > 3
+        sizes[precision] = [bundle.path(f"{role}.plan").stat().st_size for role in ("vision", "decoder")]
+    # Plans of tiny models are nothing but kernels: there, int8 needs more.
+    assert sizes["int8"][0] < 0.5 * sizes["fp16"][0]  # whose tower is in fp32
+    assert sizes["int8"][1] < 0.7 * sizes["fp16"][1]
+
+
+@pytest.mark.slow
+def test_gpt2_base(tmp_path):
+    checkpoint = build_checkpoint(GEOMETRIES["base"], tmp_path / "base")
+    sizes = {}
+    for precision in ("fp16", "int8"):
+        bundle, reports = export(checkpoint, tmp_path / precision, precision)
+        sizes[precision] = bundle.path("decoder.plan").stat().st_size
+        assert sum(reports["decoder"].weights.values()) > 1.4e8
+        shutil.rmtree(bundle.folder)
+    assert sizes["int8"] < 0.7 * sizes["fp16"]
+
+
+def one_operator(folder: Path, op: str, domain: str = "") -> PlanRequest:
+    graph = Graph("one")
+    x = graph.input("x", np.float32, ["rows", 8])
+    graph.op(op, x, name="y", domain=domain)
+    graph.output("y", np.float32, ["rows", 8])
+    graph.save(folder / "one.onnx")
+    sizes = ProfileRange(min=[1, 8], opt=[2, 8], max=[4, 8])
+    return PlanRequest(
+        source=folder / "one.onnx", target=folder / "one.plan", profile={"x": sizes}, compute_capabilities=["sm86"]
+    )
+
+
+def test_progress_and_report(tmp_path):
+    stages, reports = [], []
+    plan = build_plan(one_operator(tmp_path, "Relu"), stages.append, reports.append)
+    assert plan.bytes == (tmp_path / "one.plan").stat().st_size
+    assert plan.peak_mb > 50
+    assert reports == [plan.report]
+    assert stages
+    assert stages[0].startswith("building one.plan: ")
+
+
+def test_an_operator_that_tensorrt_lacks(tmp_path):
+    with pytest.raises(TensorRTError, match=r"^one.onnx: node QuickGelu: TensorRT cannot take operator QuickGelu: "):
+        build_plan(one_operator(tmp_path, "QuickGelu", "com.microsoft"))
+    assert not (tmp_path / "one.plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ({}, "the profile is impossible: it has no range for input x"),
+        (
+            {"x": ([1, 7], [1, 7], [1, 7])},
+            r"the profile is impossible: input x is \[-1, 8\] and not \[1, 7\] to \[1, 7\]",
+        ),
+        ({"x": ([1], [1], [1])}, "the profile is impossible: input x is"),
+    ],
+)
+def test_an_impossible_profile(tmp_path, profile, message):
+    request = one_operator(tmp_path, "Relu")
+    ranges = {name: ProfileRange(min=low, opt=usual, max=high) for name, (low, usual, high) in profile.items()}
+    with pytest.raises(TensorRTError, match=message):
+        build_plan(request.model_copy(update={"profile": ranges}))
+
+
+def test_a_builder_that_is_killed(tmp_path, monkeypatch):
+    """As by a kernel that is out of memory."""
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(tensorrt, "_command", lambda _request: ["python3", "-c", script])
+    with pytest.raises(TensorRTError, match=r"one.onnx: .* killed by signal 9, perhaps for want of memory"):
+        build_plan(one_operator(tmp_path, "Relu"))
+    monkeypatch.setattr(tensorrt, "_command", lambda _request: ["python3", "-c", "raise SystemExit('no room')"])
+    with pytest.raises(TensorRTError, match="ended without a plan: no room"):
+        build_plan(one_operator(tmp_path, "Relu"))
+
+
+def test_unknown_gpus_are_answered_with_the_known_ones():
+    with pytest.raises(TensorRTError, match=r"--gpu sm86,sm12: 'sm12' is no .* it knows sm80, sm86, sm89"):
+        Library.find().choose_gpus("sm86,sm12")
+    assert Library.find().choose_gpus("SM89, sm86,sm89") == ["sm89", "sm86"]
+    assert "sm86" in Library.find().choose_gpus(None)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "options", "message"),
+    [
+        ("int8", {}, "--precision int8 with --target tensorrt needs photos .* with --calibration-data, or random"),
+        ("int8", {"calibration": Path("nowhere")}, "--calibration-data nowhere: is not a folder"),
+        ("int4", {}, "--precision int4 is ONNX Runtime's"),
+        ("fp16", {"calibration": Path("random")}, "--calibration-data is for --precision int8"),
+    ],
+)
+def test_options_that_cannot_be(precisions, options, message):
+    with pytest.raises(ItuneError, match=message):
+        PlanWriter.prepare(PlanOptions(**options), {"vision": precisions, "decoder": precisions})
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_new_tokens": 49}, "--max-new-tokens 49: the profile is impossible, .* 1 to 48 new tokens"),
+        ({"max_beams": 200}, "--max-beams 200: the profile is impossible"),
+        ({"max_batch": 0}, "--max-batch 0: the profile would be empty"),
+    ],
+)
+def test_limits_that_the_model_has_no_room_for(clip_checkpoint, tmp_path, limits, message):
+    with pytest.raises(ItuneError, match=message):
+        export_bundle(clip_checkpoint, tmp_path / "b", plans=PlanOptions(limits=PlanLimits(**limits)), verify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_tensorrt(monkeypatch):
+    monkeypatch.setattr(tensorrt, "find_spec", lambda _name: None)
+    with pytest.raises(TensorRTError, match=r"TensorRT is not installed; .* pip install 'itune\[tensorrt\]'"):
+        Library.find()
+
+
+def test_tensorrt_comes_first_and_must_be_new_enough(monkeypatch):
+    """`tensorrt` builds for the machine's own GPU, and has no compute capabilities to choose."""
+    module = SimpleNamespace(__version__="10.13.2", IBuilderConfig=object)
+    monkeypatch.setattr(tensorrt, "find_spec", lambda _name: object())
+    monkeypatch.setattr(tensorrt, "import_module", lambda _name: module)
+    with pytest.raises(TensorRTError, match=r"tensorrt 10.13.2 is too old"):
+        Library.find()
+    module.__version__ = "11.0.0.114"
+    library = Library.find()
+    assert (library.flavour, library.version, library.known_gpus) == ("tensorrt", "11.0.0.114", [])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(TensorRTError, match="there is none here: use tensorrt-rtx"):
+        library.choose_gpus(None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
+    assert library.choose_gpus(None) == ["sm86"]
+    with pytest.raises(TensorRTError, match=r"--gpu sm89: .* own GPU only, sm86"):
+        library.choose_gpus("sm89")
