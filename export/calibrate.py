@@ -122,7 +122,8 @@ def calibration_images(source: Path) -> list[Any]:
 
 
 def calibrate(
-    graphs: Mapping[str, Path],
+    vision: Path,
+    decoder: Path,
     folder: Path,
     manifest: Manifest,
     images: Iterable[Any],
@@ -130,15 +131,15 @@ def calibrate(
 ) -> dict[str, Histogram]:
     """Caption the images with the fp32 graphs; histograms of what int8 rounds, by the value's name.
 
-    `graphs`: vision's and decoder's file. `folder` has the tokenizer. Of two values that are joined to one, there is a
+    `folder` has the tokenizer. Of two values that are joined to one, there is a
     histogram each.
 
     Raises:
         ItuneError: no image can be read.
     """
     images = list(images)
-    vision, decoder = (_Recording(graphs[role], _recorded(Graph.load(graphs[role]))) for role in ("vision", "decoder"))
-    engine = OnnxRuntimeEngine(vision, decoder, manifest.tokens.candidates)  # type: ignore[arg-type]  # sessions in all that it calls
+    recorded = [_Recording(path, _recorded(Graph.load(path))) for path in (vision, decoder)]
+    engine = OnnxRuntimeEngine(*recorded, manifest.tokens.candidates)  # sessions in all that it calls
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     captioner = Captioner(engine, tokenizer, manifest.image, manifest.tokens, manifest.search)
     read = 0
@@ -147,7 +148,7 @@ def calibrate(
         progress(done, len(images))
     if not read:
         raise ItuneError(f"--calibration-data: {images[0]} cannot be read, nor can any other of {len(images)} photos")
-    return vision.histograms | decoder.histograms
+    return recorded[0].histograms | recorded[1].histograms
 
 
 def choose_ranges(

@@ -90,7 +90,7 @@ class PlanWriter:
             def count(done: int, total: int) -> None:
                 progress(f"calibrating on photo {done} of {total}")
 
-            histograms = calibrate(sources, folder, manifest, images, count)
+            histograms = calibrate(sources["vision"], sources["decoder"], folder, manifest, images, count)
         graphs = {role: Graph.load(path) for role, path in sources.items()}
         ranges: Ranges | None = None
         if histograms is not None:
