@@ -39,7 +39,7 @@ from .products import Blocks, Form, Rows
 from .profiles import PlanLimits
 from .quantize_graph import Precision, halve_graph, quantize_graph
 from .staging import staged_folder
-from .verify import Check, VerificationError, verify_bundle
+from .verify import VALUE_SCALES, Check, VerificationError, verify_bundle
 from .vision import build_vision
 from .vocabulary import Vocabulary
 
@@ -105,7 +105,9 @@ def export_bundle(
         if writer is None:
             files = _write_graphs(loaded, folder, precisions, token_ids, progress)
         else:
-            files = _write_typed(writer, loaded, folder, manifest, token_ids, progress)
+            files, scales = _write_typed(writer, loaded, folder, manifest, token_ids, progress)
+            if scales:
+                manifest = manifest.model_copy(update={"provenance": manifest.provenance | {VALUE_SCALES: scales}})
         del loaded
         gc.collect()  # the checks below load their own copies
 
@@ -147,8 +149,11 @@ def _write_typed(
     manifest: Manifest,
     vocabulary: Int64 | None,
     progress: Callable[[str], None],
-) -> dict[Role, list[Path]]:
-    """The same for TensorRT, from fp32 graphs that are there together: photos are captioned with them in between."""
+) -> tuple[dict[Role, list[Path]], dict[str, float]]:
+    """The same for TensorRT, from fp32 graphs that are there together: photos are captioned with them in between.
+
+    With the files comes what `PlanWriter.write_graphs` scaled.
+    """
     fp32 = folder / "fp32"
     fp32.mkdir()
     progress("writing the graphs in fp32")
@@ -157,9 +162,9 @@ def _write_typed(
     sources["decoder"] = build_decoder(loaded.model, vocabulary).save(fp32 / "decoder.onnx")[0]
     del loaded.model, loaded.language
     gc.collect()
-    files = writer.write_graphs(sources, folder, manifest, progress)
+    written = writer.write_graphs(sources, folder, manifest, progress)
     shutil.rmtree(fp32)
-    return files
+    return written
 
 
 def _write_graphs(

@@ -138,8 +138,8 @@ def calibrate(
         ItuneError: no image can be read.
     """
     images = list(images)
-    recorded = [_Recording(path, _recorded(Graph.load(path))) for path in (vision, decoder)]
-    engine = OnnxRuntimeEngine(*recorded, manifest.tokens.candidates)  # sessions in all that it calls
+    sessions: list[Any] = [_Recording(path, _recorded(Graph.load(path))) for path in (vision, decoder)]
+    engine = OnnxRuntimeEngine(sessions[0], sessions[1], manifest.tokens.candidates)  # sessions in all that it calls
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     captioner = Captioner(engine, tokenizer, manifest.image, manifest.tokens, manifest.search)
     read = 0
@@ -148,13 +148,16 @@ def calibrate(
         progress(done, len(images))
     if not read:
         raise ItuneError(f"--calibration-data: {images[0]} cannot be read, nor can any other of {len(images)} photos")
-    return recorded[0].histograms | recorded[1].histograms
+    histograms: dict[str, Histogram] = sessions[0].histograms | sessions[1].histograms
+    return histograms
 
 
 def choose_ranges(
     vision: Graph, decoder: Graph, histograms: Mapping[str, Histogram], method: Method = METHOD
-) -> Ranges:
+) -> tuple[Ranges, dict[str, float]]:
     """The range of everything that int8 rounds in the two fp32 graphs; their adapters are balanced for it.
+
+    Returns the ranges, and by what U of each layer was multiplied.
 
     The second product of an adapted layer reads [GELU(...) | S U] under one range, and its rows share their scales
     with W_o's. So U grows by a factor in the vision graph and W_o shrinks by it in the decoder, which changes nothing
@@ -176,7 +179,7 @@ def choose_ranges(
         values[layer] = factor
         ranges[joined] = max(ranges[activation], factor * ranges[retrieved])
     _scale_values(vision, values)
-    return ranges
+    return ranges, values
 
 
 def joined_parts(graph: Graph) -> dict[str, tuple[str, str]]:

@@ -80,8 +80,11 @@ class PlanWriter:
 
     def write_graphs(
         self, sources: Mapping[Role, Path], folder: Path, manifest: Manifest, progress: Callable[[str], None]
-    ) -> dict[Role, list[Path]]:
-        """The typed graphs of the fp32 graphs `sources`; their files by role, the graph first."""
+    ) -> tuple[dict[Role, list[Path]], dict[str, float]]:
+        """Write the typed graphs of the fp32 graphs `sources`.
+
+        Returns their files by role, the graph first, and by what int8 multiplied the visual values of each layer.
+        """
         histograms = None
         if "int8" in self.precisions.values():
             assert self.options.calibration is not None
@@ -93,8 +96,9 @@ class PlanWriter:
             histograms = calibrate(sources["vision"], sources["decoder"], folder, manifest, images, count)
         graphs = {role: Graph.load(path) for role, path in sources.items()}
         ranges: Ranges | None = None
+        scales: dict[str, float] = {}
         if histograms is not None:
-            ranges = choose_ranges(graphs["vision"], graphs["decoder"], histograms)
+            ranges, scales = choose_ranges(graphs["vision"], graphs["decoder"], histograms)
         files = {}
         for role in sources:
             progress(f"writing the {role} graph in {self.precisions[role]}")
@@ -105,7 +109,7 @@ class PlanWriter:
             files[role] = graph.save(folder / f"{role}.onnx")
             del graph
             gc.collect()
-        return files
+        return files, scales
 
     def build(self, manifest: Manifest, folder: Path, progress: Callable[[str], None]) -> list[GraphEntry]:
         """Build a plan of every graph in the folder; the manifest's entries for them.

@@ -28,6 +28,8 @@ from ..runtime.errors import ItuneError
 from .scenarios import Array, Scenario, beside_loud_image, pick_images, record, replay
 
 SHORTLIST = "shortlist.npy"
+VALUE_SCALES = "value_scales"
+"""In a manifest's provenance: by what the vision graph multiplies a layer's values, and its W_o is divided."""
 CAPTION_BEAMS = (1, 3)
 CAPTION_TOKENS = 16
 _TIE = 1e-4
@@ -153,11 +155,14 @@ def compare(bundle: Path, folder: Path) -> list[Check]:
     scenarios = [Scenario.from_json(content) for content in reference["scenarios"]]
     pixels, vocabulary = np.load(folder / "pixels.npy"), np.load(folder / "vocabulary.npy")
 
+    scales = loaded.manifest.provenance.get(VALUE_SCALES, {})
     differences = _Differences(vision, decoder)
     for i, scenario in enumerate(scenarios):
         found = replay(captioner.engine, pixels, scenario, vocabulary)
+        values = {f"visual.{layer}.values": scale for layer, scale in scales.items()}
+        unscaled = {name: array / np.float32(values.get(name, 1)) for name, array in found.items()}
         with np.load(folder / f"{i}.npz") as expected:
-            differences.add(scenario.name, dict(expected), found)
+            differences.add(scenario.name, dict(expected), unscaled)
         if i == 0:
             company = replay(captioner.engine, pixels, beside_loud_image(scenario, vocabulary), vocabulary)
             differences.add_neighbours(found, company)

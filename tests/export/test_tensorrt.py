@@ -129,6 +129,7 @@ def test_verified_on_a_convolutional_tower_with_a_prompt(onnx_checkpoint, photos
     prompt = 1 + len(bundle.manifest.tokens.prompt)
     assert (profile["tokens"].min, profile["tokens"].max) == ([1, 1], [8, prompt])
     if precision == "int8":
+        assert bundle.manifest.provenance["value_scales"].keys() == {"1", "2"}
         assert reports["vision"].layers["int8"] == 2 * 3  # two convolutions, and the adapters' product
 
 
