@@ -30,7 +30,8 @@ HEAD = "head/"
 """Begins the names of the language-model head's nodes."""
 INT8, DEQUANTIZED = ".int8", ".dequantized"
 _HALF = ".fp16"
-_TYPING = ("Cast", "QuantizeLinear", "DequantizeLinear")
+_TYPING = {"Cast": (_HALF, ".fp32"), "QuantizeLinear": (INT8,), "DequantizeLinear": (DEQUANTIZED,)}
+"""Operators that stand between the types of a typed graph, and what their outputs' names end with."""
 
 
 def quantize_graph(source: Path, target: Path, form: Form) -> list[Path]:
@@ -108,8 +109,9 @@ def float_graph(path: Path) -> Graph:
         )
         if is_storage:
             continue
-        if node.op_type in _TYPING and node.name == node.output[0] and node.input[0] not in given:
-            sources[node.output[0]] = sources.get(node.input[0], node.input[0])  # between the types of a typed graph
+        typing = node.name == node.output[0] and node.name.endswith(_TYPING.get(node.op_type, ()))
+        if typing and node.input[0] not in given:
+            sources[node.output[0]] = sources.get(node.input[0], node.input[0])
             continue
         node.input[:] = [sources.get(name, name) for name in node.input]
         nodes.append(node)
