@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import weakref
 from contextlib import suppress
 from importlib import import_module
@@ -14,6 +15,7 @@ from ..errors import EngineError
 from .base import UInt8
 
 _MODULE = "cuda.bindings.runtime"
+_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 class Memory(Protocol):
@@ -83,6 +85,8 @@ class CudaDevice:
         try:
             self._cuda = import_module(_MODULE)
         except ImportError as error:
+            if not _has_driver():  # then installing it would not help
+                raise EngineError(f"there is no NVIDIA GPU with a working driver here ({_DRIVER} is missing)") from None
             raise EngineError(
                 f"TensorRT needs {_MODULE}, which cannot be imported ({error}): pip install 'itune[tensorrt]'"
             ) from None
@@ -158,3 +162,12 @@ class _PinnedMemory:
 def _free(function: Any, address: Any) -> None:
     with suppress(Exception):  # whoever let go of the memory could do nothing about it
         function(address)
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is installed."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True

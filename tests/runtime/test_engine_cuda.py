@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from itune.runtime.engines import cuda as cuda_module
 from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.errors import EngineError
 
@@ -130,6 +131,10 @@ def test_no_gpu(devices, words, cuda):
 
 def test_no_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, MODULE, None)
+    monkeypatch.setattr(cuda_module, "_has_driver", lambda: False)
+    with pytest.raises(EngineError, match=r"there is no NVIDIA GPU with a working driver here \(libcuda"):
+        CudaDevice()
+    monkeypatch.setattr(cuda_module, "_has_driver", lambda: True)
     with pytest.raises(EngineError, match=r"needs cuda\.bindings\.runtime.*pip install 'itune\[tensorrt\]'"):
         CudaDevice()
 
