@@ -47,7 +47,7 @@ def export(
         typer.Option(
             help="Of the decoder. fp16: half the size, the speed of fp32. int8: a quarter, weights and activations "
             "rounded. int4: an eighth, but for the language-model head. With --target tensorrt: fp16 or int8 products, "
-            "fp32 where it matters. [default: fp32]"
+            "fp32 where it matters. [default: fp32; fp16 for TensorRT]"
         ),
     ] = None,
     vision_precision: Annotated[
@@ -140,7 +140,7 @@ def export(
     from ..export.vocabulary import Vocabulary
 
     assert checkpoint is not None
-    chosen = precision or Precision.fp32
+    chosen = precision or (Precision.fp16 if target == Target.tensorrt else Precision.fp32)
 
     title = f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"
     plans = None
