@@ -64,10 +64,10 @@ def preprocessed(image: ImageSettings, folder: Path | None) -> UInt8:
 def make_task(bundle: Path, num_beams: int, new_tokens: int) -> Task:
     """What everybody is to do, with the tokens of the checkpoint that a bundle was made of."""
     tokens = BundleFolder.load(bundle, verify=False).manifest.tokens
-    room = tokens.max_positions - len(tokens.prompt)
+    room = tokens.room
     if new_tokens > room:
         raise ItuneError(f"--new-tokens must be at most {room}, the language model's positions after the prompt")
-    return Task(num_beams, new_tokens, (tokens.begin, *tokens.prompt), tokens.end)
+    return Task(num_beams, new_tokens, tuple(tokens.head), tokens.end)
 
 
 def plan_options(arguments: argparse.Namespace) -> Callable[[str], list[Any]]:

@@ -28,7 +28,7 @@ BATCH = 4
 
 def captions(captioner: Captioner, photos: Sequence[Path], config: SearchConfig, *, swap: bool) -> list[list[int]]:
     """Token ids of every photo's caption; with `swap`, of the next photo in its pair instead."""
-    tokens, prompt = captioner.tokens, [captioner.tokens.begin, *captioner.tokens.prompt]
+    tokens, prompt = captioner.tokens, captioner.tokens.head
     found: list[list[int]] = []
     for start in range(0, len(photos), BATCH):
         pixels = np.stack([preprocess(decode(photo), captioner.image) for photo in photos[start : start + BATCH]])

@@ -24,7 +24,7 @@ from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    CheckpointConfig,
+    ITuningCheckpoint,
     Source,
     VisionSource,
     atomic_folder,
@@ -180,7 +180,7 @@ def _write_adapters(geometry: Geometry, folder: Path, recipe: dict[str, Any], ge
     assert adapters.score_scale is not None
     with atomic_folder(folder / CHECKPOINT) as staging:
         model.save_adapters(staging / WEIGHTS_FILE)
-        config = CheckpointConfig(
+        config = ITuningCheckpoint(
             language_model=Source(
                 source=relative_source(str(language.folder), folder / CHECKPOINT), sha256=language.sha256
             ),

@@ -17,7 +17,7 @@ from .. import __version__
 from ..backbones import ClipTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
 from ..evaluate import eager_captioner
-from ..model import LoadedCheckpoint
+from ..methods import LoadedCheckpoint
 from ..runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -32,15 +32,14 @@ from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from .card import MODEL_CARD, default_license, model_card
-from .decoder import build_decoder
 from .graph import Graph
+from .methods import build_decoder, build_vision, decoder_settings
 from .plans import PlanOptions, PlanWriter, Role
 from .products import Blocks, Form, Rows
 from .profiles import PlanLimits
 from .quantize_graph import Precision, halve_graph, quantize_graph
 from .staging import staged_folder
 from .verify import VALUE_SCALES, Check, VerificationError, verify_bundle
-from .vision import build_vision
 from .vocabulary import Vocabulary
 
 ROLES: tuple[Role, ...] = ("vision", "decoder")
@@ -211,6 +210,7 @@ def _describe(
     tokens = eager_captioner(loaded).tokens
     return Manifest(
         name=name,
+        method=loaded.model.method,
         graphs=[],
         files={},
         image=config.image,
@@ -221,15 +221,11 @@ def _describe(
             heads=gpt2.n_head,
             head_dim=gpt2.n_embd // gpt2.n_head,
             hidden_size=gpt2.n_embd,
-            adapter_layers=loaded.model.adapter_layers,
-            bottleneck=config.bottleneck,
-            adapter_heads=config.heads,
-            lambda_=config.lambda_,
-            score_scale=config.score_scale,
+            **decoder_settings(loaded.model),
             visual_tokens=config.vision.tokens,
             visual_width=config.vision.width,
         ),
-        search=_search_defaults(config.training, search, tokens.max_positions - len(tokens.prompt)),
+        search=_search_defaults(config.training, search, tokens.room),
         provenance={
             "itune": __version__,
             "exported": datetime.now(UTC).isoformat(timespec="seconds"),

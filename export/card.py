@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import PurePosixPath
 
-from ..runtime.bundle import Manifest
+from ..runtime.bundle import DecoderSettings, Manifest
+from ..runtime.settings import Method
 
 MODEL_CARD = "README.md"
 
@@ -31,7 +32,7 @@ def model_card(manifest: Manifest) -> str:
         vocabulary, restore = f"a shortlist of {shortlist:,} of {manifest.tokens.vocab_size:,} tokens", _NO_RESTORE
     return f"""# {manifest.name}
 
-An image captioner: a frozen language model that sees the image through I-Tuning adapters (arXiv 2202.06574),
+An image captioner: a frozen language model that sees the image through {_METHODS[manifest.method]},
 exported to ONNX ({precisions}) by itune {source["itune"]} on {source["exported"][:10]}.
 
     itune-run photo.jpg --bundle THIS_FOLDER
@@ -41,8 +42,7 @@ exported to ONNX ({precisions}) by itune {source["itune"]} on {source["exported"
 | language model | {_name(source["language_model"]["source"])}: {decoder.layers} layers of {decoder.hidden_size} |
 | vision tower | {_name(source["vision"]["source"])}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
 {height} x {width} pixels |
-| adapters | on {len(decoder.adapter_layers)} layers from layer {decoder.adapter_layers[0]}, bottleneck \
-{decoder.bottleneck}, heads {decoder.adapter_heads} |
+| adapters | {_adapters(decoder)} |
 | vocabulary | {vocabulary} |
 | search | {search.num_beams} beams, at most {search.max_new_tokens} tokens |
 | CIDEr-D on the dev split | {score} |
@@ -73,6 +73,14 @@ _NO_RESTORE = (
     "Other tokens are not in the decoder: captions are written with the shortlist alone, scores are relative to it, "
     "and the language model cannot be restored from this bundle."
 )
+
+
+_METHODS: dict[Method, str] = {"i-tuning": "I-Tuning adapters (arXiv 2202.06574)"}
+
+
+def _adapters(decoder: DecoderSettings) -> str:
+    layers, width = decoder.adapter_layers, decoder.bottleneck
+    return f"on {len(layers)} layers from layer {layers[0]}, bottleneck {width}, heads {decoder.adapter_heads}"
 
 
 def _name(source: str) -> str:

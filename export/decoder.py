@@ -1,10 +1,9 @@
-"""The decoder graph: one step of a GPT-2 with merged I-Tuning adapters.
+"""The decoder graph: one step of a GPT-2 that a captioning method builds on.
 
     tokens, positions   int64 [rows, T]           parents   int64 [rows]   row of the previous step
     mask                bool [rows, P + T]        k         int64 [1]
     past_key_values.{i}.key|value                 float32 [past rows, heads, P, head_dim], P may be 0
-    visual.{i}.keys     float32 [images, adapter heads, r / adapter heads, N]      (adapted layers only)
-    visual.{i}.values   float32 [images, adapter heads, N, r / adapter heads]
+    visual.NAME         what the method gives the language model of the images [images, ...]
     -> logits float32, token_ids int64 [rows, k]; logsumexp float32 [rows]; present.{i}.key|value
 
 All operators are standard ones; with `fused`, each layer's attention is ONNX Runtime's `GroupQueryAttention`, in
@@ -21,43 +20,32 @@ import numpy as np
 import onnx
 import torch
 
-from ..model import ITuningModel
+from ..captioning import CaptionModel
 from .activations import append_activation
 from .graph import MICROSOFT, Array, Graph
-from .merge import merge
 
 
-def build_decoder(model: ITuningModel, vocabulary: Array | None = None, *, fused: bool = False) -> Graph:
-    """The decoder graph of a model, its adapters merged; `fused` runs on ONNX Runtime only.
-
-    `vocabulary` int64 [V], ascending: the only tokens that it can read and write; embedding and head keep only
-    their rows, while token ids stay those of the whole vocabulary. Any other token is an error when it is run.
-
-    Raises:
-        ItuneError: the language model's activation function cannot be exported, or its weights are broken.
-    """
-    language_model, adapter = model.language_model, model.config
-    assert adapter.score_scale is not None
-    tensors = language_model.state_dict()
-    if language_model.lm_head.weight is language_model.transformer.wte.weight:
-        del tensors["lm_head.weight"]
-    weights = merge(
-        _arrays(tensors),
-        _arrays(model.adapter_state()),
-        score_scale=adapter.score_scale,
-        lambda_=adapter.lambda_,
-    )
-    return _Decoder(model, weights, vocabulary, fused).build()
-
-
-def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+def arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    """PyTorch's tensors in NumPy."""
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
-class _Decoder:
-    """Appends the decoder's parts to a graph; every value is float32 [rows, T, width] unless stated."""
+def language_model_weights(model: CaptionModel) -> dict[str, Array]:
+    """The language model's weights under its own names; a head that is the embedding is left out."""
+    tensors = model.language_model.state_dict()
+    if model.language_model.lm_head.weight is model.language_model.transformer.wte.weight:
+        del tensors["lm_head.weight"]
+    return arrays(tensors)
 
-    def __init__(self, model: ITuningModel, weights: dict[str, Array], vocabulary: Array | None, fused: bool) -> None:
+
+class Decoder:
+    """Appends the decoder's parts to a graph; every value is float32 [rows, T, width] unless stated.
+
+    A method overrides where the image comes in.
+    """
+
+    def __init__(self, model: CaptionModel, weights: dict[str, Array], vocabulary: Array | None, fused: bool) -> None:
+        """A plain GPT-2 with these weights; see `methods.build_decoder` for `vocabulary` and `fused`."""
         config: Any = model.language_model.config
         self.layers, self.heads = config.n_layer, config.n_head
         self.width, self.inner = config.n_embd, config.n_inner or 4 * config.n_embd
@@ -66,14 +54,13 @@ class _Decoder:
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.inverse_layer_scaling = config.scale_attn_by_inverse_layer_idx
         self.activation = config.activation_function
-        self.adapter_layers = model.adapter_layers
-        self.adapter_heads, self.bottleneck = model.config.heads, model.config.bottleneck
         self.weights, self.vocabulary = weights, vocabulary
         self.fused = fused and self.head_dim % 8 == 0  # GroupQueryAttention takes no other
         self.vocab_size = config.vocab_size
         self.graph = Graph("decoder")
 
     def build(self) -> Graph:
+        """The whole graph."""
         g = self.graph
         tokens = g.input("tokens", np.int64, ["rows", "T"])
         positions = g.input("positions", np.int64, ["rows", "T"])
@@ -87,33 +74,29 @@ class _Decoder:
             if self.fused:
                 self.declare_lengths(mask)
         with g.scope("embeddings"):
-            hidden = g.op(
-                "Add",
-                g.op("Gather", self.by_token("transformer.wte.weight"), self.row(tokens)),
-                g.op("Gather", self.weight("transformer.wpe.weight"), positions),
-            )
+            hidden = g.op("Add", self.embed(tokens), g.op("Gather", self.weight("transformer.wpe.weight"), positions))
         for i in range(self.layers):
             with g.scope(f"h.{i}"):
                 hidden = g.op("Add", hidden, self.attention(i, hidden, parents, bias))
+                hidden = self.attend_visual(i, hidden)
                 hidden = g.op("Add", hidden, self.feed_forward(i, hidden))
         with g.scope("head"):
             self.head(hidden, k)
         return g
 
     def declare_visual(self) -> None:
-        width = self.bottleneck // self.adapter_heads
-        for i in self.adapter_layers:
-            self.graph.input(f"visual.{i}.keys", np.float32, ["images", self.adapter_heads, width, "N"])
-            self.graph.input(f"visual.{i}.values", np.float32, ["images", self.adapter_heads, "N", width])
+        """Declare the inputs `visual.*`."""
 
     def declare_shapes(self, tokens: str) -> None:
-        """Shapes that all layers share: Q grouped by image, and what was retrieved, grouped by row again."""
-        g = self.graph
-        images = g.op("Shape", f"visual.{self.adapter_layers[0]}.keys", start=0, end=1)
-        heads, width = self.adapter_heads, self.bottleneck // self.adapter_heads
-        grouped = [1, -1, width] if heads == 1 else [-1, heads, width]
-        self.by_image = g.op("Concat", images, g.constant(grouped), axis=0)
-        self.by_row = g.op("Concat", g.op("Shape", tokens), g.constant([self.bottleneck]), axis=0)
+        """Make the shapes that all layers share."""
+
+    def embed(self, tokens: str) -> str:
+        """The tokens' embeddings, without those of their positions."""
+        return self.graph.op("Gather", self.by_token("transformer.wte.weight"), self.row(tokens))
+
+    def attend_visual(self, i: int, hidden: str) -> str:  # noqa: ARG002 - what a plain GPT-2 does without
+        """What comes between a layer's self-attention and its feed-forward block, residuals included."""
+        return hidden
 
     def declare_lengths(self, mask: str) -> None:
         """What the fused attention wants to know: the length of all rows, and of each but its last token."""
@@ -139,6 +122,7 @@ class _Decoder:
         return g.op("Where", visible, g.constant(0, np.float32), lowest)
 
     def attention(self, i: int, hidden: str, parents: str, bias: str) -> str:
+        """A layer's self-attention, without its residual."""
         name = f"transformer.h.{i}.attn"
         with self.graph.scope("attn"):
             qkv = self.linear(f"{name}.c_attn", self.layer_norm(f"transformer.h.{i}.ln_1", hidden))
@@ -186,35 +170,11 @@ class _Decoder:
         )[0]
 
     def feed_forward(self, i: int, hidden: str) -> str:
-        """The feed-forward block, and the adapter inside it where the layer has one."""
-        g, name = self.graph, f"transformer.h.{i}.mlp"
-        with g.scope("mlp"):
-            normed = self.layer_norm(f"transformer.h.{i}.ln_2", hidden)
-            inner = self.linear(f"{name}.c_fc", normed)
-            if i not in self.adapter_layers:
-                return self.linear(f"{name}.c_proj", append_activation(g, inner, self.activation))
-            sizes = g.constant([self.inner, self.bottleneck])
-            inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
-            joined = g.op("Concat", append_activation(g, inner, self.activation), self.retrieve(i, query), axis=-1)
-            bias = g.op(
-                "Add",
-                self.weight(f"{name}.c_proj.bias"),
-                self.weight(f"layers.{i}.output.bias"),
-            )
-            return g.op("Add", g.op("MatMul", joined, self.weight(f"{name}.c_proj.weight")), bias)
-
-    def retrieve(self, i: int, query: str) -> str:
-        """S U [rows, T, r]: an image's rows are its queries side by side, so K and U are never repeated."""
-        g, several = self.graph, self.adapter_heads > 1
-        with g.scope("adapter"):
-            query = g.op("Reshape", query, self.by_image)
-            if several:
-                query = g.op("Transpose", query, perm=[0, 2, 1, 3])
-            weights = g.op("Softmax", g.op("MatMul", query, f"visual.{i}.keys"), axis=-1)
-            retrieved = g.op("MatMul", weights, f"visual.{i}.values")
-            if several:
-                retrieved = g.op("Transpose", retrieved, perm=[0, 2, 1, 3])
-            return g.op("Reshape", retrieved, self.by_row)
+        """A layer's feed-forward block, without its residual."""
+        name = f"transformer.h.{i}.mlp"
+        with self.graph.scope("mlp"):
+            inner = self.linear(f"{name}.c_fc", self.layer_norm(f"transformer.h.{i}.ln_2", hidden))
+            return self.linear(f"{name}.c_proj", append_activation(self.graph, inner, self.activation))
 
     def head(self, hidden: str, k: str) -> None:
         """The k best next tokens of the last position, and the log-sum-exp of all."""
@@ -251,14 +211,17 @@ class _Decoder:
         return self.graph.initializer(name, self.weights[name][self.vocabulary])
 
     def layer_norm(self, name: str, x: str) -> str:
+        """A layer norm by its weights' name."""
         weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
         return self.graph.op("LayerNormalization", x, weight, bias, epsilon=self.epsilon)
 
     def linear(self, name: str, x: str) -> str:
+        """A product and its bias, by their weights' name."""
         product = self.graph.op("MatMul", x, self.weight(f"{name}.weight"))
         return self.graph.op("Add", product, self.weight(f"{name}.bias"))
 
     def weight(self, name: str) -> str:
+        """A weight by its name, in the graph from the first time on."""
         if name not in self.graph.weights:
             self.graph.initializer(name, self.weights[name])
         return name

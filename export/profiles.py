@@ -33,7 +33,7 @@ class PlanLimits:
         for flag, value in (("--max-beams", self.max_beams), ("--max-batch", self.max_batch)):
             if value < 1:
                 raise ItuneError(f"{flag} {value}: the profile would be empty; give at least 1")
-        room = tokens.max_positions - len(tokens.prompt)
+        room = tokens.room
         longest = min(_NEW_TOKENS, room) if self.max_new_tokens is None else self.max_new_tokens
         if not 1 <= longest <= room:
             raise ItuneError(
@@ -57,7 +57,7 @@ def plan_profile(
     """
     limits = limits.of(tokens)
     assert limits.max_new_tokens is not None
-    prompt, rows = 1 + len(tokens.prompt), limits.max_batch * limits.max_beams
+    prompt, rows = len(tokens.head), limits.max_batch * limits.max_beams
     past = prompt + limits.max_new_tokens
     beams = min(_OPT_BEAMS, limits.max_beams)
     step = min(prompt + 8, past)  # the middle of a caption

@@ -16,15 +16,15 @@ from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
-from ..checkpoint import WEIGHTS_FILE, CheckpointConfig, hash_files, save_config
+from ..checkpoint import WEIGHTS_FILE, hash_files, parse_config, save_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings
 from .graph import Array
-from .merge import Weights, unmerge
+from .merge import Weights
+from .methods import split_decoder, split_vision
 from .quantize_graph import float_graph, read_weights
 from .staging import staged_folder
-from .vision import split_projections
 from .vision_clip import PREFIX as CLIP_PREFIX
 from .vision_clip import unfold_clip
 from .vision_onnx import extract_tower
@@ -60,13 +60,7 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
 
 def _restore_language_model(bundle: Bundle, settings: RestoreSettings, folder: Path) -> dict[str, Array]:
     """Write the language model; returns what of the adapters was merged into it."""
-    decoder = bundle.manifest.decoder
-    weights, adapters = unmerge(
-        read_weights(bundle.path(_graph_file(bundle, "decoder"))),
-        bottleneck=decoder.bottleneck,
-        score_scale=decoder.score_scale,
-        lambda_=decoder.lambda_,
-    )
+    weights, adapters = split_decoder(bundle.manifest, read_weights(bundle.path(_graph_file(bundle, "decoder"))))
     names = [name for name in weights if name.startswith(("transformer.", "lm_head."))]
     _save_tensors({name: weights[name] for name in names}, folder / "model.safetensors")
     _save_json(settings.language_model, folder / "config.json")
@@ -75,7 +69,7 @@ def _restore_language_model(bundle: Bundle, settings: RestoreSettings, folder: P
 
 
 def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> dict[str, Array]:
-    """Write the tower; returns the adapters' weights of equation 2."""
+    """Write the tower; returns the adapters' weights in its graph."""
     graph = bundle.path(_graph_file(bundle, "vision"))
     weights = read_weights(graph)
     folder.mkdir()
@@ -88,11 +82,11 @@ def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> 
         _save_tensors({f"vision_model.{name}": w for name, w in state.items()}, folder / "model.safetensors")
         _save_json(settings.vision, folder / "config.json")
     _save_json(_preprocessor(bundle.manifest.image), folder / PREPROCESSOR)
-    return split_projections(weights["visual.weight"], weights["visual.bias"], bundle.manifest.decoder.adapter_layers)
+    return split_vision(bundle.manifest, weights)
 
 
 def _restore_config(settings: RestoreSettings, folder: Path) -> None:
-    config = CheckpointConfig.model_validate(settings.checkpoint)
+    config = parse_config(settings.checkpoint)
     parts = {
         field: getattr(config, field).model_copy(
             update={"source": f"../{name}", "revision": None, "sha256": _hash_weights(folder / name)}

@@ -18,7 +18,7 @@ from ..runtime.image import SUFFIXES, decode, preprocess
 from ..runtime.settings import ImageSettings
 
 if TYPE_CHECKING:  # the side that runs the graphs does without torch
-    from ..model import EagerState
+    from ..eager import EagerState
 
 Array = NDArray[Any]
 _STEPS = 4
@@ -143,9 +143,9 @@ def _record(
 def _prompts(
     tokens: TokenSettings, vocabulary: Int64, extra: Sequence[int], rng: np.random.Generator
 ) -> list[list[int]]:
-    room = tokens.max_positions - _STEPS - 1 - len(tokens.prompt)
+    room = tokens.max_positions - _STEPS - len(tokens.head)
     lengths = [max(0, min(length, room)) for length in extra]
-    return [[tokens.begin, *tokens.prompt, *rng.choice(vocabulary, length).tolist()] for length in lengths]
+    return [[*tokens.head, *rng.choice(vocabulary, length).tolist()] for length in lengths]
 
 
 def _run(engine: Engine[Any], state: Any, step: Step, k: int) -> Candidates:
@@ -156,11 +156,7 @@ def _run(engine: Engine[Any], state: Any, step: Step, k: int) -> Candidates:
 def _visual(state: EagerState | OnnxRuntimeState) -> dict[str, Array]:
     if isinstance(state, OnnxRuntimeState):
         return {name: _join_heads(name, value.numpy()) for name, value in state.visual.items()}
-    return {
-        f"visual.{i}.{part}": tensor.numpy()
-        for i, pair in state.visual.items()
-        for part, tensor in zip(("keys", "values"), pair, strict=True)
-    }
+    return {f"visual.{name}": tensor.numpy() for name, tensor in state.visual.items()}
 
 
 def _join_heads(name: str, array: Array) -> Array:

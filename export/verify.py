@@ -127,7 +127,7 @@ def report_table(checks: Sequence[Check], title: str) -> Table:
 def write_reference(checkpoint: Path, folder: Path, images: Path | None, shortlist: Int64 | None = None) -> None:
     """Play the scenarios and caption the images in eager PyTorch; keep everything in `folder`."""
     from ..evaluate import eager_captioner  # torch, which `compare` does without
-    from ..model import LoadedCheckpoint
+    from ..methods import LoadedCheckpoint
 
     loaded = LoadedCheckpoint.load(checkpoint)
     captioner = eager_captioner(loaded, shortlist)
@@ -248,7 +248,7 @@ def _best(expected: dict[str, Array], found: dict[str, Array]) -> list[bool]:
 
 def _captions(captioner: Captioner, pixels: Array) -> list[list[tuple[list[int], float]]]:
     """Tokens and score of every image's caption, for each of CAPTION_BEAMS."""
-    room = captioner.tokens.max_positions - len(captioner.tokens.prompt)
+    room = captioner.tokens.room
     # In full: the bundle may have search defaults of its own.
     options: Any = SearchDefaults(max_new_tokens=min(CAPTION_TOKENS, room)).model_dump()
     found = (captioner.caption(list(pixels), **{**options, "num_beams": beams}) for beams in CAPTION_BEAMS)

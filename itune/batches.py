@@ -22,10 +22,13 @@ _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class TokenizedRecord:
-    """A photo with its captions as token ids: begin [prompt] caption end."""
+    """A photo with its captions as token ids."""
 
     image: Path
+    head: tuple[int, ...]
+    """What stands before a caption, and is not scored: begin [prompt]."""
     captions: tuple[tuple[int, ...], ...]
+    """Each with its end token."""
     mirrorable: bool
     """No caption tells left from right."""
 
@@ -70,16 +73,17 @@ def tokenize(
     records: Sequence[Record], tokenizer: Tokenizer, text: TextSettings, max_caption_tokens: int
 ) -> list[TokenizedRecord]:
     """Captions as token ids; one that is cut at `max_caption_tokens` has no end token."""
-    head = [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
+    head = caption_head(tokenizer, text)
     end = special_token(tokenizer, text.end, "end")
 
     def encode(caption: str) -> tuple[int, ...]:
         ids = encode_caption(tokenizer, text, caption)
-        return (*head, *([*ids, end] if len(ids) <= max_caption_tokens else ids[:max_caption_tokens]))
+        return tuple([*ids, end] if len(ids) <= max_caption_tokens else ids[:max_caption_tokens])
 
     return [
         TokenizedRecord(
             record.image,
+            tuple(head),
             tuple(encode(caption) for caption in record.captions),
             not any(_SIDED.search(caption) for caption in record.captions),
         )
@@ -87,22 +91,23 @@ def tokenize(
     ]
 
 
-def head_length(tokenizer: Tokenizer, text: TextSettings) -> int:
-    """Tokens before the caption, which the loss does not cover."""
-    return 1 + len(encode_text(tokenizer, text.prompt))
+def caption_head(tokenizer: Tokenizer, text: TextSettings) -> list[int]:
+    """The tokens before a caption: begin [prompt]."""
+    return [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
 
 
-def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool], head: int) -> Batch:
+def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batch:
     """Pad captions to one length, and images to one number of captions (with rows that nothing is scored in)."""
     per_image = max(len(record.captions) for record in records)
-    length = max(len(caption) for record in records for caption in record.captions)
+    length = max(map(_length, records))
     input_ids = np.zeros((len(records) * per_image, length), np.int64)
     mask = np.zeros(input_ids.shape, bool)
     for i, record in enumerate(records):
         for j, caption in enumerate(record.captions):
             row = i * per_image + j
-            input_ids[row, : len(caption)] = caption
-            mask[row, head : len(caption)] = True
+            start, end = len(record.head), len(record.head) + len(caption)
+            input_ids[row, :end] = (*record.head, *caption)
+            mask[row, start:end] = True
     return Batch(
         tuple(record.image for record in records),
         tuple(flip),
@@ -111,15 +116,17 @@ def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool], head: i
     )
 
 
+def _length(record: TokenizedRecord) -> int:
+    return len(record.head) + max(map(len, record.captions))
+
+
 def images_per_step(records: Sequence[TokenizedRecord], batch_size: int) -> int:
     """How many images make up `batch_size` captions."""
     captions = sum(len(record.captions) for record in records) / len(records)
     return max(1, min(len(records), round(batch_size / captions)))
 
 
-def epoch_steps(
-    records: Sequence[TokenizedRecord], config: TrainConfig, head: int, epoch: int
-) -> Iterator[list[Batch]]:
+def epoch_steps(records: Sequence[TokenizedRecord], config: TrainConfig, epoch: int) -> Iterator[list[Batch]]:
     """The optimiser steps of an epoch, each a list of batches; the same for the same seed and epoch.
 
     Within a step images are sorted by the length of their captions, which saves padding and changes nothing.
@@ -129,14 +136,11 @@ def epoch_steps(
     flips = rng.random(len(records)) < 0.5
     size = images_per_step(records, config.batch_size)
     for start in range(0, len(order), size):
-        chosen = sorted(
-            order[start : start + size], key=lambda i: (max(map(len, records[i].captions)), i), reverse=True
-        )
+        chosen = sorted(order[start : start + size], key=lambda i: (_length(records[i]), i), reverse=True)
         yield [
             make_batch(
                 [records[i] for i in part],
                 [config.flip and bool(flips[i]) and records[i].mirrorable for i in part],
-                head,
             )
             for part in (
                 chosen[at : at + config.images_per_forward] for at in range(0, len(chosen), config.images_per_forward)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from .runtime.errors import ItuneError
-from .runtime.settings import ImageSettings, Settings, TextSettings
+from .runtime.settings import ImageSettings, Method, Settings, TextSettings
 
 CONFIG_FILE = "itune.json"
 WEIGHTS_FILE = "adapters.safetensors"
@@ -45,20 +45,34 @@ class VisionSource(Source):
 
 
 class CheckpointConfig(Settings):
-    """`itune.json`."""
+    """`itune.json`, as far as all methods have it; each adds the shape of its adapters."""
 
     format: Literal[1] = 1
-    method: Literal["i-tuning"] = "i-tuning"
+    method: Method
     language_model: Source
     vision: VisionSource
+    image: ImageSettings
+    text: TextSettings
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+class ITuningCheckpoint(CheckpointConfig):
+    """I-Tuning's."""
+
+    method: Literal["i-tuning"] = "i-tuning"
     bottleneck: int = Field(gt=0)
     heads: int = Field(default=1, gt=0)
     lambda_: float = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
     score_scale: float
     first_adapter_layer: int = Field(default=0, ge=0)
-    image: ImageSettings
-    text: TextSettings
-    training: dict[str, Any] = Field(default_factory=dict)
+
+
+CONFIGS: dict[Method, type[CheckpointConfig]] = {"i-tuning": ITuningCheckpoint}
+
+
+def parse_config(content: dict[str, Any]) -> CheckpointConfig:
+    """The content of an `itune.json`; raises pydantic's ValidationError."""
+    return CONFIGS.get(content.get("method", "i-tuning"), CheckpointConfig).model_validate(content)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -73,8 +87,13 @@ def load_config(folder: Path) -> CheckpointConfig:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not an adapter checkpoint: it has no {CONFIG_FILE}")
     try:
-        return CheckpointConfig.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: is not a JSON object")
+        return parse_config(content)
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise CheckpointError(f"{path} is not JSON ({error}): copy the checkpoint again") from None
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "JSON"
         raise CheckpointError(f"{path}: field {field}: {first['msg']}") from None

@@ -7,10 +7,16 @@ warm-up, regularisation) the values are ours, and marked so.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .runtime.errors import ItuneError
+from .runtime.settings import Method
 
+METHODS: tuple[Method, ...] = get_args(Method)
+METHOD_FIELDS: dict[str, tuple[str, ...]] = {
+    "i-tuning": ("bottleneck", "heads", "lambda_", "score_scale", "first_adapter_layer"),
+}
+"""The settings that only one method has."""
 DEFAULT_VISION = "openai/clip-vit-base-patch16"
 
 
@@ -24,6 +30,9 @@ class TrainConfig:
 
     preset: str = "base"
     """The preset that the other values started from."""
+
+    method: Method = "i-tuning"
+    """How the language model is given the image."""
 
     language_model: str = "openai-community/gpt2"
     """Hub id or folder of a GPT-2-family checkpoint; frozen."""
@@ -107,6 +116,8 @@ class TrainConfig:
     """Longest caption of the dev evaluation, in tokens."""
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"--method {self.method} does not exist: choose one of {', '.join(METHODS)}")
         for name, low, high in (
             ("epochs", 1, None),
             ("batch_size", 1, None),
@@ -173,7 +184,12 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     """The preset with every override that is not None."""
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset} does not exist: choose one of {', '.join(PRESETS)}")
-    return replace(PRESETS[preset], **{name: v for name, v in overrides.items() if v is not None})
+    given = {name: value for name, value in overrides.items() if value is not None}
+    config = replace(PRESETS[preset], **given)
+    for method, names in METHOD_FIELDS.items():
+        if method != config.method and (odd := next((name for name in names if name in given), None)):
+            raise ConfigError(f"{flag(odd)} belongs to --method {method}, not to {config.method}: leave it out")
+    return config
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:

@@ -9,12 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .batches import encode_text, special_token
+from .batches import caption_head, encode_text, special_token
 from .checkpoint import CONFIG_FILE, atomic_path, find_checkpoint
 from .data import Record
+from .eager import EagerEngine
 from .features import Features
+from .methods import LoadedCheckpoint
 from .metrics import Scores, score
-from .model import EagerEngine, LoadedCheckpoint
 from .runtime import Captioner
 from .runtime.bundle import SearchDefaults, TokenSettings
 from .runtime.engines.base import Int64
@@ -38,7 +39,7 @@ def caption_features(
     progress: Progress | None = None,
 ) -> list[str]:
     """Caption photos whose visual embeddings are at hand (during training)."""
-    prompt = [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
+    prompt = caption_head(tokenizer, text)
     end = special_token(tokenizer, text.end, "end")
     captions: list[str] = []
     for start in range(0, len(images), _BATCH):

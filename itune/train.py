@@ -1,4 +1,4 @@
-"""Train I-Tuning adapters: next-token cross-entropy on the captions, AdamW, best checkpoint by dev CIDEr-D.
+"""Train a captioner's adapters: next-token cross-entropy on the captions, AdamW, best checkpoint by dev CIDEr-D.
 
 The output folder holds `best/` and `last/` (adapter checkpoints), `config.json`, `metrics.jsonl` and
 TensorBoard events. `last/` also carries the optimiser, so that a run can be stopped anywhere and resumed; a
@@ -21,12 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .adapter import AdapterConfig
 from .backbones import LanguageModel, VisionTower
-from .batches import Batch, TokenizedRecord, epoch_steps, head_length, steps_per_epoch, tokenize
+from .batches import Batch, TokenizedRecord, epoch_steps, steps_per_epoch, tokenize
 from .checkpoint import (
+    CONFIGS,
     WEIGHTS_FILE,
-    CheckpointConfig,
     CheckpointError,
     Source,
     VisionSource,
@@ -38,10 +37,11 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .data import Record
+from .eager import EagerEngine
 from .evaluate import caption_features
 from .features import Features
+from .methods import MODELS
 from .metrics import CiderD
-from .model import EagerEngine, ITuningModel
 from .runtime.search import SearchConfig
 from .runtime.settings import TextSettings
 
@@ -99,25 +99,13 @@ class Trainer:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.text = TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period)
         self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens)
-        self.head = head_length(language.tokenizer, self.text)
         if self.device.type == "cpu":
             # The fused kernel's bf16 backward is several times slower on CPUs at the length of captions.
             language.model.set_attn_implementation("eager")
         torch.manual_seed(config.seed)
-        width = language.model.config.n_embd
-        self.model = ITuningModel(
-            language.model,
-            AdapterConfig(
-                hidden_size=width,
-                visual_width=features.width,
-                bottleneck=config.bottleneck or width // 2,
-                heads=config.heads,
-                lambda_=config.lambda_,
-                score_scale=config.score_scale,
-                dropout=config.dropout,
-            ),
-            config.first_adapter_layer,
-        ).to(self.device)
+        self.model = (
+            MODELS[config.method].create(config, language.model, features.tokens, features.width).to(self.device)
+        )
         self.weights = dict(self.model.adapters.named_parameters())
         self.average = {name: w.detach().clone() for name, w in self.weights.items()}
         matrices = [w for w in self.weights.values() if w.ndim > 1]
@@ -167,7 +155,7 @@ class Trainer:
 
     def _epoch(self, reporter: Reporter, board: Any) -> None:
         self.model.train(True)
-        steps = epoch_steps(self.records, self.config, self.head, self.progress.epoch)
+        steps = epoch_steps(self.records, self.config, self.progress.epoch)
         with ThreadPoolExecutor(1) as pool:
             for number, batches in enumerate(steps):
                 if number < self.progress.step_in_epoch:
@@ -298,10 +286,9 @@ class Trainer:
     def _write_checkpoint(self, folder: Path, home: Path, metrics: dict[str, float]) -> None:
         with self._averaged():
             self.model.save_adapters(folder / WEIGHTS_FILE)
-        config, adapter = self.config, self.model.config
-        assert adapter.score_scale is not None
+        config = self.config
         save_config(
-            CheckpointConfig(
+            CONFIGS[config.method](
                 language_model=Source(source=relative_source(config.language_model, home), sha256=self.language.sha256),
                 vision=VisionSource(
                     source=relative_source(config.vision, home),
@@ -310,11 +297,6 @@ class Trainer:
                     tokens=self.features.tokens,
                     width=self.features.width,
                 ),
-                bottleneck=adapter.bottleneck,
-                heads=adapter.heads,
-                lambda_=adapter.lambda_,
-                score_scale=adapter.score_scale,
-                first_adapter_layer=config.first_adapter_layer,
                 image=self.tower.image,
                 text=self.text,
                 training={
@@ -324,6 +306,7 @@ class Trainer:
                     "step": self.progress.step,
                     **{f"dev_{name}": value for name, value in metrics.items()},
                 },
+                **self.model.describe(),
             ),
             folder,
         )

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import BundleError
-from .settings import ImageSettings, Settings, TextSettings
+from .settings import ImageSettings, Method, Settings, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -118,6 +118,16 @@ class TokenSettings(Settings):
     max_positions: Positive
 
     @property
+    def head(self) -> list[int]:
+        """What stands before a caption: begin, then the prompt."""
+        return [self.begin, *self.prompt]
+
+    @property
+    def room(self) -> int:
+        """The longest caption, in tokens: the last one is not fed back, so it needs no position."""
+        return self.max_positions - len(self.head) + 1
+
+    @property
     def candidates(self) -> int:
         """How many tokens a caption can be written with."""
         return self.shortlist or self.vocab_size
@@ -130,18 +140,20 @@ class TokenSettings(Settings):
 
 
 class DecoderSettings(Settings):
-    """The shape of the language model and its adapters: what an engine allocates, what a restore rebuilds."""
+    """The shape of the language model and its adapters: what a restore rebuilds, and a profile allows for."""
 
     layers: Positive
     heads: Positive
     head_dim: Positive
     hidden_size: Positive
-    adapter_layers: list[Count]
-    bottleneck: Positive
-    adapter_heads: Positive
-    lambda_: Finite = Field(validation_alias="lambda", serialization_alias="lambda")
-    score_scale: Finite
-    """The factor on Q K^T, already folded into the graph's weights."""
+    adapter_layers: list[Count] = Field(default_factory=list)
+    """The layers that attend to the image."""
+    bottleneck: Positive | None = None
+    """The width of their queries, keys and values, all heads together."""
+    adapter_heads: Positive | None = None
+    lambda_: Finite = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
+    score_scale: Finite = 1.0
+    """I-Tuning's factor on Q K^T, already folded into the graph's weights, as lambda is."""
     visual_tokens: Positive
     visual_width: Positive
 
@@ -187,7 +199,7 @@ class Manifest(Settings):
 
     schema_version: int = SCHEMA_VERSION
     name: str
-    method: Literal["i-tuning"] = "i-tuning"
+    method: Method = "i-tuning"
     graphs: list[Graph]
     image: ImageSettings
     text: TextSettings

@@ -250,7 +250,7 @@ class Captioner:
         start = perf_counter()
         state = self.engine.encode(np.stack([image.pixels for image in images]))
         encoded = perf_counter()
-        prompts = [[self.tokens.begin, *self.tokens.prompt]] * len(images)
+        prompts = [self.tokens.head] * len(images)
         found = search(self.engine, state, prompts, config, self.tokens.end)
         encode_ms = 1000 * (encoded - start) / len(images)
         search_ms = 1000 * (perf_counter() - encoded) / len(images)
@@ -284,8 +284,7 @@ class Captioner:
         if given.get("do_sample"):
             given.setdefault("num_beams", 1)
         config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
-        # The last token is not fed back, so it needs no position; the begin token does.
-        room = self.tokens.max_positions - len(self.tokens.prompt)
+        room = self.tokens.room
         if config.max_new_tokens > room:
             plan = ", which itune-export --max-new-tokens sets" if self.engine_name == "tensorrt" else ""
             raise SearchError(

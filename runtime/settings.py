@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+Method = Literal["i-tuning"]
+"""How a frozen language model is given the image."""
 Triple = tuple[float, float, float]
 
 

@@ -109,7 +109,7 @@ def make_checkpoint(
     from itune.backbones import load_language_model, load_vision_tower
     from itune.checkpoint import (
         WEIGHTS_FILE,
-        CheckpointConfig,
+        ITuningCheckpoint,
         Source,
         VisionSource,
         relative_source,
@@ -128,7 +128,7 @@ def make_checkpoint(
     model.save_adapters(folder / WEIGHTS_FILE)
     assert config.score_scale is not None
     save_config(
-        CheckpointConfig(
+        ITuningCheckpoint(
             language_model=Source(source=relative_source(str(language_model), folder), sha256=language.sha256),
             vision=VisionSource(
                 source=relative_source(str(vision), folder),

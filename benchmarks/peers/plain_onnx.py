@@ -117,7 +117,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     from transformers import DynamicCache
 
     from itune.backbones import CACHE_ARGUMENT, ClipTower
-    from itune.model import LoadedCheckpoint
+    from itune.methods import LoadedCheckpoint
 
     loaded = LoadedCheckpoint.load(checkpoint)
     model, tower = loaded.model, loaded.tower
@@ -133,7 +133,7 @@ def convert(checkpoint: Path, output: Path) -> None:
 
         def forward(self, pixel_values: Tensor) -> list[Tensor]:
             visual = self.tower(pixel_values=pixel_values).last_hidden_state
-            return [part for keys_values in model.project(visual).values() for part in keys_values]
+            return list(model.project(visual).values())
 
     class Step(nn.Module):
         def __init__(self) -> None:
@@ -144,8 +144,7 @@ def convert(checkpoint: Path, output: Path) -> None:
             self, input_ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor], visual: list[Tensor]
         ) -> list[Tensor]:
             cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-            keys_values = zip(visual[::2], visual[1::2], strict=True)
-            with model.looking_at(dict(zip(model.adapter_layers, keys_values, strict=True))):
+            with model.looking_at(dict(zip(names, visual, strict=True))):
                 out: Any = model.language_model(
                     input_ids,
                     attention_mask=mask,
@@ -159,8 +158,9 @@ def convert(checkpoint: Path, output: Path) -> None:
     # Sizes of an example: 2 and more where they vary, or the exporter takes them for constants.
     images, rows, new, cached = 2, 4, 2, 3
     height, width = tower.image.output_size
-    visual = [torch.zeros(images, tower.tokens, model.config.bottleneck) for _ in range(2 * len(model.adapter_layers))]
-    visual_names = [f"visual.{i}.{part}" for i in model.adapter_layers for part in ("keys", "values")]
+    projected = model.project(torch.zeros(images, tower.tokens, tower.width))
+    names, visual = list(projected), [tensor.detach() for tensor in projected.values()]
+    visual_names = [f"visual.{name}" for name in names]
     past = [torch.zeros(rows, config.n_head, cached, config.n_embd // config.n_head) for _ in range(2 * config.n_layer)]
     cache_names = [f"{i}.{part}" for i in range(config.n_layer) for part in ("key", "value")]
     tokens = torch.zeros(rows, new, dtype=torch.long)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checkpoint import find_checkpoint, load_config, resolve_source
-from ..config import PRESETS, TrainConfig, flag, from_json, resolve
+from ..config import METHOD_FIELDS, METHODS, PRESETS, TrainConfig, flag, from_json, resolve
 from ..runtime.errors import ItuneError
 from . import common
 from .display import TrainingDisplay
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..features import Features
     from ..train import Trainer
 
-_PRESETS = ", ".join(PRESETS)
+_PRESETS, _METHODS = ", ".join(PRESETS), ", ".join(METHODS)
 
 
 def train(
@@ -38,6 +38,7 @@ def train(
     ] = None,
     dev_images: Annotated[int | None, typer.Option(help="Evaluate on the first so many dev photos only.")] = None,
     preset: Annotated[str, typer.Option(help=f"Where the other settings start: {_PRESETS}.")] = "base",
+    method: Annotated[str | None, typer.Option(help=f"How the language model is given the image: {_METHODS}.")] = None,
     cache_features: Annotated[
         Path | None, typer.Option(help="Compute visual embeddings once and keep them (fp16) in this folder.")
     ] = None,
@@ -79,7 +80,7 @@ def train(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest caption of the dev evaluation.")] = None,
     _version: common.Version = False,
 ) -> None:
-    """Train I-Tuning adapters between a frozen vision tower and a frozen GPT-2."""
+    """Train a captioner's adapters between a frozen vision tower and a frozen GPT-2."""
     given = dict(locals())
     overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if name != "preset"}
     config = _configuration(preset, overrides, output, resume, init_from)
@@ -124,13 +125,7 @@ def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig
 def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """What --init-from decides: the frozen parts and the text unless given, the adapters' shape in any case."""
     found = load_config(checkpoint)
-    shape = {
-        "bottleneck": found.bottleneck,
-        "heads": found.heads,
-        "lambda_": found.lambda_,
-        "score_scale": found.score_scale,
-        "first_adapter_layer": found.first_adapter_layer,
-    }
+    shape = {name: getattr(found, name) for name in ("method", *METHOD_FIELDS[found.method])}
     for name, value in shape.items():
         if overrides[name] not in (None, value):
             raise ItuneError(f"{flag(name)} {overrides[name]} contradicts --init-from {checkpoint}, which has {value}")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from itune import ItuneError
-from itune.model import candidates
+from itune.eager import candidates
 from itune.runtime.engines.onnxruntime import has_vnni
 from tests.conftest import REPOSITORY
 

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHe
 
 from itune.adapter import AdapterConfig
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import CheckpointConfig, Source, VisionSource, relative_source, save_config
+from itune.checkpoint import ITuningCheckpoint, Source, VisionSource, relative_source, save_config
 from itune.export.graph import Graph
 from itune.model import ITuningModel
 from itune.runtime.settings import TextSettings
@@ -147,7 +147,7 @@ def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str
     model = ITuningModel(language.model, adapters, first_adapter_layer=1)
     randomize(model.adapters)
     model.save_adapters(folder / "adapters.safetensors")
-    config = CheckpointConfig(
+    config = ITuningCheckpoint(
         language_model=Source(source=relative_source(str(language_model), folder), sha256=language.sha256),
         vision=VisionSource(
             source=relative_source(str(tower), folder),

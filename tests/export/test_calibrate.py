@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from itune.export.calibrate import PHOTOS, RANDOM, Histogram, calibration_images, choose_ranges
-from itune.export.decoder import build_decoder
 from itune.export.graph import Graph
+from itune.export.methods import build_decoder, build_vision
 from itune.export.typed_graph import quantized_inputs
-from itune.export.vision import build_vision
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from itune.runtime.errors import ItuneError
 

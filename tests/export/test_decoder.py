@@ -7,9 +7,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.adapter import AdapterConfig
-from itune.export.decoder import build_decoder
 from itune.export.graph import Graph
-from itune.model import ITuningModel, LoadedCheckpoint
+from itune.export.methods import build_decoder
+from itune.methods import LoadedCheckpoint
+from itune.model import ITuningModel
 from itune.runtime.engines.onnxruntime import open_session
 from itune.runtime.errors import ItuneError
 

@@ -10,7 +10,7 @@ import pytest
 
 from itune.cli import common, export
 from itune.evaluate import eager_captioner
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime import Captioner
 
 ITUNE_EXPORT = Path(sys.executable).with_name("itune-export")

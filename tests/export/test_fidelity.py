@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from itune.eager import EagerEngine
 from itune.evaluate import eager_captioner
 from itune.export.fidelity import measure_fidelity
-from itune.model import EagerEngine, LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 
 CAPTIONS = [[70, 80, 301, 9], [44], [12, 13, 14, 15, 16, 17], [], [301, 302, 303]]
 

@@ -8,13 +8,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from itune.export.decoder import build_decoder
 from itune.export.graph import MICROSOFT, Graph
+from itune.export.methods import build_decoder, build_vision
 from itune.export.products import Blocks, Rows
 from itune.export.quantize import snap_blockwise, snap_per_channel
 from itune.export.quantize_graph import float_graph, halve_graph, quantize_graph, read_weights
-from itune.export.vision import build_vision
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.engines.onnxruntime import open_session
 from itune.runtime.errors import ItuneError
 

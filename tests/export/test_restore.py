@@ -11,7 +11,7 @@ from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
 from itune.export.quantize_graph import read_weights
 from itune.export.restore import restore_bundle
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import BundleError, ItuneError
 

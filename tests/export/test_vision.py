@@ -13,10 +13,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from itune.backbones import BackboneError, ClipTower, OnnxTower
 from itune.export.activations import append_activation
 from itune.export.graph import Graph
-from itune.export.vision import build_vision, projection_weights, split_projections
+from itune.export.ituning import projection_weights, split_projections
+from itune.export.methods import build_vision
 from itune.export.vision_clip import append_clip, fold_clip, unfold_clip
 from itune.export.vision_onnx import append_onnx
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.errors import ItuneError
 
 
@@ -24,10 +25,10 @@ def eager_visual(checkpoint: LoadedCheckpoint, pixels) -> dict[str, np.ndarray]:
     """What the graph should give, by the adapters' own equations."""
     config, expected = checkpoint.model.config, {}
     with torch.inference_mode():
-        for i, (k, u) in checkpoint.model.project(checkpoint.tower.embed(pixels)).items():
-            k, u = (t.reshape(*t.shape[:2], config.heads, -1) for t in (k, u))
-            expected[f"visual.{i}.keys"] = k.permute(0, 2, 3, 1).numpy()
-            expected[f"visual.{i}.values"] = u.permute(0, 2, 1, 3).numpy()
+        for name, projected in checkpoint.model.project(checkpoint.tower.embed(pixels)).items():
+            by_head = projected.reshape(*projected.shape[:2], config.heads, -1)
+            permutation = (0, 2, 3, 1) if name.endswith("keys") else (0, 2, 1, 3)
+            expected[f"visual.{name}"] = by_head.permute(permutation).numpy()
     return expected
 
 

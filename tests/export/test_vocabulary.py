@@ -15,7 +15,7 @@ from itune.export.graph import Graph
 from itune.export.restore import restore_bundle
 from itune.export.verify import VerificationError
 from itune.export.vocabulary import Vocabulary
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle, TokenSettings
 from itune.runtime.engines.base import Candidates

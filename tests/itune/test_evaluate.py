@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from itune.data import Record
+from itune.eager import EagerEngine
 from itune.evaluate import caption_features, caption_records, load_captioner, score_captions, write_results
 from itune.features import LiveFeatures
-from itune.model import EagerEngine, LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.search import SearchConfig
 from tests.conftest import CAPTIONS
 

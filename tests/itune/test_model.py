@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
-from itune.model import EagerEngine, ITuningModel, LoadedCheckpoint, candidates
+from itune.eager import EagerEngine, candidates
+from itune.methods import LoadedCheckpoint
+from itune.model import ITuningModel
 from itune.runtime.search import NATIVE, SearchConfig, search
 
 
@@ -108,7 +110,7 @@ def test_entropy_is_one_when_attention_is_uniform(loaded: LoadedCheckpoint) -> N
 
 @pytest.mark.parametrize("native", [True, False])  # False: as on a GPU
 def test_candidates_break_ties_by_token_id(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("itune.model.NATIVE", NATIVE and native)
+    monkeypatch.setattr("itune.eager.NATIVE", NATIVE and native)
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     found = candidates(logits, 3)
     assert found.token_ids.tolist() == [[1, 2, 3], [0, 1, 2]]

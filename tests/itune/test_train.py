@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.batches import epoch_steps, head_length, tokenize
+from itune.batches import epoch_steps, tokenize
 from itune.config import PRESETS, ConfigError, TrainConfig, resolve
 from itune.data import Record
 from itune.features import FeatureCache, Features, LiveFeatures
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.settings import TextSettings
 from itune.train import Interrupted, Progress, Trainer
 from tests.conftest import CAPTIONS
@@ -175,24 +175,23 @@ def test_accumulation_does_not_change_the_step(
 def test_epoch_covers_every_caption_once(language_model_folder: Path, records: list[Record]) -> None:
     tokenizer, text = load_language_model(str(language_model_folder)).tokenizer, TextSettings(prompt="a photo of")
     tokenized = tokenize(records, tokenizer, text, max_caption_tokens=12)
-    head = head_length(tokenizer, text)
     config = resolve("small-data", batch_size=5, images_per_forward=2)
     seen: list[tuple[int, ...]] = []
     for epoch in (0, 1):
         rows = [
             tuple(row[scored].tolist())
-            for step in epoch_steps(tokenized, config, head, epoch)
+            for step in epoch_steps(tokenized, config, epoch)
             for batch in step
             for row, scored in zip(batch.input_ids, batch.mask, strict=True)
             if scored.any()
         ]
-        assert sorted(rows) == sorted(caption[head:] for record in tokenized for caption in record.captions)
+        assert sorted(rows) == sorted(caption for record in tokenized for caption in record.captions)
         seen.append(rows[0])
     assert tokenizer.decode(list(seen[0])).startswith(" "), "after a prompt a caption begins with a space"
     sided = ["left" in " ".join(record.captions) for record in records]
     assert [not record.mirrorable for record in tokenized] == sided
     assert any(sided)
-    cut = [c for record in tokenized for c in record.captions if len(c) == head + 12]
+    cut = [c for record in tokenized for c in record.captions if len(c) == 12]
     assert cut
     assert all(c[-1] != 0 for c in cut), "a caption that was cut does not end"
 

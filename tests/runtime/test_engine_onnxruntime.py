@@ -14,11 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.adapter import AdapterConfig
 from itune.backbones import ClipTower
-from itune.export.decoder import build_decoder
+from itune.eager import EagerEngine
+from itune.export.methods import build_decoder, build_vision
 from itune.export.products import Blocks, Rows
 from itune.export.quantize_graph import quantize_graph
-from itune.export.vision import build_vision
-from itune.model import EagerEngine, ITuningModel
+from itune.model import ITuningModel
 from itune.runtime.bundle import MANIFEST, Bundle, FileHash
 from itune.runtime.engines import onnxruntime as onnxruntime_engine
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session

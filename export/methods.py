@@ -1,0 +1,60 @@
+"""What a captioner's method decides of an export: the two graphs, and how they are taken apart again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backbones import VisionTower
+from ..captioning import CaptionModel
+from ..model import ITuningModel
+from ..runtime.bundle import Manifest
+from .graph import Array, Graph
+from .ituning import ITuningDecoder, append_keys_values, split_projections
+from .merge import Weights, unmerge
+from .vision import append_tower
+
+
+def build_vision(model: CaptionModel, tower: VisionTower) -> Graph:
+    """The graph from `pixels`, uint8 [images, H, W, 3], to the outputs `visual.*` that the method's module lists."""
+    graph = Graph("vision")
+    embeddings = append_tower(graph, tower)
+    assert isinstance(model, ITuningModel)
+    append_keys_values(graph, embeddings, model, tower.tokens)
+    return graph
+
+
+def build_decoder(model: CaptionModel, vocabulary: Array | None = None, *, fused: bool = False) -> Graph:
+    """The decoder graph of a model (see `decoder`); `fused` runs on ONNX Runtime only.
+
+    `vocabulary` int64 [V], ascending: the only tokens that it can read and write; embedding and head keep only
+    their rows, while token ids stay those of the whole vocabulary. Any other token is an error when it is run.
+
+    Raises:
+        ItuneError: the language model's activation function cannot be exported, or its weights are broken.
+    """
+    assert isinstance(model, ITuningModel)
+    return ITuningDecoder(model, vocabulary, fused).build()
+
+
+def decoder_settings(model: CaptionModel) -> dict[str, Any]:
+    """The fields of the manifest's `decoder` that tell how the language model attends to the image."""
+    assert isinstance(model, ITuningModel)
+    return {
+        "adapter_layers": model.adapter_layers,
+        "bottleneck": model.config.bottleneck,
+        "adapter_heads": model.config.heads,
+        "lambda_": model.config.lambda_,
+        "score_scale": model.config.score_scale,
+    }
+
+
+def split_decoder(manifest: Manifest, weights: Weights) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The language model's weights and the adapters', under their own names, of a decoder graph."""
+    decoder = manifest.decoder
+    assert decoder.bottleneck is not None
+    return unmerge(weights, bottleneck=decoder.bottleneck, score_scale=decoder.score_scale, lambda_=decoder.lambda_)
+
+
+def split_vision(manifest: Manifest, weights: Weights) -> dict[str, Array]:
+    """The adapters' weights, under their checkpoint names, of a vision graph."""
+    return split_projections(weights["visual.weight"], weights["visual.bias"], manifest.decoder.adapter_layers)

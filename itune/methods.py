@@ -1,0 +1,56 @@
+"""The captioning methods by their names in `itune.json`, and checkpoints of any of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
+from .captioning import CaptionModel
+from .checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointConfig,
+    CheckpointError,
+    find_checkpoint,
+    load_config,
+    resolve_source,
+)
+from .model import ITuningModel
+from .runtime.settings import Method
+
+MODELS: dict[Method, type[CaptionModel]] = {model.method: model for model in (ITuningModel,)}
+
+
+class LoadedCheckpoint:
+    """A checkpoint with its frozen parts: `config`, `model`, `language` (tokenizer included) and `tower`."""
+
+    def __init__(
+        self, config: CheckpointConfig, model: CaptionModel, language: LanguageModel, tower: VisionTower
+    ) -> None:
+        self.config, self.model, self.language, self.tower = config, model, language, tower
+
+    @classmethod
+    def load(cls, folder: Path) -> LoadedCheckpoint:
+        """Load a checkpoint folder, its language model and tower; hashes are held to `itune.json`."""
+        folder = find_checkpoint(folder)
+        config = load_config(folder)
+        lm, vision = config.language_model, config.vision
+        language = load_language_model(resolve_source(lm.source, folder), lm.revision)
+        tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
+        for what, recorded, found in (
+            ("language model", lm, language.sha256),
+            ("vision tower", vision, tower.sha256),
+        ):
+            if recorded.sha256 not in (None, found):
+                raise CheckpointError(
+                    f"{folder}: the {what} at {recorded.source} is not the one that the adapters were "
+                    f"trained with (its weights hash to {found[:12]}, itune.json says "
+                    f"{str(recorded.sha256)[:12]})"
+                )
+        if (tower.tokens, tower.width) != (vision.tokens, vision.width):
+            raise CheckpointError(
+                f"{folder}: the vision tower gives {tower.tokens} x {tower.width} embeddings, "
+                f"itune.json says {vision.tokens} x {vision.width}"
+            )
+        model = MODELS[config.method].from_checkpoint(config, language.model)
+        model.load_adapters(folder / WEIGHTS_FILE)
+        return cls(config, model, language, tower)
