@@ -1,0 +1,132 @@
+"""The trainings that `results.py` compares: the same data, frozen parts, captions seen and schedule for every method."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from itune import ItuneError
+from itune.checkpoint import atomic_path
+
+RETRIEVE = 4
+BUDGET = {
+    "--preset": "small-data",
+    "--epochs": "2",
+    "--batch-size": "160",
+    "--images-per-forward": "32",
+    "--precision": "fp32",
+    "--num-beams": "3",
+    "--max-new-tokens": "24",
+    "--dev-images": "300",
+    "--seed": "0",
+}
+"""What all trainings share."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table."""
+
+    name: str
+    title: str
+    flags: dict[str, str] = field(default_factory=dict)
+    retrieves: bool = False
+
+
+_ADAPTERS = {"--heads": "4", "--bottleneck": "256", "--learning-rate": "1e-3"}
+RUNS = (
+    Run("i-tuning", "I-Tuning", _ADAPTERS),
+    Run("i-tuning-drop3", "I-Tuning, dropping 3 of 6 layers", _ADAPTERS | {"--first-adapter-layer": "3"}),
+    Run("i-tuning-retrieval", "I-Tuning + retrieval", _ADAPTERS, retrieves=True),
+    Run(
+        "clipcap",
+        "ClipCap, transformer mapper",
+        {
+            "--method": "clipcap",
+            "--mapper": "transformer",
+            "--clip-length": "4",
+            "--mapper-layers": "3",
+            "--learning-rate": "5e-4",
+        },
+    ),
+    Run(
+        "smallcap",
+        "SmallCap",
+        {"--method": "smallcap", "--heads": "4", "--attention-width": "64", "--learning-rate": "1e-3"},
+        retrieves=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a training took, all its interrupted parts together."""
+
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    peak_mib: float = 0.0
+
+    def plus(self, other: Resources) -> Resources:
+        """Both one after the other."""
+        return Resources(
+            self.cpu_seconds + other.cpu_seconds,
+            self.wall_seconds + other.wall_seconds,
+            max(self.peak_mib, other.peak_mib),
+        )
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the trainings' parts lie: `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/`, as the recipe has them."""
+
+    folder: Path
+
+    @property
+    def datastore(self) -> Path:
+        """The training captions."""
+        return self.folder / "datastore"
+
+    def checkpoint(self, run: Run) -> Path:
+        """What a run's training wrote."""
+        return self.folder / "methods" / run.name
+
+    def resources(self, run: Run) -> Resources:
+        """What a run took so far."""
+        path = self._resources(run)
+        return Resources(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Resources()
+
+    def train(self, run: Run) -> None:
+        """Train, or go on; done runs are left alone."""
+        output = self.checkpoint(run)
+        flags = {
+            "--data": self.folder / "train.jsonl",
+            "--dev-data": self.folder / "dev.jsonl",
+            "--language-model": self.folder / "language-model",
+            "--vision": self.folder / "vision",
+            "--cache-features": self.folder / "features",
+            "--output": output,
+            **BUDGET,
+            **run.flags,
+            **({"--datastore": self.datastore, "--retrieve": RETRIEVE} if run.retrieves else {}),
+        }
+        switches = ["--lower", "--strip-period", *(["--resume"] if (output / "last").exists() else [])]
+        command = [sys.executable, "-m", "itune.cli.train", *(str(part) for pair in flags.items() for part in pair)]
+        start = time.monotonic()
+        process = subprocess.Popen([*command, *switches])
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:  # the training saves itself and stops
+            _, status, usage = os.wait4(process.pid, 0)
+        took = Resources(usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024)
+        with atomic_path(self._resources(run)) as temporary:
+            temporary.write_text(json.dumps(vars(self.resources(run).plus(took))) + "\n", encoding="utf-8")
+        if status:
+            raise ItuneError(f"{run.title}: the training stopped; start again to go on")
+
+    def _resources(self, run: Run) -> Path:
+        return self.folder / "methods" / f"{run.name}.resources.json"
