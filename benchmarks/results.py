@@ -1,0 +1,232 @@
+"""Which method captions best on the same data: trains, exports, scores and times them, and writes the tables.
+
+    python benchmarks/results.py train --work-dir WORK [--methods i-tuning,clipcap]
+    python benchmarks/results.py score --work-dir WORK
+    python benchmarks/results.py latency --work-dir WORK
+    python benchmarks/results.py write --work-dir WORK --output docs/results.md
+
+WORK holds `train.jsonl`, `dev.jsonl`, `language-model/` and `vision/`, as `recipes/flickr8k` makes them (or
+`itune-export --restore default`, and its `prepare.py`). Every stage can be interrupted and started again: what is done
+is not done anew. All methods share the budget of `method_runs.BUDGET`; what is theirs alone is in `method_runs.RUNS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from artifacts import console
+from measuring import machine
+from method_runs import BUDGET, RETRIEVE, RUNS, Run, Workplace
+from results_tables import BASE, write_results
+from rich.progress import Progress
+
+from itune import Captioner, ItuneError
+from itune.checkpoint import WEIGHTS_FILE, atomic_path, load_config
+from itune.cli.common import require
+from itune.data import load_records
+from itune.runtime.bundle import MANIFEST
+from itune.runtime.engines.onnxruntime import available_cpus
+
+NUM_BEAMS = 5
+PRECISION = "int8"
+_PHOTOS = 40
+_WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A trained captioner as it is scored: with the datastore it was trained with, or with fewer captions of it."""
+
+    run: Run
+    retrieve: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The stem of its result files."""
+        return self.run.name if self.retrieve is None else f"{self.run.name}-retrieve-{self.retrieve}"
+
+    @property
+    def title(self) -> str:
+        """Its row in the table."""
+        return self.run.title if self.retrieve is None else f"{self.run.title}, empty datastore"
+
+    def flags(self, workplace: Workplace) -> list[Any]:
+        """What itune-eval is told of retrieval."""
+        if self.retrieve is not None:
+            return ["--retrieve", self.retrieve]
+        return ["--datastore", workplace.datastore, "--retrieve", RETRIEVE] if self.run.retrieves else []
+
+
+def conditions(runs: list[Run]) -> Iterator[Condition]:
+    """All rows of the table."""
+    for run in runs:
+        yield Condition(run)
+        if run.retrieves:
+            yield Condition(run, retrieve=0)
+
+
+def train(workplace: Workplace, runs: list[Run]) -> None:
+    """Train what is not trained yet, one after the other."""
+    if any(run.retrieves for run in runs) and not workplace.datastore.exists():
+        cache = ["--cache-features", workplace.folder / "features"]
+        _itune(
+            "datastore", "build", "--captions", workplace.folder / "train.jsonl", "--split", "all",
+            "--encoder", workplace.folder / "vision", *cache, "-o", workplace.datastore,
+        )  # fmt: skip
+    for run in runs:
+        workplace.train(run)
+
+
+def score(workplace: Workplace, runs: list[Run]) -> None:
+    """Export every captioner and caption the dev split with it: WORK/methods/NAME.scores.json and .captions.json."""
+    for condition in conditions(runs):
+        stem = workplace.folder / "methods" / condition.name
+        scores, captions = stem.with_name(f"{stem.name}.scores.json"), stem.with_name(f"{stem.name}.captions.json")
+        if scores.exists():
+            continue
+        bundle = _bundle(workplace, condition.run)
+        flags = ["--num-beams", NUM_BEAMS, "--output", captions, "--json", scores, *condition.flags(workplace)]
+        _itune("evaluate", bundle, "--data", workplace.folder / "dev.jsonl", "--split", "all", *flags)
+
+
+def compare(workplace: Workplace, condition: Condition) -> dict[str, Any] | None:
+    """The paired test of a captioner's captions against I-Tuning's, by score; None for I-Tuning itself."""
+    if condition.name == BASE:
+        return None
+    base, other = (workplace.folder / "methods" / f"{name}.captions.json" for name in (BASE, condition.name))
+    written = other.with_name(f"{condition.name}.against.json")
+    files = ["--captions", base, "--captions", other, "--references", workplace.folder / "dev.jsonl"]
+    _itune("evaluate", *files, "--json", written)
+    found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))["comparison"]["overall"]
+    return found
+
+
+def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
+    """Time whole captions, photo by photo and captioner after captioner: WORK/methods/latency.json."""
+    captioners: dict[str, Captioner] = {}
+    for run in runs:
+        store = {"datastore": workplace.datastore} if run.retrieves else {}
+        captioners[run.name] = Captioner.load(_bundle(workplace, run), threads=threads, **store)
+    photos = [record.image for record in load_records(workplace.folder / "dev.jsonl", split=None)[: _PHOTOS + _WARMUP]]
+    taken: dict[str, list[float]] = {name: [] for name in captioners}
+    with Progress(console=console, transient=True) as progress:
+        for number, photo in enumerate(progress.track(photos, description="captioning")):
+            for name, captioner in captioners.items():
+                start = time.perf_counter()
+                captioner.caption(photo, num_beams=NUM_BEAMS)
+                if number >= _WARMUP:
+                    taken[name].append(1e3 * (time.perf_counter() - start))
+                time.sleep(0.02)  # let its threads go to sleep before the next one starts
+    result = {
+        "machine": machine(threads),
+        "photos": len(photos) - _WARMUP,
+        "num_beams": NUM_BEAMS,
+        "precision": PRECISION,
+        "ms": {name: _spread(values) for name, values in taken.items()},
+    }
+    _write_json(workplace.folder / "methods" / "latency.json", result)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = np.percentile(values, (10, 50, 90))
+    return {"p10": float(low), "median": float(middle), "p90": float(high)}
+
+
+def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
+    """Write the tables, the figure and the JSON that they come from: OUTPUT, and beside it .png and .json."""
+    rows = []
+    for condition in conditions(runs):
+        run, stem = condition.run, workplace.folder / "methods" / condition.name
+        scores = json.loads(stem.with_name(f"{stem.name}.scores.json").read_text(encoding="utf-8"))
+        checkpoint = workplace.checkpoint(run) / "best"
+        rows.append(
+            {
+                "name": condition.name,
+                "title": condition.title,
+                "trainable": _trainable(checkpoint / WEIGHTS_FILE),
+                "epoch": load_config(checkpoint).training["epoch"],
+                "resources": vars(workplace.resources(run)),
+                "scores": scores,
+                "against": compare(workplace, condition),
+            }
+        )
+    timing = json.loads((workplace.folder / "methods" / "latency.json").read_text(encoding="utf-8"))
+    content = {"budget": _budget(workplace), "rows": rows, "latency": timing}
+    _write_json(output.with_suffix(".json"), content)
+    write_results(content, output)
+
+
+def _budget(workplace: Workplace) -> dict[str, Any]:
+    photos = len(load_records(workplace.folder / "train.jsonl", split=None))
+    return {"photos": photos, "epochs": int(BUDGET["--epochs"]), "flags": BUDGET, "num_beams": NUM_BEAMS}
+
+
+def _trainable(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+
+
+def _bundle(workplace: Workplace, run: Run) -> Path:
+    bundle = workplace.folder / "methods" / f"{run.name}-{PRECISION}"
+    if not (bundle / MANIFEST).exists():
+        retrieval = ["--retrieve", RETRIEVE] if run.retrieves else []
+        _itune("export", workplace.checkpoint(run) / "best", "--precision", PRECISION, *retrieval, "-o", bundle)
+    return bundle
+
+
+def _itune(command: str, *arguments: Any) -> None:
+    """Run one of the project's commands, in a process of its own."""
+    process = subprocess.run([sys.executable, "-P", "-m", f"itune.cli.{command}", *map(str, arguments)], check=False)
+    if process.returncode:
+        raise ItuneError(f"itune {command} stopped; start again to go on")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("train", "score", "latency", "write"))
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--methods", default=",".join(run.name for run in RUNS), help="a comma list of rows")
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="what `write` writes")
+    options = parser.parse_args(arguments)
+    require("benchmark", "torch", "transformers", "onnx", "matplotlib")
+    known = {run.name: run for run in RUNS}
+    if odd := [name for name in options.methods.split(",") if name not in known]:
+        raise ItuneError(f"--methods: there is no {odd[0]!r}; there are {', '.join(known)}")
+    runs = [known[name] for name in options.methods.split(",")]
+    workplace = Workplace(options.work_dir)
+    if not (workplace.folder / "train.jsonl").exists():
+        raise ItuneError(f"--work-dir {workplace.folder} has no train.jsonl: see recipes/flickr8k/README.md")
+    stages: dict[str, Callable[[], None]] = {
+        "train": lambda: train(workplace, runs),
+        "score": lambda: score(workplace, runs),
+        "latency": lambda: latency(workplace, runs, options.threads),
+        "write": lambda: write(workplace, runs, options.output),
+    }
+    stages[options.stage]()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ItuneError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

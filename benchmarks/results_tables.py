@@ -1,0 +1,137 @@
+"""What `results.py` writes: a table of what was measured, the figure, and a table of what the papers report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from itune.checkpoint import atomic_path
+
+Entry = dict[str, Any]
+BASE = "i-tuning"
+"""The row that the others are compared with."""
+
+PUBLISHED: tuple[tuple[str, str, str, str, str], ...] = (
+    ("I-Tuning base (Luo et al. 2022)", "14", "116.7", "61.5", "67.8"),
+    ("I-Tuning medium", "44", "120.0", "72.3", "75.4"),
+    ("I-Tuning large", "95", "119.4", "75.4", "78.5"),
+    ("I-Tuning large, VLP", "95", "122.2", "77.2", ""),
+    ("I-Tuning large, VLP, 18 layers dropped", "47", "122.1", "79.2", "78.9 without VLP"),
+    ("ClipCap (Mokady et al. 2021)", "43", "113.1", "", "65.8"),
+    ("SmallCap (Ramos et al. 2023)", "7", "119.7", "", ""),
+    ("OSCAR base (Li et al. 2020)", "", "123.7; 115.6 without tags", "", ""),
+    ("Unified VLP (Zhou et al. 2020)", "", "117.7", "", ""),
+    ("XGPT (Xia et al. 2020)", "", "120.1", "", ""),
+    ("UniTAB (Yang et al. 2022)", "", "119.1", "", ""),
+    ("VL-T5 (Cho et al. 2021)", "", "116.5", "", ""),
+)
+"""Captioner, trained parameters in millions, CIDEr-D on COCO Karpathy test, Flickr30k test, NoCaps overall."""
+
+
+def write_results(content: Entry, output: Path) -> None:
+    """Write `output` in Markdown, and the figure beside it as .png."""
+    figure = output.with_suffix(".png")
+    _draw(content["rows"], figure)
+    with atomic_path(output) as temporary:
+        temporary.write_text(_page(content, figure.name), encoding="utf-8")
+
+
+def _page(content: Entry, figure: str) -> str:
+    budget, timing, rows = content["budget"], content["latency"], content["rows"]
+    machine, scores = timing["machine"], rows[0]["scores"]
+    return f"""# Which method captions best on the same data
+
+Written by `python benchmarks/results.py write`; what it was written from is in [results.json](results.json).
+
+Every captioner here has the default model's frozen vision tower and language model (6 layers of 384), and was trained
+on the same {budget["photos"]:,} photos of Flickr8k with their captions for {budget["epochs"]} epochs, with the same
+schedule, batch and regularisation, one run each; learning rates are the methods' own
+([method_runs.py](../benchmarks/method_runs.py)). Scores are of the exported {timing["precision"]} bundle with
+{budget["num_beams"]} beams on the {scores["images"]:,} dev photos, x 100, with 95 % bootstrap intervals over the
+photos; a seed may move them by more than the interval says. The best epoch was chosen on the first
+{budget["flags"]["--dev-images"]} of the same photos.
+
+{_table(*_measured(rows, timing))}
+
+*Against I-Tuning*: the difference in CIDEr-D where the paired test, corrected for the number of scores, finds more than
+noise. *Training*: time on one core (CPU time, the evaluation after each epoch included) and the process's peak memory.
+*Latency*: one photo of {timing["photos"]}, {timing["num_beams"]} beams, from the file to the caption: median (10th to
+90th percentile), captioners alternating, {machine["threads"]} threads of {machine["cpu"]}, {machine["date"][:10]}.
+
+![CIDEr-D against trainable parameters]({figure})
+
+## Published
+
+What the papers report, x 100, on data sets and with models that were not run here: COCO Karpathy test, Flickr30k test
+and NoCaps overall.
+
+{_table(("captioner", "trained, M", "COCO", "Flickr30k", "NoCaps"), PUBLISHED)}
+"""
+
+
+def _measured(rows: Sequence[Entry], timing: Entry) -> tuple[Sequence[str], list[Sequence[str]]]:
+    heading = (
+        *("method", "trainable", "training", "memory", "CIDEr-D", "against I-Tuning", "BLEU-4", "METEOR"),
+        "latency, ms",
+    )
+    lines = []
+    for row in rows:
+        scores, resources = row["scores"], row["resources"]
+        ms = timing["ms"].get(row["name"])
+        trained = row["name"] in timing["ms"]
+        lines.append(
+            (
+                row["title"],
+                f"{row['trainable'] / 1e6:.2f}M" if trained else "as above",
+                f"{resources['cpu_seconds'] / 60:.0f} min" if trained else "",
+                f"{resources['peak_mib'] / 1024:.1f} GiB" if trained else "",
+                _with_interval(scores, "cider"),
+                _difference(row),
+                _with_interval(scores, "bleu4"),
+                _with_interval(scores, "meteor") if scores.get("meteor") is not None else "not measured",
+                f"{ms['median']:.0f} ({ms['p10']:.0f}-{ms['p90']:.0f})" if ms else "",
+            )
+        )
+    return heading, lines
+
+
+def _with_interval(scores: Entry, name: str) -> str:
+    low, high = scores["intervals"][name]
+    return f"{100 * scores[name]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _difference(row: Entry) -> str:
+    if row["against"] is None:
+        return ""
+    found = row["against"]["cider"]
+    return f"{100 * found['difference']:+.1f}" if found["significant"] else "within noise"
+
+
+def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *(["---:"] * (len(heading) - 1))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, rule, *lines))
+
+
+def _draw(rows: Sequence[Entry], path: Path) -> None:
+    """CIDEr-D with its interval against trainable parameters, like the I-Tuning paper's Figure 1."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for row in rows:
+        middle = 100 * row["scores"]["cider"]
+        low, high = (100 * value for value in row["scores"]["intervals"]["cider"])
+        x = row["trainable"] / 1e6
+        axes.errorbar(x, middle, [[middle - low], [high - middle]], fmt="o", capsize=3)
+        axes.annotate(row["title"], (x, middle), xytext=(8, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("trainable parameters, millions")
+    axes.set_ylabel("CIDEr-D x 100, Flickr8k dev")
+    axes.margins(x=0.35)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    pyplot.close(figure)
