@@ -1,4 +1,4 @@
-"""The trainings that `results.py` compares: the same data, frozen parts, captions seen and schedule for every method."""
+"""The trainings that `results.py` compares: the same data, frozen parts, captions seen and schedule for all."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the trainings' parts lie: `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/`, as the recipe has them."""
+    """Where the parts lie: `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/`, as the recipe has them."""
 
     folder: Path
 
