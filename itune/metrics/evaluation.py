@@ -100,7 +100,12 @@ def compare_groups(
     first: Mapping[str, Evaluation], second: Mapping[str, Evaluation], *, seed: int = 0
 ) -> dict[str, dict[str, Difference]]:
     """Compare two captioners on the same groups of images; p-values are corrected for all groups' scores together."""
-    found = {group: compare(first[group].metrics, second[group].metrics, seed=seed) for group in first}
+    found = {}
+    for group, evaluation in first.items():
+        # Java may have failed on one side only.
+        both = set(evaluation.names) & set(second[group].names)
+        a, b = ([m for m in side.metrics if m.names[0] in both] for side in (evaluation, second[group]))
+        found[group] = compare(a, b, seed=seed)
     places = [(group, name) for group, differences in found.items() for name in differences]
     for (group, name), p in zip(places, holm([found[group][name].p for group, name in places]), strict=True):
         found[group][name] = replace(found[group][name], p_holm=p, significant=p < ALPHA)

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .java import UnavailableError, find_java, find_program, run_jar
 from .meteor import Pair
 from .statistics import Metric, mean_metric
@@ -48,6 +50,9 @@ def spice(pairs: Sequence[Pair]) -> Metric:
         run_jar(java, jar, [str(source), "-out", str(target), "-subset", "-silent"], memory="8G")
         try:
             found = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(target.read_bytes())}
-            return mean_metric("spice", [float(found[i]) for i in range(len(images))])
+            metric = mean_metric("spice", [float(found[i]) for i in range(len(images))])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UnavailableError(f"{jar.name} on {java.path} wrote no scores ({error!r})") from None
+    if not np.isfinite(metric.statistics).all():
+        raise UnavailableError(f"{jar.name} on {java.path} wrote scores that are no numbers")
+    return metric
