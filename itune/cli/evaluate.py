@@ -88,7 +88,7 @@ def evaluate(
             raise ItuneError(f"--captions is there {len(captions)} times; two captioners at a time can be compared")
         records = load_records(references, split=wanted, check_images=False)
         found = [Captioned(str(path), read_results(path)) for path in captions]
-        what = str(references)
+        what = f"{references.name}{f', {split}' if split else ''}"
     else:
         if model is None or data is None:
             lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"

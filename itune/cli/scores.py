@@ -178,7 +178,7 @@ def _print_tables(
         labels = [own.name for own in scored]
     title = " against ".join(labels)
     table = Table(
-        title=f"{title}, {what}: {len(overall.images)} photos (x 100, as papers print, with 95 % intervals)",
+        title=f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -206,7 +206,9 @@ def _print_tables(
             markup=False,
         )
     for name, reason in {**scored[-1].overall.missing, **overall.missing}.items():
-        common.console().print(f"{HEADINGS[name]}: {reason}", style="yellow", markup=False, highlight=False)
+        common.console().print(
+            f"{HEADINGS[name]}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _score_cells(evaluation: Evaluation, intervals: Intervals, names: Sequence[str]) -> list[str]:

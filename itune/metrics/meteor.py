@@ -19,6 +19,7 @@ STAGES = (1.0, 0.6, 0.8, 0.6)  # the weights of exact, stem, synonym and paraphr
 COUNTS = 23
 """In a line of the program: lengths and function words of caption and reference; for each stage, matched content words
 of both, then function words of both; chunks; matched words of both."""
+_CHUNKS = 20
 
 Pair = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -42,6 +43,8 @@ def meteor(pairs: Sequence[Pair]) -> Metric:
     for row, (candidate, _) in zip(counts, pairs, strict=True):
         if not candidate:
             row[[0, 2, *range(4, COUNTS)]] = 0  # of the caption only, for which a word had to stand in
+        if row[_CHUNKS] == 1 and (row[[0, 1]] == row[[21, 22]]).all():
+            row[_CHUNKS] = 0  # a caption that is its reference is not broken into chunks, the program says
     return Metric(("meteor",), counts, corpus_meteor)
 
 
@@ -58,9 +61,7 @@ def corpus_meteor(counts: Floats) -> Floats:
     )
     mean = _ratio(precision * recall, (1 - ALPHA) * recall + ALPHA * precision)
     fragmentation = _ratio(chunks, (test_words + reference_words) / 2)
-    whole = (test_words == test_length) & (reference_words == reference_length) & (chunks == 1)
-    penalty = GAMMA * np.where(whole, 0.0, fragmentation) ** BETA
-    return np.asarray(mean * (1 - penalty))[..., None]
+    return np.asarray(mean * (1 - GAMMA * fragmentation**BETA))[..., None]
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:

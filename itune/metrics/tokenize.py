@@ -3,8 +3,8 @@
 The COCO code runs Stanford's `PTBTokenizer -preserveLines -lowerCase` (CoreNLP 3.4.1), then drops punctuation. The
 rules below follow the conventions of the Penn Treebank; their details follow what that program prints. Habits of
 it that look like mistakes are kept, since published scores contain them: brackets stay, as words such as `-lrb-`
-(it lowers the case before `-LRB-` is looked for), so do runs such as `!!`, and emoji disappear. Known to differ: a grave
-accent or an opening quote for an apostrophe (won`t, O‘Neil), and a compound with a time (5p.m.-ish).
+(it lowers the case before `-LRB-` is looked for), so do runs such as `!!`, and emoji disappear. Known to differ: a
+grave accent or an opening quote for an apostrophe (won`t, O‘Neil), and a compound with a time (5p.m.-ish).
 """
 
 from __future__ import annotations

@@ -123,7 +123,10 @@ def test_all_scores_are_those_of_the_coco_code(shared_data: Path, java_on_path: 
 
 def test_meteor(shared_data: Path, java_on_path: None) -> None:
     """Published figures, the COCO code's METEOR, and captions that its protocol was not made for."""
-    candidates, references = tokenized(*human_captions(shared_data, 100))
+    captions = human_captions(shared_data, 100)
+    for image in list(captions[0])[:3]:  # a caption that is its reference counts in a way of its own
+        captions[0][image] = captions[1][image][1]
+    candidates, references = tokenized(*captions)
     real = [(candidates[k][0].split(), [line.split() for line in references[k]]) for k in candidates]
     with coco_meteor() as program:
         found = meteor.meteor([*real, *PUBLISHED, *AWKWARD.values()])
