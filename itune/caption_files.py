@@ -25,15 +25,17 @@ class Entry:
     id: str
     split: str | None
     where: str
+    domain: str | None = None
 
 
 _SPLIT_NAMES = {"restval": "train", "training": "train", "val": "dev", "valid": "dev", "validation": "dev"}
 _LIST_NAMES = {"train": re.compile("train"), "dev": re.compile("dev|val"), "test": re.compile("test")}
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t\n]+)#\d+\t(?P<caption>.*)")
+_COCO_NAME = re.compile("captions|nocaps")
 _TEXT_SUFFIXES = {".txt", ".token", ".json", ".jsonl"}
 _HEAD_BYTES = 1 << 16
 _EXPECTED = (
-    "a Flickr token file (photo.jpg#0 TAB caption), Karpathy's JSON, or JSON Lines of "
+    "a Flickr token file (photo.jpg#0 TAB caption), Karpathy's JSON, COCO's or NoCaps' annotations, or JSON Lines of "
     '{"image": "photo.jpg", "captions": ["..."]}'
 )
 
@@ -78,6 +80,8 @@ def _looks_like_captions(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace").lstrip()
     is_json = head.startswith("{") and ('"sentences"' in head or ('"image"' in head and '"captions"' in head))
+    # COCO's other annotations (instances, keypoints) begin with the same images.
+    is_json |= head.startswith("{") and '"file_name"' in head and bool(_COCO_NAME.search(path.name.lower()))
     return is_json or bool(_TOKEN_LINE.match(head))
 
 
@@ -104,6 +108,8 @@ def _parse(file: Path) -> list[Entry]:
         raise DataError(f"{file}: {'holds no captions' if start else 'is empty'}; expected {_EXPECTED}")
     whole = _parse_json(text)
     if isinstance(whole, dict) and "images" in whole:
+        if "annotations" in whole or (isinstance(whole["images"], list) and _has_file_name(whole["images"][:1])):
+            return _read_coco(whole, file)
         return _all_or_none(_read_karpathy(whole, file), file)
     if isinstance(whole, Exception) and isinstance(_parse_json(start.partition("\n")[0]), Exception):
         raise DataError(f"{file}: is damaged JSON ({whole})")
@@ -117,6 +123,27 @@ def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
     if without and len(without) < len(entries):
         raise DataError(f'{file}, {without[0].where}: has no "split", though others have; give it to all or to none')
     return entries
+
+
+def read_results(file: Path) -> dict[str, str]:
+    """Captions by image id, from COCO's results format: `[{"image_id": 42, "caption": "..."}, ...]`.
+
+    Raises DataError, naming the entry, for anything else, such as two captions of an image.
+    """
+    whole = _parse_json(_read_text(file))
+    expected = 'a list of {"image_id": ..., "caption": "..."}, COCO\'s results format'
+    if isinstance(whole, Exception):
+        raise DataError(f"{file}: is not JSON ({whole}); expected {expected}")
+    if not isinstance(whole, list) or not whole:
+        raise DataError(f"{file}: must be {expected}, not {_shown(whole)}")
+    results: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for where, value in _objects({"results": whole}, "results", ("image_id", "caption"), file):
+        key = _id(value["image_id"], f"{where}.image_id", file)
+        if key in results:
+            raise DataError(f"{file}, {where}: is a second caption of image {_shown(key)}, as {places[key]}; keep one")
+        results[key], places[key] = _text(value["caption"], f"{where}.caption", file), where
+    return results
 
 
 def _parse_json(text: str) -> Any:
@@ -166,7 +193,9 @@ def _split(value: object, where: str, file: Path) -> str | None:
 
 
 def _id(value: object, where: str, file: Path) -> str:
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value, where, file)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise DataError(f"{file}, {where}: must be a whole number or a name, not {_shown(value)}")
+    text = str(value) if isinstance(value, int) else _text(value, where, file)
     if not text:
         raise DataError(f"{file}, {where}: is empty; it must be a number or a name")
     return text
@@ -235,8 +264,7 @@ def _read_karpathy_image(image: object, where: str, file: Path) -> Entry:
         raise DataError(f"{file}, {where}: must be an object, not {_shown(image)}")
     for field in ("filename", "sentences"):
         if field not in image:
-            hint = " (this is COCO's annotation file; use Karpathy's dataset_coco.json)" if "file_name" in image else ""
-            raise DataError(f"{file}, {where}: has no {field!r}{hint}")
+            raise DataError(f"{file}, {where}: has no {field!r}")
     name = _photo(image["filename"], f"{where}.filename", file)
     folder = _text(image.get("filepath", ""), f"{where}.filepath", file)
     sentences = image["sentences"]
@@ -250,6 +278,60 @@ def _read_karpathy_image(image: object, where: str, file: Path) -> Entry:
         split=_split(image.get("split"), f"{where}.split", file),
         where=where,
     )
+
+
+def _has_file_name(images: list[Any]) -> bool:
+    return any(isinstance(image, dict) and "file_name" in image for image in images)
+
+
+def _read_coco(document: dict[str, Any], file: Path) -> list[Entry]:
+    """COCO's annotation format, which NoCaps has, too, with a domain for each image; a test split has no annotations.
+
+    The file's name says which split it is. Reference files without file names are read, too: to score, none are needed.
+    """
+    split = next((name for name, pattern in _LIST_NAMES.items() if pattern.search(file.stem.lower())), None)
+    entries: dict[str, Entry] = {}
+    captions: dict[str, list[str]] = {}
+    for where, image in _objects(document, "images", ("id",), file):
+        key = _id(image["id"], f"{where}.id", file)
+        name = _photo(image.get("file_name", key), f"{where}.file_name", file)
+        if key in entries:
+            raise DataError(f"{file}, {where}: has the id {key} of {entries[key].where}; ids must differ")
+        domain = _domain(image.get("domain"), f"{where}.domain", file)
+        entries[key], captions[key] = Entry((name,), (), key, split, where, domain), []
+    if not entries:
+        raise DataError(f"{file}, images: is an empty list; expected {_EXPECTED}")
+    for where, annotation in _objects(document, "annotations", ("image_id", "caption"), file):
+        key = _id(annotation["image_id"], f"{where}.image_id", file)
+        if key not in captions:
+            raise DataError(f"{file}, {where}.image_id: {_shown(key)} is not the id of any of its images")
+        captions[key] += _captions([annotation["caption"]], f"{where}.caption", file)
+    names: dict[str, Entry] = {}
+    for entry in entries.values():
+        if (owner := names.setdefault(entry.names[0], entry)) is not entry:
+            raise DataError(f"{file}, {entry.where}: has the photo of {owner.where}, {entry.names[0]}, and another id")
+    return [replace(entry, captions=tuple(captions[key])) for key, entry in entries.items()]
+
+
+def _objects(
+    document: dict[str, Any], field: str, keys: Sequence[str], file: Path
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    """("images[3]", its value) of a list of objects that have certain keys."""
+    values = document.get(field, [])
+    if not isinstance(values, list):
+        raise DataError(f"{file}, {field}: must be a list, not {_shown(values)}")
+    for i, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise DataError(f"{file}, {field}[{i}]: must be an object, not {_shown(value)}")
+        if absent := [key for key in keys if key not in value]:
+            what = " (these are no captions: instances or keypoints?)" if absent == ["caption"] else ""
+            raise DataError(f"{file}, {field}[{i}]: has no {absent[0]!r}{what}")
+        yield f"{field}[{i}]", value
+
+
+def _domain(value: object, where: str, file: Path) -> str | None:
+    """Of NoCaps: in-domain, near-domain or out-domain; other names serve as well."""
+    return None if value is None else _text(value, where, file) or None
 
 
 def _read_jsonl(text: str, file: Path) -> list[Entry]:
@@ -270,6 +352,7 @@ def _read_jsonl(text: str, file: Path) -> list[Entry]:
                 id=_id(value["id"], f"{where}, id", file) if "id" in value else _stem(name),
                 split=_split(value.get("split"), f"{where}, split", file),
                 where=where,
+                domain=_domain(value.get("domain"), f"{where}, domain", file),
             )
         )
     return entries

@@ -1,7 +1,8 @@
 """Every caption file that people have -> `Record(image, captions, id)`; the format is told from the content.
 
-Flickr8k and Flickr30k token files with their split lists, Karpathy's JSON (dataset_coco.json and its like), and
-JSON Lines of `{"image": ..., "captions": [...]}` with an optional "split" and "id".
+Flickr8k and Flickr30k token files with their split lists; Karpathy's JSON (dataset_coco.json and its like);
+JSON Lines of `{"image": ..., "captions": [...]}` with an optional "split", "id" and "domain"; annotation files of
+COCO and NoCaps.
 """
 
 from __future__ import annotations
@@ -20,32 +21,41 @@ __all__ = ["DataError", "Record", "clean_caption", "load_records", "split_record
 
 @dataclass(frozen=True)
 class Record:
-    """A photo and its captions as the file has them (stripped, never empty).
+    """A photo and its captions as the file has them (stripped, no empty ones).
 
-    `id` is the data set's own (Karpathy's cocoid or imgid, JSONL's "id"), else the photo's name without its suffix:
-    it does not change when other photos come or go, so results of different runs can be compared by it.
+    `id` is the data set's own (COCO's id, Karpathy's cocoid or imgid, JSONL's "id"), else the photo's name without its
+    suffix: it does not change when other photos come or go, so results of different runs can be compared by it.
     """
 
     image: Path
     captions: tuple[str, ...]
     id: str
+    domain: str | None = None
+    """Of NoCaps: in-domain, near-domain, out-domain."""
 
 
 def load_records(
-    source: Path, *, images: Path | None = None, split: str | None = "train", check_images: bool = True
+    source: Path,
+    *,
+    images: Path | None = None,
+    split: str | None = "train",
+    check_images: bool = True,
+    captioned: bool = True,
 ) -> list[Record]:
     """Read the photos of one split, in the file's order; None reads all of them.
 
     `source` is a caption file, or the folder that holds exactly one. The photos' names start from the folder `images`
     (without it, the file's own) or from a folder in it. "val" and "validation" mean "dev", Karpathy's "restval" counts
-    as "train". A file that knows no splits is all "train".
+    as "train". A file that knows no splits is all "train". Photos without a caption are left out, unless `captioned` is
+    False and none has any: a test split.
 
     Raises DataError, naming the file and the line or field, for anything that cannot be read or does not add up;
     with `check_images`, also when photos are missing.
     """
     file = find_caption_file(source) if holds(source.is_dir) else source
     entries = _select(read_entries(file), split, file)
-    entries = [entry for entry in entries if entry.captions]
+    with_captions = [entry for entry in entries if entry.captions]
+    entries = with_captions if captioned or with_captions else entries
     if not entries:
         raise DataError(f"{file}: no photo{f' of the split {split!r}' if split else ''} has a caption")
     return _locate(entries, file, images, check_images)
@@ -114,7 +124,7 @@ def _locate(entries: Sequence[Entry], file: Path, images: Path | None, check_ima
         return root / entry.names[-1 if flat else 0]
 
     best = max(places, key=lambda place: sum(holds(path(place, entry).is_file) for entry in sample))
-    records = [Record(path(best, entry), entry.captions, entry.id) for entry in entries]
+    records = [Record(path(best, entry), entry.captions, entry.id, entry.domain) for entry in entries]
     if check_images and (missing := [record.image for record in records if not holds(record.image.is_file)]):
         raise DataError(
             f"{file}: {len(missing)} of its {len(records)} photos do not exist (the first: {missing[0]}); "

@@ -47,11 +47,19 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"filename": f"{i}.jpg", "split": split, "imgid": i, "sentences": [sentence]}
         for i, split in enumerate(["train", "val"])
     ]
+    annotations = [{"image_id": i, "caption": text} for i in range(6) for text in (CAPTIONS[i], CAPTIONS[i - 1])]
+    document = {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(6)], "annotations": annotations}
+    (desk / "refs.json").write_text(json.dumps(document), encoding="utf-8")
+    for name, shift in (("results", 0), ("other", 2)):
+        results = [{"image_id": i, "caption": CAPTIONS[(i + shift) % 6]} for i in range(6)]
+        (desk / f"{name}.json").write_text(json.dumps(results), encoding="utf-8")
     (desk / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}), encoding="utf-8")
     return desk
 
 
 def run(code: str, desk: Path) -> subprocess.CompletedProcess[str]:
+    # Each METEOR takes ten seconds to start, and the metrics have tests of their own: one command has it.
+    code = re.sub("^(itune-eval .*(?<!scores.json))$", r"\1 --no-java", code, flags=re.MULTILINE)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     return subprocess.run(

@@ -1,26 +1,39 @@
-"""itune-eval: caption a split with a checkpoint or a bundle, and score it."""
+"""itune-eval: caption a split with a checkpoint or a bundle, or take captions from a file, and score them."""
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..runtime.errors import ItuneError
 from . import common
 
+if TYPE_CHECKING:
+    from ..data import Record
+
+_ONLY_CAPTIONS = {"references"}
+_ONLY_MODEL = {"model", "data", "images", "limit", "num_beams", "max_new_tokens", "length_penalty", "batch_size"}
+_ONLY_MODEL |= {"engine", "threads", "output"}
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="Adapter checkpoint, bundle, or `default`.")
-    ],
+        Path | None, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="Adapter checkpoint, bundle, or `default`.")
+    ] = None,
     data: Annotated[
-        Path, typer.Option(help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL.")
-    ],
+        Path | None,
+        typer.Option(
+            help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, COCO or NoCaps annotations, or JSONL."
+        ),
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the photos, if not beside the captions.")] = None,
-    split: Annotated[str, typer.Option(help="Split to caption: train, dev, test, or all.")] = "dev",
+    split: Annotated[
+        str | None, typer.Option(help="Split to caption: train, dev, test, or all. Default: dev; of --references, all.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 5,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest caption, in tokens.")] = None,
@@ -31,58 +44,117 @@ def evaluate(
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the captions here, in COCO's results format.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write the captions here, in COCO's results format (which EvalAI takes)."),
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    captions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RESULTS",
+            help="Score these captions, in COCO's results format, instead of a model's; twice: compare two captioners.",
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="What --captions are scored against: any file that --data takes.")
+    ] = None,
+    json_output: Annotated[
+        str | None,
+        typer.Option("--json", metavar="[FILE]", help="Write the scores here as JSON; without FILE, or -, print them."),
+    ] = None,
+    per_image: Annotated[Path | None, typer.Option(help="Write each caption's own scores here, as JSON Lines.")] = None,
+    no_java: Annotated[bool, typer.Option("--no-java", help="Leave METEOR and SPICE out, which take Java.")] = False,
     _version: common.Version = False,
 ) -> None:
-    """Caption a split with beam search and print CIDEr-D and BLEU-1..4."""
-    common.require("train", "torch", "transformers", "safetensors")
+    """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals."""
+    wrong = _ONLY_MODEL if captions else _ONLY_CAPTIONS
+    for parameter in context.command.params:
+        if parameter.name in wrong and context.get_parameter_source(parameter.name).name == "COMMANDLINE":  # type: ignore[union-attr]
+            flag = "CHECKPOINT_OR_BUNDLE" if parameter.name == "model" else parameter.opts[0]
+            reason = "contradicts --captions, which come from a file" if captions else "is for --captions: give both"
+            raise ItuneError(f"{flag} {reason}")
+    for path in (per_image, None if json_output in (None, "-") else Path(json_output)):
+        if path is not None and path.is_dir():
+            raise ItuneError(f"{path} is a folder; give the name of a file to write (--json alone prints)")
+    from ..caption_files import read_results
     from ..data import load_records
-    from ..evaluate import caption_records, load_captioner, score_captions, write_results
+    from .scores import Captioned, report
+
+    wanted = None if split == "all" else split
+    failed = 0
+    if captions:
+        if references is None:
+            raise ItuneError("--captions needs --references, the captions to score against")
+        if len(captions) > 2:
+            raise ItuneError(f"--captions is there {len(captions)} times; two captioners at a time can be compared")
+        records = load_records(references, split=wanted, check_images=False)
+        found = [Captioned(str(path), read_results(path)) for path in captions]
+        what = f"{references.name}{f', {split}' if split else ''}"
+    else:
+        if model is None or data is None:
+            lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"
+            raise ItuneError(f"{lacking} is missing: give a model and --data, or --captions and --references")
+        common.require("train", "torch", "transformers", "safetensors")
+        wanted = wanted or (None if split else "dev")
+        records = load_records(data, images=images, split=wanted, captioned=False)[:limit]
+        scored = any(record.captions for record in records)
+        if not scored and (json_output or per_image):
+            raise ItuneError(f"{data}: has no captions to score against, which --json and --per-image need")
+        if not scored and not output:
+            raise ItuneError(
+                f"{data}: has no captions to score against; --output FILE writes the file that EvalAI takes"
+            )
+        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
+        written, reasons = _caption(model, records, engine, threads, {**options, "batch_size": batch_size})
+        failed = len(reasons)
+        for reason in reasons:
+            common.console().print(f"left out: {reason}", style="yellow", markup=False)
+        if not written:
+            raise ItuneError(f"{data}: no photo of the {wanted or 'whole'} split can be read")
+        if output:
+            from ..evaluate import write_results
+
+            write_results(written, output)
+        if not scored:
+            _say_unscored(output, len(written), failed)
+            return
+        found = [Captioned(str(model), written)]
+        what = f"{split or 'dev'}, beam {num_beams}"
+    report(found, records, what, failed=failed, java=not no_java, json_output=json_output, per_image=per_image)
+
+
+def _caption(
+    model: Path, records: list[Record], engine: str, threads: int | None, options: dict[str, object]
+) -> tuple[dict[str, str], list[str]]:
+    from ..evaluate import caption_records, load_captioner
 
     if threads:
         import torch
 
         torch.set_num_threads(threads)
-    records = load_records(data, images=images, split=None if split == "all" else split)[:limit]
     captioner = load_captioner(model, engine=engine, threads=threads)
     if captioner.engine_notice:
         common.console().print(captioner.engine_notice, markup=False, highlight=False)
     with common.progress("photos") as update:
-        captions, failed = caption_records(
-            captioner,
-            records,
-            progress=update,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-            batch_size=batch_size,
-        )
-    console = common.console()
-    for reason in failed.values():
-        console.print(f"left out: {reason}", style="yellow", markup=False)
-    if not captions:
-        raise ItuneError(f"{data}: no photo of the {split} split can be read")
-    if output:
-        write_results(captions, output)
-    scores = score_captions(captions, records)
-    if json_output:
-        values = {"cider": scores.cider} | {f"bleu{n}": value for n, value in enumerate(scores.bleu, 1)}
-        print(json.dumps(values | {"images": scores.num_images, "failed": len(failed)}))
-        return
-    from rich.console import Console
-    from rich.table import Table
+        captions, failed = caption_records(captioner, records, progress=update, **options)
+    return captions, list(failed.values())
 
-    table = Table(title=f"{model}, {split}: {scores.num_images} photos, beam {num_beams} (x 100, as papers print)")
-    for name in ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"):
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{100 * value:.2f}" for value in (scores.cider, *scores.bleu)))
-    Console().print(table)
+
+def _say_unscored(output: Path | None, count: int, failed: int) -> None:
+    common.console().print(f"{output}: {count} captions; there are no references to score against", highlight=False)
+    if failed:
+        common.console().print(
+            f"EvalAI wants a caption of every photo: {failed} could not be read", style="yellow", highlight=False
+        )
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point; `--json` may stand alone, which no option with a value can."""
+    following = [*sys.argv[2:], "--"]
+    arguments = []
+    for argument, after in zip(sys.argv[1:], following, strict=False):
+        alone = argument == "--json" and after != "-" and after.startswith("-")
+        arguments += [argument, "-"] if alone else [argument]
+    sys.argv[1:] = arguments
     common.run(evaluate, "itune-eval")
 
 

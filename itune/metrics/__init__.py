@@ -1,7 +1,7 @@
-"""Caption scores as papers report them, in pure Python: the arithmetic of the COCO caption evaluation code.
+"""Caption scores as papers report them: the arithmetic of the COCO caption evaluation code.
 
-One module for each metric; all of them see the same words (`tokenize`), so a further metric is a module and a field
-of `Scores`. Scores keep that code's own scale (CIDEr-D 1.167 where a paper prints 116.7).
+One module for each metric; all of them see the same words (`tokenize`). `score` is what training looks at, `evaluate`
+what papers print, with intervals and tests. Scores keep that code's own scale (CIDEr-D 1.167 where a paper has 116.7).
 """
 
 from __future__ import annotations
@@ -11,14 +11,29 @@ from dataclasses import dataclass
 
 from .bleu import Bleu, corpus_bleu
 from .cider import CiderD, check_references, check_same_images
+from .evaluation import SCORES, Evaluation, compare_groups, evaluate
+from .rouge import rouge_l
+from .statistics import Difference
 from .tokenize import tokenize, words
 
-__all__ = ["CiderD", "Scores", "corpus_bleu", "score", "tokenize"]
+__all__ = [
+    "SCORES",
+    "CiderD",
+    "Difference",
+    "Evaluation",
+    "Scores",
+    "compare_groups",
+    "corpus_bleu",
+    "evaluate",
+    "rouge_l",
+    "score",
+    "tokenize",
+]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Corpus scores: `cider` from 0 to 10, `bleu` 1 to 4 from 0 to 1; `per_image_cider` by image id."""
+    """CIDEr-D and BLEU of a corpus: `cider` from 0 to 10, `bleu` 1 to 4 from 0 to 1; `per_image_cider` by image id."""
 
     cider: float
     bleu: Bleu

@@ -5,11 +5,14 @@ Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine Translation
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import cast
+
+import numpy as np
 
 from .cider import MAX_ORDER, count_ngrams
+from .statistics import Floats, Metric
 
 # The COCO code adds these instead of smoothing: a corpus without a match scores almost, but not quite, 0.
 TINY = 1e-15
@@ -24,24 +27,30 @@ def corpus_bleu(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) 
     Matches and lengths are summed over the corpus; of several references, the length closest to the candidate's counts
     (the shorter one of two as close).
     """
-    matches, guesses = [0] * MAX_ORDER, [0] * MAX_ORDER
-    candidate_length = reference_length = 0
-    for candidate, references in pairs:
-        most: Counter[tuple[str, ...]] = Counter()
-        for reference in references:
-            most |= count_ngrams(reference)
-        for ngram, count in (count_ngrams(candidate) & most).items():
-            matches[len(ngram) - 1] += count
-        for order in range(MAX_ORDER):
-            guesses[order] += max(0, len(candidate) - order)
-        candidate_length += len(candidate)
-        reference_length += min((abs(len(words) - len(candidate)), len(words)) for words in references)[1]
-
-    ratio = (candidate_length + TINY) / (reference_length + SMALL)
-    brevity_penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for order, (matched, guessed) in enumerate(zip(matches, guesses, strict=True), start=1):
-        product *= (matched + TINY) / (guessed + SMALL)
-        scores.append(brevity_penalty * product ** (1 / order))
-    bleu1, bleu2, bleu3, bleu4 = scores
+    bleu1, bleu2, bleu3, bleu4 = bleu_metric(pairs).scores().tolist()
     return bleu1, bleu2, bleu3, bleu4
+
+
+def bleu_metric(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Metric:
+    """The same as statistics: matches of each order, n-grams of each order, length of candidate and of reference."""
+    rows = [_count(candidate, references) for candidate, references in pairs]
+    return Metric(("bleu1", "bleu2", "bleu3", "bleu4"), np.array(rows, np.float64).reshape(-1, 10), _bleu)
+
+
+def _count(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
+    most: Counter[tuple[str, ...]] = Counter()
+    for reference in references:
+        most |= count_ngrams(reference)
+    matches = [0] * MAX_ORDER
+    for ngram, count in (count_ngrams(candidate) & most).items():
+        matches[len(ngram) - 1] += count
+    guesses = [max(0, len(candidate) - order) for order in range(MAX_ORDER)]
+    closest = min((abs(len(words) - len(candidate)), len(words)) for words in references)[1]
+    return [*matches, *guesses, len(candidate), closest]
+
+
+def _bleu(sums: Floats) -> Floats:
+    ratio = (sums[..., 8:9] + TINY) / (sums[..., 9:] + SMALL)
+    brevity_penalty = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    precisions = (sums[..., :4] + TINY) / (sums[..., 4:8] + SMALL)
+    return cast(Floats, brevity_penalty * np.cumprod(precisions, -1) ** (1 / np.arange(1, MAX_ORDER + 1)))

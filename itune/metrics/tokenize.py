@@ -3,7 +3,8 @@
 The COCO code runs Stanford's `PTBTokenizer -preserveLines -lowerCase` (CoreNLP 3.4.1), then drops punctuation. The
 rules below follow the conventions of the Penn Treebank; their details follow what that program prints. Habits of
 it that look like mistakes are kept, since published scores contain them: brackets stay, as words such as `-lrb-`
-(it lowers the case before `-LRB-` is looked for), so do runs such as `!!`, and emoji disappear.
+(it lowers the case before `-LRB-` is looked for), so do runs such as `!!`, and emoji disappear. Known to differ: a
+grave accent or an opening quote for an apostrophe (won`t, O‘Neil), and a compound with a time (5p.m.-ish).
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import html
 import re
 
 # The COCO list, less the capital bracket names that no lower-cased token can equal; quotes in any spelling.
-PUNCTUATION = frozenset(["'", "`", '"', ".", "?", "!", ",", ":", "-", ";"])
+PUNCTUATION = frozenset(["'", "`", "’", "‘", '"', ".", "?", "!", ",", ":", "-", ";"])
 
 _ENTITY = re.compile("&(?:amp|lt|gt|quot|apos|nbsp);")
 _SPELLING = str.maketrans(
     {
-        "’": "'",
-        "‘": "`",
         **dict.fromkeys("“”«»", '"'),
+        **{digit: f" {digit} " for digit in "²³¹"},
         **dict.fromkeys("–—―", " - "),
         "…": " . ",
         "€": " $ ",
@@ -32,6 +32,8 @@ _SPELLING = str.maketrans(
         **dict.fromkeys("\u200b\ufe0f\ufeff", " "),
     }
 )
+# A curly apostrophe stays in its word (o’neil), but clitics have straight ones ('s).
+_CLITIC = re.compile("n’t|’(?:s|ll|ve|re|m|d)")
 _BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
@@ -66,18 +68,20 @@ _TOKEN = re.compile(
             rf"{_W}[\w.+-]{{0,63}}@[\w-]+(?:\.\w+)*",  # an e-mail address
             rf"[@#](?:{_L})\w*",
             rf"</?{_L}[^\s<>]*>",  # mark-up
+            r"(?<!\w)(?:c\+\+|[cf]#)",  # programming languages
             # Clitics, and what they hang on.
-            rf"n't{_END}",
-            rf"'(?:s|ll|ve|re|m|d){_END}",
-            rf"'n'|'n{_END}",  # rock 'n' roll
-            rf"(?<!\w)'(?:em|cause|til|\d\ds?){_END}",
+            rf"n['’]t{_END}",
+            rf"['’](?:s|ll|ve|re|m|d){_END}",
+            rf"['’]n['’]|['’]n{_END}",  # rock 'n' roll
+            rf"(?<!\w)['’](?:em|cause|til|\d\ds?){_END}",
             rf"'t(?=(?:is|was){_END})",
             rf"can(?=not{_END})|(?:gon|wan)(?=na{_END})|got(?=ta{_END})|(?:gim|lem)(?=me{_END})",
-            rf"(?:{_W})+?(?=n't{_END})",
+            rf"(?:{_W})+?(?=n['’]t{_END})",
             # An apostrophe inside a word: O'Brien, d'Angelo, Hawai'i, and y' all.
-            rf"(?:ma'am|ne'er|e'er|c'mon|s'mores){_END}|ol'{_END}|[jy]'(?=(?:{_L}){{2}})",
-            rf"[ol]'(?:{_W}){{2,}}|(?:d|qu)'[aeiou](?:{_W})*|[nc]'est{_END}",
-            rf"(?:{_L})+(?<=[aeiou])'[aeiou](?:{_W})*",
+            rf"(?:ma['’]am|n?e['’]er|c'mon|s'mores){_END}|ol['’]{_END}|[jy]['’](?=(?:{_L}){{2}})",
+            rf"[ol]['’](?:{_W}){{2,}}|(?:d|qu)['’][aeiou](?:{_W})*|[nc]['’]est{_END}",
+            rf"(?:{_L})+(?<=[aeiou])['’][aeiou](?:{_W})*",
+            r"(?<=\w)’(?:s|ll|ve|re|m|d)",  # also where more letters follow: g 'd ay
             # Periods that belong to their word.
             rf"(?:{_any_of(_ABBREVIATIONS)}|(?-i:{_any_of(_STATES)}))\.{_END}",
             rf"(?:{_any_of(_NUMBERED)})\.(?=\s*\d)",
@@ -100,7 +104,9 @@ def tokenize(text: str) -> list[str]:
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     text = _BEYOND_BMP.sub(" ", text.translate(_SPELLING))
     tokens = (_BRACKETS.get(token, token.lower()) for token in _TOKEN.findall(text))
-    return [token for token in tokens if token not in PUNCTUATION]
+    return [
+        token.replace("’", "'") if _CLITIC.fullmatch(token) else token for token in tokens if token not in PUNCTUATION
+    ]
 
 
 def words(caption: str, *, tokenized: bool) -> list[str]:

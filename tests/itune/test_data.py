@@ -194,7 +194,7 @@ BAD_FILES: list[tuple[list[object], str]] = [
     ([{"image": "a.jpg", "captions": ["a", None]}], r"line 1, captions\[1\]: must be a string, not None"),
     ([{"image": "a.jpg", "captions": ["\ud800"]}], r"line 1, captions\[0\]: holds half of a surrogate pair"),
     ([PHOTO | {"split": 1}], "line 1, split: must be a string, not 1"),
-    ([PHOTO | {"id": 1.5}], "line 1, id: must be a string, not 1.5"),
+    ([PHOTO | {"id": 1.5}], "line 1, id: must be a whole number or a name, not 1.5"),
     ([PHOTO | {"id": " "}], "line 1, id: is empty"),
     ([PHOTO | {"split": "dev"}, {"image": "b.jpg", "captions": []}], 'line 2: has no "split", though others have'),
     ([PHOTO | {"split": "dev"}, PHOTO | {"split": "train"}], "line 2: puts a.jpg into 'train', but line 1 into 'dev'"),
@@ -205,7 +205,7 @@ BAD_FILES: list[tuple[list[object], str]] = [
     ([{"images": [3]}], r"images\[0\]: must be an object, not 3"),
     (
         [{"images": [{"file_name": "a.jpg"}], "annotations": []}],
-        r"images\[0\]: has no 'filename' \(this is COCO's annot",
+        r"images\[0\]: has no 'id'",
     ),
     ([{"images": [{"filename": "a.jpg"}]}], r"images\[0\]: has no 'sentences'"),
     ([{"images": [{"filename": "a.jpg", "sentences": ["a"]}]}], r"images\[0\].sentences: must be a list of objects"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from itune.cli.evaluate import main
 from itune.data import Record
 from itune.eager import EagerEngine
 from itune.evaluate import caption_features, caption_records, load_captioner, score_captions, write_results
@@ -76,11 +77,12 @@ def test_command_line(checkpoint_folder: Path, records: list[Record], tmp_path: 
     lines = [{"image": str(r.image), "captions": r.captions, "split": "dev", "id": r.id} for r in records]
     data.write_text("\n".join(map(json.dumps, lines)))
     command = [sys.executable, "-m", "itune.cli.evaluate", checkpoint_folder, "--data", data, "--split", "dev"]
-    options = ["--num-beams", "2", "--max-new-tokens", "5", "-o", tmp_path / "out.json"]
+    options = ["--num-beams", "2", "--max-new-tokens", "5", "--no-java", "-o", tmp_path / "out.json"]
     run = subprocess.run(list(map(str, [*command, *options, "--json"])), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     scores = json.loads(run.stdout)
-    assert scores.keys() == {"cider", "bleu1", "bleu2", "bleu3", "bleu4", "images", "failed"}
+    numbers = {"cider", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice"}
+    assert scores.keys() == numbers | {"images", "failed", "uncaptioned", "missing", "intervals"}
     assert scores["images"] == 5
     assert len(json.loads((tmp_path / "out.json").read_text())) == 5
     refused = subprocess.run(
@@ -88,3 +90,41 @@ def test_command_line(checkpoint_folder: Path, records: list[Record], tmp_path: 
     )
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+def test_a_split_without_references(
+    checkpoint_folder: Path,
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """NoCaps' test split: the file that EvalAI takes, and nothing to score."""
+    info = tmp_path / "nocaps_test_image_info.json"
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no photo")
+    images = [{"id": 10 + i, "file_name": str(path)} for i, path in enumerate([*photos[:3], bad])]
+    info.write_text(json.dumps({"images": images}), encoding="utf-8")
+    output = tmp_path / "evalai.json"
+    command = ["itune-eval", checkpoint_folder, "--data", info, "--split", "test", "--max-new-tokens", "5"]
+
+    def run(*options: object) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", list(map(str, [*command, "--num-beams", 1, *options])))
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return end.value.code, " ".join(captured.err.split())
+
+    assert run("-o", output)[0] in (0, None)
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert [result["image_id"] for result in results] == [10, 11, 12]
+    assert all(result.keys() == {"image_id", "caption"} for result in results)
+    _, said = run("-o", output)
+    assert "3 captions; there are no references to score against" in said
+    assert "EvalAI wants a caption of every photo: 1 could not be read" in said
+    assert run() == (
+        2,
+        f"itune-eval: error: {info}: has no captions to score against; --output FILE writes the file that EvalAI takes",
+    )
+    assert run("-o", output, "--json")[0] == 2

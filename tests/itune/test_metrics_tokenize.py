@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from itune.data import load_records
+from itune.metrics.java import UnavailableError
 from itune.metrics.tokenize import PUNCTUATION, tokenize
+from tests.itune.java_oracle import ptb_lines
 
 JAVA = [
     ("A man's dog can't jump; it won't.", "a man 's dog ca n't jump it wo n't"),
@@ -46,6 +51,12 @@ JAVA = [
     ("naïve café über 北京 Zoë’s cafe\u0301", "naïve café über 北京 zoë 's cafe\u0301"),
     ("hello😀 world ❤️ ★", "hello world ❤ ★"),
     ("soft\u00adhyphen zero\u200bwidth\ttab", "softhyphen zero width tab"),
+    ("C++, C#; F#-sharp C++11 c#5 ABC++ A+", "c++ c# f# sharp c++ 11 c# 5 abc + + a +"),
+    ("O’Neil’s d’Angelo l’eau Hawai’i o’clock y’all", "o’neil 's d’angelo l’eau hawai’i o’clock y’ all"),
+    ("rock’n’roll ’n’ ’em ’90s ’tis the dogs’ ’ll", "rock ’n’ roll ’n’ ’em ’90s tis the dogs 'll"),
+    ("IT’S g’day c’mon can’t’ve ‘hi’ ’ ‘", "it 's g 'd ay c 'm on ca n't 've hi"),
+    ("7a.m. at 7 a.m. or 7p.m. sharp", "7a m. at 7 a.m. or 7p m. sharp"),
+    ("x² 5°C 1½ m³", "x ² 5 ° c 1 1/2 m ³"),
     ("A dog  .  ", "a dog"),
     (". , ! ?", ""),
     ("", ""),
@@ -55,6 +66,26 @@ JAVA = [
 @pytest.mark.parametrize(("text", "expected"), JAVA)
 def test_words_are_those_of_the_java_tokenizer(text: str, expected: str) -> None:
     assert tokenize(text) == expected.split()
+
+
+def test_java_still_says_so() -> None:
+    try:
+        words = ptb_lines([text for text, _ in JAVA if text.strip()])
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    assert words == [expected.split() for text, expected in JAVA if text.strip()]
+
+
+@pytest.mark.slow
+def test_words_of_all_captions(shared_data: Path) -> None:
+    captions = [caption for record in load_records(shared_data / "flickr8k", split=None) for caption in record.captions]
+    assert len(captions) > 30_000
+    try:
+        expected = ptb_lines(captions)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    wrong = [text for text, words in zip(captions, expected, strict=True) if tokenize(text) != words]
+    assert wrong == []
 
 
 def test_the_words_of_a_caption_do_not_depend_on_what_follows_it() -> None:

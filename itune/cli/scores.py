@@ -1,0 +1,223 @@
+"""What itune-eval shows and writes: tables of scores with their intervals, comparisons, JSON, scores per image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import atomic_path
+from ..metrics import SCORES, Difference, Evaluation, compare_groups, evaluate
+from ..metrics.evaluation import ALPHA
+from ..runtime.errors import ItuneError
+from . import common
+
+if TYPE_CHECKING:
+    from ..data import Record
+
+HEADINGS = dict(
+    zip(SCORES, ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "SPICE"), strict=True)
+)
+OVERALL = "overall"
+_DOMAINS = ("in-domain", "near-domain", "out-domain")
+
+Intervals = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One captioner's captions by image id, and what to call it."""
+
+    name: str
+    captions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One captioner's scores: of everything, and of each domain."""
+
+    name: str
+    groups: Mapping[str, Evaluation]
+    intervals: Mapping[str, Intervals]
+
+    @property
+    def overall(self) -> Evaluation:
+        return self.groups[OVERALL]
+
+
+def report(
+    found: Sequence[Captioned],
+    records: Sequence[Record],
+    what: str,
+    *,
+    failed: int,
+    java: bool,
+    json_output: str | None,
+    per_image: Path | None,
+) -> None:
+    """Score one captioner, or compare two, against the records' captions; print and write what was asked for.
+
+    Raises ItuneError for captions of images without references, and for two captioners of different images.
+    """
+    references = {record.id: record.captions for record in records}
+    domains = {record.id: record.domain for record in records}
+    _check_images(found, references)
+    scored = [_score(captioner, references, domains, java=java) for captioner in found]
+    overall = scored[0].overall
+    uncaptioned = len(references) - len(overall.images)
+    if uncaptioned > failed:
+        common.console().print(
+            f"{uncaptioned} of {len(references)} images have no caption and do not count: these are not the scores of "
+            "the whole split",
+            style="yellow",
+            highlight=False,
+        )
+    comparison = compare_groups(scored[0].groups, scored[1].groups) if len(scored) == 2 else None
+    if per_image:
+        _write_per_image(scored, found, domains, per_image)
+    if json_output is not None:
+        content = _as_json(scored[0]) | {"failed": failed, "uncaptioned": uncaptioned, "missing": overall.missing}
+        if comparison is not None:
+            content |= {"captions": scored[0].name, "against": _as_json(scored[1]) | {"captions": scored[1].name}}
+            content["comparison"] = {
+                group: {name: _difference(value) for name, value in differences.items()}
+                for group, differences in comparison.items()
+            }
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        if json_output == "-":
+            print(text)
+            return
+        _write(Path(json_output), text)
+    _print_tables(scored, comparison, what)
+
+
+def _check_images(found: Sequence[Captioned], references: Mapping[str, Sequence[str]]) -> None:
+    for captioner in found:
+        if unknown := [image for image in captioner.captions if image not in references]:
+            raise ItuneError(
+                f"{captioner.name}: {len(unknown)} of its {len(captioner.captions)} images have no reference captions "
+                f"(the first: {unknown[0]!r}); give the references, and the --split, that they belong to"
+            )
+    if len(found) == 2:
+        first, second = found
+        for here, there in ((first, second), (second, first)):
+            if alone := [image for image in here.captions if image not in there.captions]:
+                raise ItuneError(
+                    f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); "
+                    "only captions of the same images can be compared"
+                )
+
+
+def _score(
+    captioner: Captioned, references: Mapping[str, Sequence[str]], domains: Mapping[str, str | None], *, java: bool
+) -> _Scored:
+    """In the order of the references, so that two captioners' images are paired."""
+    captions = {image: captioner.captions[image] for image in references if image in captioner.captions}
+    overall = evaluate(captions, references, java=java)
+    present = {domains[image] for image in captions} - {None}
+    names = [name for name in _DOMAINS if name in present] + sorted(str(name) for name in present - set(_DOMAINS))
+    groups = {name: overall.select([image for image in captions if domains[image] == name]) for name in names}
+    groups[OVERALL] = overall
+    return _Scored(captioner.name, groups, {name: group.intervals() for name, group in groups.items()})
+
+
+def _as_json(scored: _Scored) -> dict[str, Any]:
+    values = {name: _group_json(group, scored.intervals[name]) for name, group in scored.groups.items()}
+    overall = values.pop(OVERALL)
+    return overall | ({"domains": values} if values else {})
+
+
+def _group_json(group: Evaluation, intervals: Intervals) -> dict[str, Any]:
+    scores = group.scores()
+    return {name: scores.get(name) for name in SCORES} | {"images": len(group.images), "intervals": dict(intervals)}
+
+
+def _difference(value: Difference) -> dict[str, Any]:
+    return {
+        "difference": value.difference,
+        "interval": [value.low, value.high],
+        "p": value.p,
+        "p_holm": value.p_holm,
+        "significant": value.significant,
+    }
+
+
+def _write_per_image(
+    scored: Sequence[_Scored], found: Sequence[Captioned], domains: Mapping[str, str | None], path: Path
+) -> None:
+    lines = []
+    for captioner, own in zip(found, scored, strict=True):
+        scores = own.overall.per_image()
+        for row, image in enumerate(own.overall.images):
+            value: dict[str, Any] = {"captions": captioner.name} if len(found) > 1 else {}
+            value |= {"image_id": image, "caption": captioner.captions[image]}
+            value |= {"domain": domains[image]} if domains[image] else {}
+            value |= {name: float(scores[name][row]) for name in SCORES if name in scores}
+            lines.append(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    _write(path, "\n".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _print_tables(
+    scored: Sequence[_Scored], comparison: Mapping[str, Mapping[str, Difference]] | None, what: str
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    overall = scored[0].overall
+    names = [name for name in SCORES if all(name in own.overall.names for own in scored)]
+    labels = [Path(own.name).name for own in scored]
+    if len(set(labels)) < len(labels):
+        labels = [own.name for own in scored]
+    title = " against ".join(labels)
+    table = Table(
+        title=f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    several = len(scored) > 1 or len(scored[0].groups) > 1
+    for heading in [*([""] if several else []), *(HEADINGS[name] for name in names)]:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    for group, evaluation in scored[0].groups.items():
+        label = f"{group} ({len(evaluation.images)})" if len(scored[0].groups) > 1 else ""
+        for own, name in zip(scored, labels, strict=True):
+            row = _score_cells(own.groups[group], own.intervals[group], names)
+            head = " ".join(part for part in (label, name if len(scored) > 1 else "") if part)
+            table.add_row(*([head] if several else []), *row)
+        if comparison is not None:
+            table.add_row("difference", *(_difference_cell(comparison[group][name]) for name in names), style="bold")
+            table.add_section()
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # of the 80 that rich takes for a file's, the columns need more
+    console.print(table)
+    if comparison is not None:
+        tests = sum(len(differences) for differences in comparison.values())
+        console.print(
+            f"difference: second less first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
+            f"Holm's correction for {tests} scores)",
+            markup=False,
+        )
+    for name, reason in {**scored[-1].overall.missing, **overall.missing}.items():
+        common.console().print(
+            f"{HEADINGS[name]}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _score_cells(evaluation: Evaluation, intervals: Intervals, names: Sequence[str]) -> list[str]:
+    scores = evaluation.scores()
+    bounds = [tuple(f"{100 * bound:.1f}" for bound in intervals[name]) for name in names]
+    return [f"{100 * scores[name]:.2f}\n{low}-{high}" for name, (low, high) in zip(names, bounds, strict=True)]
+
+
+def _difference_cell(value: Difference) -> str:
+    if not value.significant:
+        return "-"
+    return f"{100 * value.difference:+.2f}\n{100 * value.low:+.1f} to {100 * value.high:+.1f}"

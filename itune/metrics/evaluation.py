@@ -1,0 +1,119 @@
+"""All scores of a set of captions: CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L, SPICE, with what is missing and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from .bleu import bleu_metric
+from .cider import CiderD, check_references, check_same_images
+from .java import UnavailableError
+from .meteor import Pair, meteor
+from .rouge import rouge_l
+from .spice import spice
+from .statistics import Difference, Floats, Metric, bootstrap, compare, holm, interval, mean_metric
+from .tokenize import words
+
+SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice")
+"""Every score, in the order of papers' tables."""
+ALPHA = 0.05
+"""The chance of showing any difference at all between captioners that are equally good."""
+
+NO_JAVA = "left out, as it needs Java"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The scores of a set of captions; `missing` says of each score that could not be computed why.
+
+    Scores keep the COCO code's scale: CIDEr-D from 0 to 10, the others from 0 to 1.
+    """
+
+    images: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    missing: dict[str, str]
+    pairs: tuple[Pair, ...] = field(repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The scores that there are, in the order of `metrics`."""
+        return [name for metric in self.metrics for name in metric.names]
+
+    def scores(self) -> dict[str, float]:
+        """The corpus scores."""
+        return dict(zip(self.names, np.concatenate([m.scores() for m in self.metrics]).tolist(), strict=True))
+
+    def per_image(self) -> dict[str, Floats]:
+        """The scores of each image's caption, [images] each; BLEU and METEOR of a corpus are not their mean."""
+        return dict(zip(self.names, np.concatenate([m.per_image() for m in self.metrics], 1).T, strict=True))
+
+    def intervals(self, *, samples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """95 % intervals: what the scores would be on other images of the same kind (bootstrap over images)."""
+        bounds = interval(bootstrap(self.metrics, samples=samples, seed=seed))
+        return {name: (float(low), float(high)) for name, (low, high) in zip(self.names, bounds, strict=True)}
+
+    def select(self, images: Sequence[str]) -> Evaluation:
+        """The evaluation of some of the images as a set of its own, with its own document frequencies in CIDEr-D."""
+        place = {image: row for row, image in enumerate(self.images)}
+        rows = [place[image] for image in images]
+        pairs = tuple(self.pairs[row] for row in rows)
+        metrics = tuple(_cider(images, pairs) if m.names == ("cider",) else m.select(rows) for m in self.metrics)
+        return Evaluation(tuple(images), metrics, self.missing, pairs)
+
+
+def evaluate(
+    candidates: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    java: bool = True,
+    tokenized: bool = False,
+) -> Evaluation:
+    """Score one caption per image against its references, both by image id, by every score that can be had here.
+
+    Only the references of the captioned images count. Without `java`, METEOR and SPICE are left out.
+    Raises ItuneError where a captioned image has no references.
+    """
+    check_same_images(candidates, references.keys() & candidates.keys())
+    references = check_references({image: references[image] for image in candidates})
+    pairs = tuple(
+        (words(text, tokenized=tokenized), [words(caption, tokenized=tokenized) for caption in references[image]])
+        for image, text in candidates.items()
+    )
+    metrics = [_cider(tuple(candidates), pairs), bleu_metric(pairs)]
+    missing = {}
+    for name, compute in (("meteor", meteor), ("spice", spice)):
+        if not java:
+            missing[name] = NO_JAVA
+            continue
+        try:
+            metrics.append(compute(pairs))
+        except UnavailableError as error:
+            missing[name] = str(error)
+    metrics.append(mean_metric("rouge_l", [rouge_l(*pair) for pair in pairs]))
+    metrics.sort(key=lambda metric: SCORES.index(metric.names[0]))
+    return Evaluation(tuple(candidates), tuple(metrics), missing, pairs)
+
+
+def compare_groups(
+    first: Mapping[str, Evaluation], second: Mapping[str, Evaluation], *, seed: int = 0
+) -> dict[str, dict[str, Difference]]:
+    """Compare two captioners on the same groups of images; p-values are corrected for all groups' scores together."""
+    found = {}
+    for group, evaluation in first.items():
+        # Java may have failed on one side only.
+        both = set(evaluation.names) & set(second[group].names)
+        a, b = ([m for m in side.metrics if m.names[0] in both] for side in (evaluation, second[group]))
+        found[group] = compare(a, b, seed=seed)
+    places = [(group, name) for group, differences in found.items() for name in differences]
+    for (group, name), p in zip(places, holm([found[group][name].p for group, name in places]), strict=True):
+        found[group][name] = replace(found[group][name], p_holm=p, significant=p < ALPHA)
+    return found
+
+
+def _cider(images: Sequence[str], pairs: Sequence[Pair]) -> Metric:
+    texts = {image: " ".join(candidate) for image, (candidate, _) in zip(images, pairs, strict=True)}
+    references = {image: [" ".join(r) for r in refs] for image, (_, refs) in zip(images, pairs, strict=True)}
+    scores = CiderD(references, tokenized=True).per_image(texts)
+    return mean_metric("cider", [scores[image] for image in images])
