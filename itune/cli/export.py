@@ -105,8 +105,8 @@ def export(
         str | None,
         typer.Option(
             metavar="ROWSxCOLUMNS",
-            help="How an ONNX tower's last embeddings lie in the image, row by row, for heatmaps. [default: a CLIP tower's "
-            "own; the square that all of them make, or all but a CLS]",
+            help="How an ONNX tower's last embeddings lie in the image, row by row, for heatmaps. [default: a CLIP "
+            "tower's own; the square that all of them make, or all but a CLS]",
         ),
     ] = None,
     images: Annotated[
