@@ -57,11 +57,14 @@ class AttentionReader(OnnxRuntimeEngine):
             graph = path.read_bytes() + more_outputs(layers.values())
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-        reader = cls(
-            open_session(bundle.path(vision.file), count),
-            open_session(path, count, graph=graph),
-            manifest.tokens.candidates,
-        )
+        try:
+            attentive = open_session(path, count, graph=graph)
+        except BundleError as error:
+            raise BundleError(
+                f"{error} (heatmaps read the adapters' attention from its {next(iter(layers.values()))}); export the "
+                f"bundle again"
+            ) from None
+        reader = cls(open_session(bundle.path(vision.file), count), attentive, manifest.tokens.candidates)
         reader.heads, reader.layers = manifest.decoder.adapter_heads, layers
         return reader
 
