@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
@@ -24,31 +25,24 @@ class Heatmaps:
     Each figure appears whole, and the JSON file once all images are done.
     """
 
-    def __init__(self, figures: Path | None, numbers: Path | None, layer: str | None, images: int) -> None:
+    def __init__(self, figures: Path | None, numbers: Path | None, layer: str | None, images: Sequence[str]) -> None:
         """`figures`: a file, or a folder with a figure for each of the `images`; `numbers`: a file of JSON lines.
 
         Raises:
             ItuneError: the options contradict each other, or a path cannot be written.
         """
         self.figures, self.numbers, self.layer = figures, numbers, layer or "last"
-        self._taken: set[str] = set()
+        self._paths: list[Path] = []
         self._stack = ExitStack()
         self._lines: TextIO | None = None
         if figures is None and numbers is None and layer is not None:
             raise ItuneError("--heatmap-layer is for --heatmap or --heatmap-json: give one of them, too")
         if numbers is not None:
             _check_writable("--heatmap-json", numbers)
-        if figures is None:
-            return
-        self._single = not figures.is_dir() and figures.suffix != ""
-        if not self._single:
-            _make_folder("--heatmap", figures)
-            return
-        if figures.suffix.lower() not in FORMATS:
-            raise ItuneError(f"--heatmap {figures}: the name of a figure ends in {', '.join(FORMATS)}")
-        if images > 1:
-            raise ItuneError(f"--heatmap {figures} is one figure, but there are {images} images: name a folder")
-        _check_writable("--heatmap", figures)
+            _keep_photos("--heatmap-json", [numbers], images)
+        if figures is not None:
+            self._paths = _figure_paths(figures, images)
+            _keep_photos("--heatmap", self._paths, images)
 
     def __bool__(self) -> bool:
         """Whether any are wanted."""
@@ -63,27 +57,46 @@ class Heatmaps:
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
-    def add(self, captioner: Captioner, name: str, image: Source, caption: Caption) -> None:
-        """Write what a caption looked at in the image that is called `name`."""
+    def add(self, captioner: Captioner, number: int, name: str, image: Source, caption: Caption) -> None:
+        """Write what a caption looked at in the image with this number, from 0, and name."""
         from ..runtime.heatmap import draw_heatmap
 
         explanation = captioner.explain(image, caption, layer=self.layer)
         if self.figures is not None:
-            path = self.figures if self._single else self.figures / self._figure_name(name)
+            path = self._paths[number]
             with atomic_path(path) as temporary:
                 draw_heatmap(explanation).save(temporary, FORMATS[path.suffix.lower()], quality=92)
         if self._lines is not None:
             self._lines.write(json.dumps({"image": name, **explanation.to_dict()}) + "\n")
 
-    def _figure_name(self, name: str) -> str:
-        """The image's own, with a number behind it where another image's figure has that."""
-        stem = free = "stdin" if name == "-" else Path(name).stem
+
+def _figure_paths(figures: Path, images: Sequence[str]) -> list[Path]:
+    """Where the figure of every image goes: in a folder it has the image's name, numbered if another one has it."""
+    if figures.suffix and not figures.is_dir():
+        if figures.suffix.lower() not in FORMATS:
+            raise ItuneError(f"--heatmap {figures}: the name of a figure ends in {', '.join(FORMATS)}")
+        if len(images) > 1:
+            raise ItuneError(f"--heatmap {figures} is one figure, but there are {len(images)} images: name a folder")
+        _check_writable("--heatmap", figures)
+        return [figures]
+    _make_folder("--heatmap", figures)
+    names: dict[str, None] = {}
+    for image in images:
+        stem = free = "stdin" if image == "-" else Path(image).stem
         number = 1
-        while free in self._taken:
+        while free in names:
             number += 1
             free = f"{stem}-{number}"
-        self._taken.add(free)
-        return f"{free}.png"
+        names[free] = None
+    return [figures / f"{name}.png" for name in names]
+
+
+def _keep_photos(option: str, paths: Sequence[Path], images: Sequence[str]) -> None:
+    """Raise ItuneError if a path is one of the images."""
+    photos = {os.path.realpath(image) for image in images}
+    for path in paths:
+        if os.path.realpath(path) in photos:
+            raise ItuneError(f"{option} would replace the photo {path}: name another place")
 
 
 def _check_writable(option: str, path: Path) -> None:

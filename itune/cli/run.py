@@ -81,7 +81,7 @@ def run(
     sources = expand(images)
     from .heatmap import Heatmaps
 
-    heatmaps = Heatmaps(heatmap, heatmap_json, heatmap_layer, len(sources))
+    heatmaps = Heatmaps(heatmap, heatmap_json, heatmap_layer, sources)
     from ..runtime.captioner import Captioner
     from ..runtime.errors import ImageError
 
@@ -124,7 +124,7 @@ def run(
             else:
                 common.emit(f"{name}\t{result.caption}" if named else result.caption, beside_progress=several)
             if heatmaps and not isinstance(result, ImageError):
-                heatmaps.add(captioner, name, image, result)
+                heatmaps.add(captioner, done - 1, name, image, result)
             update(done, len(sources))
     return 1 if failures else 0
 
