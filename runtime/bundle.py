@@ -85,7 +85,7 @@ class Graph(Settings):
     """One graph file, what it does, and what can run it."""
 
     role: str
-    """"vision", "decoder", "decoder-heatmap"..."""
+    """"vision" or "decoder"."""
     engine: str
     """"any" (standard ONNX operators), "onnxruntime" or "tensorrt"."""
     precision: str

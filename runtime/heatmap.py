@@ -48,7 +48,7 @@ def draw_heatmap(explanation: Explanation, width: int = WIDTH) -> Image.Image:
     heats = explanation.patches
     most = float(heats.max()) if heats.size else 0.0
     tiles = [view, *(_overlay(view, heat / (most or 1.0)) for heat in heats)]
-    for i, (tile, word) in enumerate(zip(tiles, ("photo", *explanation.tokens), strict=True)):
+    for i, (tile, word) in enumerate(zip(tiles, ("photo", *_labels(explanation)), strict=True)):
         row, place = divmod(i, columns)
         x, y = margin + place * (column + gap), top + row * pitch
         canvas.paste(tile, (x + (column - tile.width) // 2, y))
@@ -56,6 +56,17 @@ def draw_heatmap(explanation: Explanation, width: int = WIDTH) -> Image.Image:
         draw.text(position, _fit(word, font, column), INK if i else FAINT, font, "mm")
     _legend(draw, canvas, explanation, most, (margin, top + rows * pitch + round(1.1 * small)), scale)
     return canvas
+
+
+def _labels(explanation: Explanation) -> list[str]:
+    """The tokens, with a hyphen before one that goes on with the word of the last."""
+    labels, end = [], 0
+    for token in explanation.tokens:
+        start = explanation.caption.find(token, end)
+        joined = token[:1].isalnum() and start == end > 0
+        labels.append(f"-{token}" if joined else token)
+        end = start + len(token) if start >= 0 else end
+    return labels
 
 
 def _view(explanation: Explanation, column: int, most_height: int) -> Image.Image:

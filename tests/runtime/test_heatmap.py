@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from itune.cli import run as command
 from itune.runtime.attention import more_outputs
 from itune.runtime.bundle import default_bundle, square_grid
 from itune.runtime.explanation import Explanation
-from itune.runtime.heatmap import GAP, MARGIN, draw_heatmap
+from itune.runtime.heatmap import GAP, MARGIN, _labels, draw_heatmap
 from itune.runtime.image import preprocess, seen_box
 from itune.runtime.settings import ImageSettings
 from tests.conftest import REPOSITORY, random_photo
@@ -93,6 +94,13 @@ def test_the_figure_is_warm_where_a_token_looks() -> None:
         assert tile[int((row + 0.5) / 4 * height), int((place + 0.5) / 4 * column)] > 40
         assert tile[int(0.4 * height), int(0.4 * column)] < 20  # nobody looks at the middle
     assert abs(warmth[top : top + height, MARGIN : MARGIN + column]).max() == 0
+
+
+def test_labels_tell_the_pieces_of_a_word() -> None:
+    shown = replace(explanation(np.ones((5, 16)), ("a", "tow", "er", ",", "red"), (9, 9)), caption="a tower, red")
+    assert _labels(shown) == ["a", "tow", "-er", ",", "red"]
+    letters = replace(shown, caption="a \N{SNOWMAN}er, red", tokens=("a", "\ufffd", "\ufffd", "er", "red"))
+    assert _labels(letters) == ["a", "\ufffd", "\ufffd", "er", "red"]
 
 
 @pytest.mark.parametrize("width", [320, 1280])
