@@ -16,7 +16,7 @@ from itune import Captioner, draw_heatmap
 
 DOCS = Path(__file__).parent
 BOXES = DOCS.parent / "benchmarks" / "attention_boxes.json"
-OWN, FORCED = "camera", ("coffee", "flower")
+OWN, FORCED = "camera", ("coffee", "ascent")
 WIDTH, COLOURS = 960, 128  # so few that each file is small
 
 
