@@ -14,7 +14,7 @@ from onnx import ValueInfoProto, helper
 from pydantic import ValidationError
 
 from .. import __version__
-from ..backbones import ClipTower
+from ..backbones import ClipTower, VisionTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
 from ..evaluate import eager_captioner
 from ..methods import LoadedCheckpoint
@@ -27,10 +27,12 @@ from ..runtime.bundle import (
     RestoreSettings,
     SearchDefaults,
     TensorSpec,
+    square_grid,
 )
 from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
+from ..runtime.settings import Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph import Graph
 from .methods import build_decoder, build_vision, decoder_settings
@@ -62,6 +64,7 @@ def export_bundle(
     card: Path | None = None,
     search: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    patches: Size | None = None,
     plans: PlanOptions | None = None,
     verify: bool = True,
     images: Path | None = None,
@@ -75,7 +78,8 @@ def export_bundle(
     for int4: four bits neither speed a tower up nor leave it as it was (for plans, see `PlanWriter.for_tower`).
     `license` is that of the weights; `card` takes the place of the generated model card; `search` are search defaults
     that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
-    shortlist of tokens, and such a bundle cannot be restored; with `plans` the graphs are such as TensorRT takes, and
+    shortlist of tokens, and such a bundle cannot be restored; `patches` are the (rows, columns) of an ONNX tower that
+    cannot be told from their number (see `Manifest.patches`); with `plans` the graphs are such as TensorRT takes, and
     its plans of them are in the bundle, too; `images` is a folder of photos for the verification; `progress` is told
     every stage, and `report` what the verification measured.
 
@@ -91,6 +95,7 @@ def export_bundle(
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
+        manifest = manifest.model_copy(update={"patches": _patches(loaded.tower, patches)})
         token_ids = None
         if vocabulary is not None:
             token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
@@ -241,6 +246,24 @@ def _describe(
         ),
         license=license or default_license(config.language_model.source, config.vision.source),
     )
+
+
+def _patches(tower: VisionTower, given: Size | None) -> Size | None:
+    """How a tower's last embeddings lie in the image; None if nobody knows."""
+    if isinstance(tower, ClipTower):
+        own = square_grid(tower.tokens - 1)
+        if given not in (None, own):
+            raise ItuneError(
+                f"--patch-grid {_times(given)} contradicts the CLIP tower, whose patches are {_times(own)}"
+            )
+        return own
+    if given and given[0] * given[1] > tower.tokens:
+        raise ItuneError(f"--patch-grid {_times(given)}: the vision tower gives {tower.tokens} embeddings only")
+    return given or square_grid(tower.tokens)
+
+
+def _times(grid: Size | None) -> str:
+    return "x".join(map(str, grid or ()))
 
 
 def _shortlisted(manifest: Manifest, vocabulary: Vocabulary, size: int) -> Manifest:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .runtime import Caption, Captioner, ItuneError
+    from .runtime import Caption, Captioner, Explanation, ItuneError, draw_heatmap
 
-__all__ = ["Caption", "Captioner", "ItuneError"]
+__all__ = ["Caption", "Captioner", "Explanation", "ItuneError", "draw_heatmap"]
 __version__ = "0.1.0"
 
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .captioner import Candidate, Caption, Captioner
     from .errors import BundleError, EngineError, ImageError, ItuneError, SearchError
+    from .explanation import Explanation
+    from .heatmap import draw_heatmap
 
 _MODULES = {
     "Bundle": ".bundle",
@@ -17,9 +19,11 @@ _MODULES = {
     "Caption": ".captioner",
     "Captioner": ".captioner",
     "EngineError": ".errors",
+    "Explanation": ".explanation",
     "ImageError": ".errors",
     "ItuneError": ".errors",
     "SearchError": ".errors",
+    "draw_heatmap": ".heatmap",
 }
 __all__ = [
     "Bundle",
@@ -28,9 +32,11 @@ __all__ = [
     "Caption",
     "Captioner",
     "EngineError",
+    "Explanation",
     "ImageError",
     "ItuneError",
     "SearchError",
+    "draw_heatmap",
 ]
 
 

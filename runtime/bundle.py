@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import BundleError
-from .settings import ImageSettings, Method, Settings, TextSettings
+from .settings import ImageSettings, Method, Settings, Size, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -84,7 +85,7 @@ class Graph(Settings):
     """One graph file, what it does, and what can run it."""
 
     role: str
-    """"vision", "decoder", "decoder-heatmap"..."""
+    """"vision" or "decoder"."""
     engine: str
     """"any" (standard ONNX operators), "onnxruntime" or "tensorrt"."""
     precision: str
@@ -206,6 +207,9 @@ class Manifest(Settings):
     tokens: TokenSettings
     decoder: DecoderSettings
     search: SearchDefaults = SearchDefaults()
+    patches: Size | None = None
+    """(rows, columns) of the image's patches, which the last visual tokens stand for, row by row; those before them
+    (CLS, registers) have no place. None: not told by the export, see `patch_grid`."""
     files: dict[FileName, FileHash]
     """Every file of the bundle but the manifest itself."""
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -213,9 +217,29 @@ class Manifest(Settings):
     license: str
     """Of the weights, which is not the code's."""
 
+    @model_validator(mode="after")
+    def _patches_are_tokens(self) -> Self:
+        if self.patches and self.patches[0] * self.patches[1] > self.decoder.visual_tokens:
+            raise ValueError(f"patches {self.patches} are more than the {self.decoder.visual_tokens} visual tokens")
+        return self
+
+    @property
+    def patch_grid(self) -> Size | None:
+        """`patches`, or the square that all visual tokens make, or all but a CLS; None if they make none."""
+        return self.patches or square_grid(self.decoder.visual_tokens)
+
     def to_json(self) -> str:
         """The text of `bundle.json`."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def square_grid(visual_tokens: int) -> Size | None:
+    """The grid of a tower that gives a square of patches, alone or behind a CLS; None if it does not."""
+    for patches in (visual_tokens, visual_tokens - 1):
+        side = isqrt(patches)
+        if side and side * side == patches:
+            return side, side
+    return None
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ Nothing here knows which engine runs: a bundle's graphs and the eager PyTorch re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
 from .search import SearchConfig, search
 from .settings import ImageSettings
+
+if TYPE_CHECKING:
+    from .explanation import Explainer, Explanation, Layer
 
 ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
 """The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
@@ -117,6 +121,8 @@ class Captioner:
         workers: int = 1,
         engine_name: str = "",
         engine_notice: str | None = None,
+        bundle: Bundle | None = None,
+        threads: int | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -128,6 +134,12 @@ class Captioner:
         """Which of ENGINES runs the model."""
         self.engine_notice = engine_notice
         """What is worth telling about how "auto" chose it, as a sentence; None if nothing is."""
+        self.bundle = bundle
+        """What was loaded; None for a model that is no bundle, such as a checkpoint in PyTorch."""
+        self.threads = threads
+        """Of the engine; None is its choice."""
+        self._explainer: Explainer | None = None
+        self._loading = threading.Lock()
 
     @classmethod
     def load(cls, folder: str | Path | None = None, *, engine: str = "auto", threads: int | None = None) -> Captioner:
@@ -166,6 +178,8 @@ class Captioner:
             workers,
             loaded.name,
             loaded.notice,
+            bundle,
+            threads,
         )
 
     @overload
@@ -226,6 +240,47 @@ class Captioner:
         if workers < 0:
             raise ItuneError(f"workers must be at least 0, not {workers}")
         return self._stream(images, batch_size, workers, self._config(options))
+
+    @property
+    def explainer(self) -> Explainer:
+        """What `explain` reads attention with, loaded once it is asked for; raises as that does."""
+        with self._loading:
+            if self._explainer is None:
+                if self.bundle is None:
+                    raise ItuneError("attention is read from a bundle, and this model is none: export it first")
+                from .explanation import Explainer
+
+                self._explainer = Explainer.load(self.bundle, self.tokenizer, self.threads)
+            return self._explainer
+
+    def explain(
+        self,
+        image: Source,
+        caption: Caption | str | None = None,
+        *,
+        layer: Layer = "last",
+        **options: Unpack[SearchOptions],
+    ) -> Explanation:
+        """What the adapters look at while the model writes a caption of an image: a heatmap for every token.
+
+        The caption is the search's, with `options`, unless `caption` is given: a result, or a text of yours that the
+        model is made to write. Either way its tokens go through the decoder once, on the CPU, whichever engine
+        captions: the bundle's ONNX graphs are loaded for it on the first call. `layer` is a decoder layer with an
+        adapter, "last" of them, or their "mean". `draw_heatmap` makes a figure of the result.
+
+        Raises:
+            ImageError: the image cannot be decoded.
+            BundleError: nothing in the bundle shows attention (TensorRT plans alone, a method without adapters), or
+                it does not tell where its visual tokens lie in the image.
+            ItuneError: there is no adapter on `layer`, or the model cannot write `caption`.
+        """
+        explainer = self.explainer
+        explainer.reader.choose(layer)
+        photo = decode(image)
+        if caption is None:
+            caption = self.caption(photo, **options)
+        tokens = explainer.encode(caption) if isinstance(caption, str) else caption.tokens
+        return explainer.explain(photo, tokens, layer)
 
     def _stream(
         self, images: Iterable[T], batch_size: int, workers: int, config: SearchConfig

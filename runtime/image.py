@@ -70,17 +70,33 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:
     """Resize an RGB image and crop its centre (padding with black what is missing) -> uint8 [H, W, 3]."""
+    size, box = _placement(image.size, settings)
+    resized = image.resize(size, Image.Resampling[settings.interpolation.upper()])
+    return np.array(resized.crop(box), dtype=np.uint8)
+
+
+def seen_box(size: tuple[int, int], settings: ImageSettings) -> tuple[float, float, float, float]:
+    """What the tower sees of a photo of `size` = (width, height): left, top, right, bottom in the photo's pixels.
+
+    Negative, or beyond the size, where `preprocess` pads.
+    """
+    resized, box = _placement(size, settings)
+    x, y = size[0] / resized[0], size[1] / resized[1]
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+
+def _placement(size: tuple[int, int], settings: ImageSettings) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """(width, height) that a photo of `size` is resized to, and the box that is cropped out of it then."""
     height, width = settings.size
     if settings.resize == "shortest_edge":
         short = settings.size[0]
-        if image.width <= image.height:
-            width, height = short, int(short * image.height / image.width)
+        if size[0] <= size[1]:
+            width, height = short, int(short * size[1] / size[0])
         else:
-            width, height = int(short * image.width / image.height), short
-    resized = image.resize((width, height), Image.Resampling[settings.interpolation.upper()])
+            width, height = int(short * size[0] / size[1]), short
     crop_height, crop_width = settings.output_size
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return np.array(resized.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
+    return (width, height), (left, top, left + crop_width, top + crop_height)
 
 
 class _Decoding(threading.local):

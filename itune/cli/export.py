@@ -101,6 +101,14 @@ def export(
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Captions for --vocabulary N (their train split).")] = None,
+    patch_grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWSxCOLUMNS",
+            help="How an ONNX tower's last embeddings lie in the image, row by row, for heatmaps. [default: a CLIP "
+            "tower's own; the square that all of them make, or all but a CLS]",
+        ),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder of photos to verify the graphs on, too.")
     ] = None,
@@ -168,6 +176,7 @@ def export(
             card=model_card,
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
             vocabulary=None if vocabulary is None else Vocabulary.read(vocabulary, data),
+            patches=None if patch_grid is None else _parse_grid(patch_grid),
             plans=plans,
             verify=not no_verify,
             images=images,
@@ -196,6 +205,7 @@ _ONLY_EXPORT = {
     "calibration_data": "--calibration-data",
     "vocabulary": "--vocabulary",
     "data": "--data",
+    "patch_grid": "--patch-grid",
     "images": "--images",
     "no_verify": "--no-verify",
 }
@@ -217,6 +227,13 @@ def _check_flags(given: dict[str, object]) -> None:
     for field, flag in _ONLY_EXPORT.items():
         if given[field] not in (None, False):
             raise ItuneError(f"{flag} contradicts --restore, which takes a bundle apart as it is")
+
+
+def _parse_grid(text: str) -> tuple[int, int]:
+    rows, _, columns = text.lower().replace("×", "x").partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise ItuneError(f"--patch-grid {text!r} is not ROWSxCOLUMNS, such as 9x9")
+    return int(rows), int(columns)
 
 
 def main() -> None:

@@ -56,6 +56,19 @@ def run(
     workers: Annotated[
         int | None, typer.Option(help="Threads that read images ahead; default: threads less one, at most 4.")
     ] = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG|FOLDER", help="Draw what the adapters look at for each token; several images take a folder."
+        ),
+    ] = None,
+    heatmap_layer: Annotated[
+        str | None,
+        typer.Option(metavar="last|mean|N", help="Decoder layer of the heatmap, or the mean of all. [default: last]"),
+    ] = None,
+    heatmap_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the heatmap's numbers, one JSON object a line and image.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     _version: common.Version = False,
 ) -> int:
@@ -66,6 +79,9 @@ def run(
     status is 1 if an image could not be read, after all others were captioned.
     """
     sources = expand(images)
+    from .heatmap import Heatmaps
+
+    heatmaps = Heatmaps(heatmap, heatmap_json, heatmap_layer, sources)
     from ..runtime.captioner import Captioner
     from ..runtime.errors import ImageError
 
@@ -73,6 +89,8 @@ def run(
     captioner = Captioner.load(bundle, engine=engine, threads=threads)
     if captioner.engine_notice:
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
+    if heatmaps:
+        captioner.explainer.reader.choose(heatmaps.layer)  # what cannot be shown is told before anything is captioned
     if STDIN in sources:
         workers = 0  # reading ahead would wait for stdin before it captions what comes first
     results = captioner.stream(
@@ -95,8 +113,8 @@ def run(
     several = len(sources) > 1
     named = several or sources != images  # even the only file of a folder has its name printed
     failures = 0
-    with common.progress("images", enabled=several) as update:
-        for done, (name, (_, result)) in enumerate(zip(sources, results, strict=True), 1):
+    with heatmaps, common.progress("images", enabled=several) as update:
+        for done, (name, (image, result)) in enumerate(zip(sources, results, strict=True), 1):
             failures += isinstance(result, ImageError)
             if as_json:
                 record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
@@ -105,6 +123,8 @@ def run(
                 print(f"itune-run: {result}", file=sys.stderr)
             else:
                 common.emit(f"{name}\t{result.caption}" if named else result.caption, beside_progress=several)
+            if heatmaps and not isinstance(result, ImageError):
+                heatmaps.add(captioner, done - 1, name, image, result)
             update(done, len(sources))
     return 1 if failures else 0
 

@@ -88,6 +88,13 @@ class OnnxRuntimeEngine:
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> Candidates:
         """One step of the decoder (see `Engine.step`)."""
+        named = self.forward(tokens, parents, state, k, mask=mask)
+        return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
+
+    def forward(
+        self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
+    ) -> dict[str, ort.OrtValue]:
+        """The same step, but all outputs of the decoder graph by their names."""
         state.rows = len(tokens)
         real = np.ones(tokens.shape, np.bool_) if mask is None else mask
         if tokens.size < self.least_rows:
@@ -110,7 +117,7 @@ class OnnxRuntimeEngine:
         named = self._run(self.decoder, self._outputs, values | state.past | state.visual)
         state.mask = real
         state.past = {name: named[name.replace(_PAST, "present.")] for name in self._caches}
-        return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
+        return named
 
     def _run(
         self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
@@ -119,10 +126,13 @@ class OnnxRuntimeEngine:
         return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
 
 
-def open_session(path: Path, threads: int, *, vnni: bool | None = None, device: str = "cpu") -> ort.InferenceSession:
+def open_session(
+    path: Path, threads: int, *, vnni: bool | None = None, device: str = "cpu", graph: bytes | None = None
+) -> ort.InferenceSession:
     """A session over a graph file; raises BundleError if ONNX Runtime cannot load it.
 
-    `vnni` None is found out: see `has_vnni`. `device` "cuda" keeps the CPU for what has no CUDA kernel, and falls back
+    `graph` takes the place of what is in the file, beside which its external weights are. `vnni` None is found out: see
+    `has_vnni`. `device` "cuda" keeps the CPU for what has no CUDA kernel, and falls back
     to it silently where CUDA does not work.
     """
     options = ort.SessionOptions()
@@ -135,9 +145,11 @@ def open_session(path: Path, threads: int, *, vnni: bool | None = None, device: 
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not (has_vnni() if vnni is None else vnni):
         options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 by uint8: slower, and exact
+    if graph is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     providers = [*(["CUDAExecutionProvider"] if device == "cuda" else []), "CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        return ort.InferenceSession(path if graph is None else graph, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().split("\n")[0]
         raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None

@@ -137,12 +137,12 @@ def pixels() -> NDArray[np.uint8]:
     return np.stack([*noise, ramp.astype(np.uint8), stripes.astype(np.uint8), *large])
 
 
-def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str = "") -> Path:
+def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str = "", heads: int = 2) -> Path:
     """Write a checkpoint of random adapters."""
     torch.manual_seed(4)
     language, vision = load_language_model(str(language_model)), load_vision_tower(str(tower))
     adapters = AdapterConfig(
-        hidden_size=64, visual_width=vision.width, bottleneck=32, heads=2, lambda_=2.5, score_scale=0.4
+        hidden_size=64, visual_width=vision.width, bottleneck=32, heads=heads, lambda_=2.5, score_scale=0.4
     )
     model = ITuningModel(language.model, adapters, first_adapter_layer=1)
     randomize(model.adapters)

@@ -1,0 +1,147 @@
+"""Draws what a caption's tokens looked at: a tile for every token, like Figure 3 of the paper, by Pillow alone."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from .explanation import Explanation
+
+WIDTH = 1280  # of the figure; everything in pixels
+MARGIN, GAP = 30, 16
+MOST_COLUMNS = 6
+TITLE, LABEL, SMALL = 32, 22, 15  # text sizes
+BAR = (220, 12)  # the colour scale
+PAPER, INK, FAINT = (255, 255, 255), (24, 24, 28), (120, 120, 128)
+MOST_HEIGHT = 1.5
+"""Of a tile, in its widths: what is taller becomes narrower."""
+_COLOURS = np.array([(64, 10, 96), (148, 30, 110), (222, 73, 70), (252, 150, 30), (255, 214, 80), (255, 252, 190)])
+"""From nothing to the largest attention; lightness rises steadily, so that it reads in grey, too."""
+_GAMMA = 0.6
+"""Exponent of the colour scale: small attention stays visible beside the largest."""
+
+
+def draw_heatmap(explanation: Explanation, width: int = WIDTH) -> Image.Image:
+    """A figure of an explanation, `width` pixels wide: the photo as the tower saw it, then a tile for every token.
+
+    All tiles share one colour scale. Its end is the largest attention of a token to a patch, given in multiples of what
+    each visual token would get from a uniform look, 1 / N; patches are interpolated.
+    """
+    scale = width / WIDTH
+    margin, gap, title, label, small = (max(1, round(v * scale)) for v in (MARGIN, GAP, TITLE, LABEL, SMALL))
+    count = 1 + len(explanation.tokens)
+    columns = max(ceil(count / ceil(count / MOST_COLUMNS)), 3)
+    column = (width - 2 * margin - (columns - 1) * gap) // columns
+    view = _view(explanation, column, round(MOST_HEIGHT * column))
+    rows = ceil(count / columns)
+    pitch = view.height + round(2.2 * label)
+    lines = _wrap(explanation.caption or "(no caption)", title, width - 2 * margin)
+    top = margin + round(1.35 * title) * len(lines) + round(0.5 * title)
+    canvas = Image.new("RGB", (width, top + rows * pitch + round(2.2 * small) + margin), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for i, line in enumerate(lines):
+        draw.text((margin, margin + i * round(1.35 * title)), line, INK, _font(title))
+
+    heats = explanation.patches
+    most = float(heats.max()) if heats.size else 0.0
+    tiles = [view, *(_overlay(view, heat / (most or 1.0)) for heat in heats)]
+    for i, (tile, word) in enumerate(zip(tiles, ("photo", *_labels(explanation)), strict=True)):
+        row, place = divmod(i, columns)
+        x, y = margin + place * (column + gap), top + row * pitch
+        canvas.paste(tile, (x + (column - tile.width) // 2, y))
+        position, font = (x + column / 2, y + view.height + round(0.95 * label)), _font(label if i else small)
+        draw.text(position, _fit(word, font, column), INK if i else FAINT, font, "mm")
+    _legend(draw, canvas, explanation, most, (margin, top + rows * pitch + round(1.1 * small)), scale)
+    return canvas
+
+
+def _labels(explanation: Explanation) -> list[str]:
+    """The tokens, with a hyphen before one that goes on with the word of the last."""
+    labels, end = [], 0
+    for token in explanation.tokens:
+        start = explanation.caption.find(token, end)
+        joined = token[:1].isalnum() and start == end > 0
+        labels.append(f"-{token}" if joined else token)
+        end = start + len(token) if start >= 0 else end
+    return labels
+
+
+def _view(explanation: Explanation, column: int, most_height: int) -> Image.Image:
+    """What the tower saw, as part of the photo and not in the tower's own shape, in a tile's size."""
+    left, top, right, bottom = (round(edge) for edge in explanation.box)
+    seen = explanation.photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    shrink = min(column / seen.width, most_height / seen.height)
+    return seen.resize(
+        (max(1, round(seen.width * shrink)), max(1, round(seen.height * shrink))), Image.Resampling.LANCZOS
+    )
+
+
+def _overlay(view: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
+    """A dim grey view, coloured by heat [rows, columns] in 0..1."""
+    smooth = Image.fromarray(np.ascontiguousarray(heat, np.float32)).resize(view.size, Image.Resampling.BICUBIC)
+    strength = np.clip(np.asarray(smooth), 0, 1)[..., None] ** _GAMMA
+    grey = np.asarray(view.convert("L"), np.float32)[..., None]
+    dim = 0.52 * (0.15 * np.asarray(view, np.float32) + 0.85 * grey) + 14
+    glow = _colour(strength[..., 0]) * (0.66 + 0.34 * grey / 255)  # what is seen shows through
+    weight = np.clip(1.15 * strength - 0.06, 0, 0.92)
+    return Image.fromarray(np.clip(dim * (1 - weight) + glow * weight, 0, 255).astype(np.uint8))
+
+
+def _colour(strength: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Colours [..., 3] of strengths in 0..1."""
+    stops = np.linspace(0, 1, len(_COLOURS))
+    return np.stack([np.interp(strength, stops, channel) for channel in _COLOURS.T], axis=-1)
+
+
+def _legend(
+    draw: ImageDraw.ImageDraw,
+    canvas: Image.Image,
+    explanation: Explanation,
+    most: float,
+    corner: tuple[int, int],
+    scale: float,
+) -> None:
+    """The colour scale, and what it is a scale of."""
+    width, height = round(BAR[0] * scale), round(BAR[1] * scale)
+    x, y = corner
+    font = _font(round(SMALL * scale))
+    strength = np.linspace(0, 1, width, dtype=np.float32)[None].repeat(height, 0) ** _GAMMA
+    canvas.paste(Image.fromarray(_colour(strength).astype(np.uint8)), (x, y))
+    tokens = explanation.attention.shape[1]
+    middle = y + height / 2
+    draw.text((x + width + 10 * scale, middle), f"0 to {most * tokens:.1f} times a uniform look", FAINT, font, "lm")
+    layers = explanation.layers
+    which = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
+    heads = f", mean of {explanation.heads} heads" if explanation.heads > 1 else ""
+    rows, columns = explanation.grid
+    text = f"{which}{heads}, {rows} x {columns} patches"
+    if explanation.attention.shape[1] > rows * columns and len(explanation.cls_share):
+        text += f", {100 * float(explanation.cls_share.mean()):.0f} % on no patch (CLS)"
+    draw.text((canvas.width - x, middle), text, FAINT, font, "rm")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fit(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A word, shortened to `width`."""
+    shown = word
+    while len(shown) > 2 and font.getlength(shown) > width:
+        shown = f"{shown[:-2]}…"
+    return shown
+
+
+def _wrap(text: str, size: int, width: int) -> list[str]:
+    """Lines of at most `width`."""
+    font, lines = _font(size), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_fit(line, font, width) for line in lines]
