@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from .tensorrt import LayerReport, Library, Plan, PlanRequest, TensorRTError
 from .worker import peak_memory
 
 OTHER = "other"
+_ADDED = "ONNXTRT_"
+"""How the names of tensors begin that the parser made up."""
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
 
 
@@ -104,6 +107,7 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
     layers: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
     weights: Counter[str] = Counter()
+    names: dict[str, dict[str, None]] = {}
     dequantized: set[str] = set()
     kinds = trt.LayerType
     for layer in _all(network.get_layer, network.num_layers):
@@ -114,6 +118,9 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
             weights[_dtype(outputs[0])] += math.prod(outputs[0].shape) * outputs[0].dtype.itemsize
             continue
         tensors.update(map(_dtype, outputs))
+        for tensor in outputs:
+            if layer.type != kinds.DEQUANTIZE and not tensor.name.startswith(_ADDED):
+                names.setdefault(_dtype(tensor), {})[_pattern(tensor.name)] = None
         if layer.type == kinds.DEQUANTIZE or (layer.type == kinds.SHUFFLE and read <= dequantized):
             dequantized.update(tensor.name for tensor in outputs)
         # A product of dequantised values is one that TensorRT computes in int8.
@@ -126,9 +133,16 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
         layers=dict(layers),
         tensors=dict(tensors),
         weights=dict(weights),
+        names={kind: sorted(found) for kind, found in names.items()},
         inputs={tensor.name: _dtype(tensor) for tensor in _all(network.get_input, network.num_inputs)},
         outputs={tensor.name: _dtype(tensor) for tensor in _all(network.get_output, network.num_outputs)},
     )
+
+
+def _pattern(name: str) -> str:
+    """A tensor's name without what made its type and without numbers: that of its like in every layer."""
+    name = re.sub(r"(_output|\.fp16|\.fp32|\.int8|_[0-9]+)+$", "", name)
+    return re.sub(r"\b[0-9]+\b", "*", name)
 
 
 def _all(get: Any, count: int) -> Iterator[Any]:

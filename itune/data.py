@@ -32,19 +32,24 @@ class Record:
 
 
 def load_records(
-    source: Path, *, images: Path | None = None, split: str | None = "train", check_images: bool = True
+    source: Path,
+    *,
+    images: Path | None = None,
+    split: str | None = "train",
+    undivided: bool = False,
+    check_images: bool = True,
 ) -> list[Record]:
     """Read the photos of one split, in the file's order; None reads all of them.
 
     `source` is a caption file, or the folder that holds exactly one. The photos' names start from the folder `images`
     (without it, the file's own) or from a folder in it. "val" and "validation" mean "dev", Karpathy's "restval" counts
-    as "train". A file that knows no splits is all "train".
+    as "train". A file that knows no splits is all "train", or with `undivided` all of whatever split is asked for.
 
     Raises DataError, naming the file and the line or field, for anything that cannot be read or does not add up;
     with `check_images`, also when photos are missing.
     """
     file = find_caption_file(source) if holds(source.is_dir) else source
-    entries = _select(read_entries(file), split, file)
+    entries = _select(read_entries(file), split, file, undivided)
     entries = [entry for entry in entries if entry.captions]
     if not entries:
         raise DataError(f"{file}: no photo{f' of the split {split!r}' if split else ''} has a caption")
@@ -80,13 +85,13 @@ def split_records(records: Sequence[Record], fraction: float, seed: int) -> tupl
     return train, [record for record in records if position(record) <= limit]
 
 
-def _select(entries: list[Entry], split: str | None, file: Path) -> list[Entry]:
+def _select(entries: list[Entry], split: str | None, file: Path, undivided: bool) -> list[Entry]:
     if split is None:
         return entries
     wanted = split_name(split)
     sizes = Counter(entry.split for entry in entries)
     if set(sizes) == {None}:
-        if wanted == "train":
+        if wanted == "train" or undivided:
             return entries
         raise DataError(
             f'{file}: does not say which photos are its {wanted} split; give each line a "split" (or lay split lists '
