@@ -122,8 +122,8 @@ def report_table(checks: Sequence[Check], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("output", no_wrap=True)
     table.add_column("worst in")  # gives way in a narrow terminal, so that the verdict is seen
-    for header in ("max abs", "relative", "limit", ""):
-        table.add_column(header, justify="right", no_wrap=True, min_width=len(header) or len("FAILED"))
+    for header in ("max abs", "value", "limit", ""):
+        table.add_column(header, justify="right", no_wrap=True, min_width=4)
     for check in checks:
         table.add_row(
             check.output,
@@ -131,7 +131,7 @@ def report_table(checks: Sequence[Check], title: str) -> Table:
             "" if check.max_abs is None else f"{check.max_abs:.2g}",
             f"{check.value:.2g}",
             f"{check.limit:.2g}",
-            "ok" if check.passed else "FAILED",
+            "ok" if check.passed else "FAIL",
             style=None if check.passed else "bold red",
         )
     return table

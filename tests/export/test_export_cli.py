@@ -47,7 +47,7 @@ def test_exported_bundle_captions_as_pytorch_does(clip_checkpoint, photos, tmp_p
     assert done.stdout == ""
     assert "visual.1.keys" in done.stderr
     assert "10 images" in done.stderr  # six photos, four synthetic
-    assert "FAILED" not in done.stderr
+    assert "FAIL" not in done.stderr
     assert re.search(r"captions, dev +\d different, 4 photos +1 +0\.98 +ok", done.stderr)
     assert "CIDEr-D, dev" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"itune", "dev.jsonl", "b"}

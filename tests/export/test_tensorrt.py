@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.random_init import GEOMETRIES, build_checkpoint
 from itune.export import plans, tensorrt
 from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
@@ -269,11 +268,10 @@ def test_default_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpt2_base(tmp_path):
-    checkpoint = build_checkpoint(GEOMETRIES["base"], tmp_path / "base")
+def test_gpt2_base(base_checkpoint, tmp_path):
     sizes = {}
     for precision in ("fp16", "int8"):
-        bundle, reports = export(checkpoint, tmp_path / precision, precision)
+        bundle, reports = export(base_checkpoint, tmp_path / precision, precision)
         sizes[precision] = bundle.path("decoder.plan").stat().st_size
         assert sum(reports["decoder"].weights.values()) > 1.4e8
         shutil.rmtree(bundle.folder)

@@ -206,7 +206,7 @@ def test_report_marks_what_failed():
     console.print(report_table(checks, "a title"))
     text = console.file.getvalue()
     assert "0.25" in text
-    assert text.count("ok") == text.count("FAILED") == 1
+    assert text.count("ok") == text.count("FAIL") == 1
 
 
 def test_errors_of_the_processes_are_told(tmp_path):
