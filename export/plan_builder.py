@@ -72,9 +72,7 @@ class Builder:
             raise TensorRTError(f"the profile is impossible: {self.reason()}")
         plan = self.builder.build_serialized_network(self.network, config)
         if plan is None:
-            reason = self.reason()
-            memory = any(word in reason.lower() for word in ("memory", "alloc", "workspace"))
-            raise TensorRTError(f"{'not enough memory' if memory else 'no plan could be built'}: {reason}")
+            raise no_plan(self.reason())
         return plan
 
     def profile(self) -> Any:
@@ -100,6 +98,16 @@ class Builder:
         """The first thing that the library complained about, in one line."""
         first = next((message for message in self.messages if "catchCudaError" not in message), "it gives no reason")
         return " ".join(first.split())[:300]
+
+
+def no_plan(reason: str = "") -> TensorRTError:
+    """What to say when the builder gave up for `reason`, or when there was no memory left."""
+    if reason and not any(word in reason.lower() for word in ("memory", "alloc", "workspace")):
+        return TensorRTError(f"no plan could be built: {reason}")
+    found = f" ({reason})" if reason else ""
+    return TensorRTError(
+        f"not enough memory{found}: give the machine more, or export smaller --max-batch and --max-beams"
+    )
 
 
 def report_layers(trt: Any, network: Any) -> LayerReport:
@@ -209,7 +217,7 @@ def main(text: str) -> None:
     except TensorRTError as error:
         _say(error=str(error))
     except MemoryError:
-        _say(error="not enough memory: give the machine more, or export smaller --max-batch and --max-beams")
+        _say(error=str(no_plan()))
     else:
         built = Plan(report=report, bytes=plan.nbytes, seconds=perf_counter() - start, peak_mb=peak_memory())
         _say(plan=built.model_dump())

@@ -16,7 +16,7 @@ from rich.console import Console
 from itune.export import plans, tensorrt
 from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
-from itune.export.plan_builder import Builder
+from itune.export.plan_builder import Builder, no_plan
 from itune.export.plans import PlanOptions, PlanWriter
 from itune.export.profiles import PlanLimits
 from itune.export.restore import restore_bundle
@@ -333,6 +333,22 @@ def test_a_builder_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "_command", lambda _request: ["python3", "-c", "raise SystemExit('no room')"])
     with pytest.raises(TensorRTError, match="ended without a plan: no room"):
         build_plan(one_operator(tmp_path, "Relu"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (
+            "Unexpected exception std::bad_alloc",
+            r"not enough memory \(.*bad_alloc\): give the machine more, or export smaller",
+        ),
+        ("", "not enough memory: give the machine more, or export smaller --max-batch and --max-beams"),
+        ("Error Code 10: no implementation for h.0", "no plan could be built: Error Code 10: no implementation"),
+    ],
+)
+def test_a_builder_that_gives_up(reason, message):
+    """The first is what it said in a process of 700 MB of address space."""
+    assert re.match(message, str(no_plan(reason)))
 
 
 def test_unknown_gpus_are_answered_with_the_known_ones():
