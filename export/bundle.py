@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
+from ..data import Record
 from ..evaluate import eager_captioner
 from ..methods import LoadedCheckpoint
 from ..runtime.bundle import (
@@ -68,6 +69,7 @@ def export_bundle(
     plans: PlanOptions | None = None,
     verify: bool = True,
     images: Path | None = None,
+    dev: Sequence[Record] = (),
     force: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
     report: Callable[[list[Check]], None] = lambda _checks: None,
@@ -80,8 +82,8 @@ def export_bundle(
     that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
     shortlist of tokens, and such a bundle cannot be restored; `patches` are the (rows, columns) of an ONNX tower that
     cannot be told from their number (see `Manifest.patches`); with `plans` the graphs are such as TensorRT takes, and
-    its plans of them are in the bundle, too; `images` is a folder of photos for the verification; `progress` is told
-    every stage, and `report` what the verification measured.
+    its plans of them are in the bundle, too; `images` is a folder of photos for the verification, and `dev` are photos
+    to score the graphs on there; `progress` is told every stage, and `report` what the verification measured.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
@@ -117,23 +119,24 @@ def export_bundle(
 
         graphs = [_graph_entry(role, precisions[role], files[role]) for role in ROLES]
         manifest = manifest.model_copy(update={"graphs": graphs})
-        text = card.read_text(encoding="utf-8") if card else model_card(manifest)
-        (folder / MODEL_CARD).write_text(text, encoding="utf-8")
-        manifest = _write_manifest(manifest, folder)
+        manifest = _write_manifest(manifest, folder, card)
         if verify:
-            checks = verify_bundle(checkpoint, folder, images=images, vocabulary=token_ids, progress=progress)
+            checks = verify_bundle(checkpoint, folder, images=images, dev=dev, vocabulary=token_ids, progress=progress)
             report(checks)
             _raise_if_failed(checks)
         if writer is not None:
             built = writer.build(manifest, folder, progress)
-            manifest = _write_manifest(manifest.model_copy(update={"graphs": [*graphs, *built]}), folder)
+            manifest = _write_manifest(manifest.model_copy(update={"graphs": [*graphs, *built]}), folder, card)
     return manifest
 
 
-def _write_manifest(manifest: Manifest, folder: Path) -> Manifest:
-    """Hash the bundle's files and write its manifest."""
-    files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
-    manifest = manifest.model_copy(update={"files": {path.name: FileHash.of(path) for path in files}})
+def _write_manifest(manifest: Manifest, folder: Path, card: Path | None) -> Manifest:
+    """Hash the bundle's files and write its model card and manifest."""
+    files = {path.name: FileHash.of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    manifest = manifest.model_copy(update={"files": files})
+    text = card.read_text(encoding="utf-8") if card else model_card(manifest)
+    (folder / MODEL_CARD).write_text(text, encoding="utf-8")
+    manifest = manifest.model_copy(update={"files": files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)}})
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import PurePosixPath
 
-from ..runtime.bundle import DecoderSettings, Manifest
+from ..runtime.bundle import DecoderSettings, Graph, Manifest
 from ..runtime.settings import Method
 
 MODEL_CARD = "README.md"
@@ -24,7 +24,8 @@ def model_card(manifest: Manifest) -> str:
     source, decoder, search = manifest.provenance, manifest.decoder, manifest.search
     training = source["training"]
     score = f"{100 * training['dev_cider']:.1f} (x 100)" if "dev_cider" in training else "not recorded"
-    precisions = ", ".join(f"{graph.role} {graph.precision}" for graph in manifest.graphs)
+    onnx = [f"{graph.role} {graph.precision}" for graph in manifest.graphs if graph.plan is None]
+    plans = [graph for graph in manifest.graphs if graph.plan is not None]
     height, width = manifest.image.output_size
     shortlist, restore = manifest.tokens.shortlist, _RESTORE
     vocabulary = f"all {manifest.tokens.vocab_size:,} tokens of the language model"
@@ -33,11 +34,12 @@ def model_card(manifest: Manifest) -> str:
     return f"""# {manifest.name}
 
 An image captioner: a frozen language model that sees the image through {_METHODS[manifest.method]},
-exported to ONNX ({precisions}) by itune {source["itune"]} on {source["exported"][:10]}.
+exported to ONNX ({", ".join(onnx)}){" and TensorRT" if plans else ""} by itune {source["itune"]} on \
+{source["exported"][:10]}.
 
     itune-run photo.jpg --bundle THIS_FOLDER
 
-| | |
+{_plans(manifest, plans) if plans else ""}| | |
 |---|---|
 | language model | {_name(source["language_model"]["source"])}: {decoder.layers} layers of {decoder.hidden_size} |
 | vision tower | {_name(source["vision"]["source"])}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
@@ -81,6 +83,30 @@ _METHODS: dict[Method, str] = {"i-tuning": "I-Tuning adapters (arXiv 2202.06574)
 def _adapters(decoder: DecoderSettings) -> str:
     layers, width = decoder.adapter_layers, decoder.bottleneck
     return f"on {len(layers)} layers from layer {layers[0]}, bottleneck {width}, heads {decoder.adapter_heads}"
+
+
+def _plans(manifest: Manifest, graphs: list[Graph]) -> str:
+    """The section on TensorRT plans: what they run on, and for how much they have room."""
+    rows = []
+    for graph in graphs:
+        assert graph.plan is not None
+        plan, size = graph.plan, manifest.files[graph.file].bytes / 1e6
+        rows.append(
+            f"| {graph.file} | {graph.precision} | {size:.1f} MB | {', '.join(plan.compute_capabilities)} | "
+            f"{plan.flavour} {plan.version} | {plan.source} |\n"
+        )
+    largest = {name: sizes.max for graph in graphs if graph.plan for name, sizes in graph.plan.profiles[0].items()}
+    images, rows_, prompt = largest["pixels"][0], largest["tokens"][0], len(manifest.tokens.head)
+    tokens = largest["mask"][1] - 2 * prompt
+    return f"""That takes the TensorRT plans, on a GPU of one of the compute capabilities below, with the very TensorRT
+that built them. Anywhere else, `--engine onnxruntime` runs the ONNX graphs that they come from.
+
+| plan | precision | size | compute capabilities | built with | from |
+|---|---|---|---|---|---|
+{"".join(rows)}
+They have room for {images} images at once, {rows_} captions in the making (images x beams) and {tokens} new tokens.
+
+"""
 
 
 def _name(source: str) -> str:

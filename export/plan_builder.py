@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from .tensorrt import LayerReport, Library, Plan, PlanRequest, TensorRTError
 from .worker import peak_memory
 
 OTHER = "other"
+_ADDED = "ONNXTRT_"
+"""How the names of tensors begin that the parser made up."""
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
 
 
@@ -69,9 +72,7 @@ class Builder:
             raise TensorRTError(f"the profile is impossible: {self.reason()}")
         plan = self.builder.build_serialized_network(self.network, config)
         if plan is None:
-            reason = self.reason()
-            memory = any(word in reason.lower() for word in ("memory", "alloc", "workspace"))
-            raise TensorRTError(f"{'not enough memory' if memory else 'no plan could be built'}: {reason}")
+            raise no_plan(self.reason())
         return plan
 
     def profile(self) -> Any:
@@ -99,11 +100,22 @@ class Builder:
         return " ".join(first.split())[:300]
 
 
+def no_plan(reason: str = "") -> TensorRTError:
+    """What to say when the builder gave up for `reason`, or when there was no memory left."""
+    if reason and not any(word in reason.lower() for word in ("memory", "alloc", "workspace")):
+        return TensorRTError(f"no plan could be built: {reason}")
+    found = f" ({reason})" if reason else ""
+    return TensorRTError(
+        f"not enough memory{found}: give the machine more, or export smaller --max-batch and --max-beams"
+    )
+
+
 def report_layers(trt: Any, network: Any) -> LayerReport:
     """Count a parsed network's layers, tensors and weights by type."""
     layers: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
     weights: Counter[str] = Counter()
+    names: dict[str, dict[str, None]] = {}
     dequantized: set[str] = set()
     kinds = trt.LayerType
     for layer in _all(network.get_layer, network.num_layers):
@@ -114,6 +126,9 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
             weights[_dtype(outputs[0])] += math.prod(outputs[0].shape) * outputs[0].dtype.itemsize
             continue
         tensors.update(map(_dtype, outputs))
+        for tensor in outputs:
+            if layer.type != kinds.DEQUANTIZE and not tensor.name.startswith(_ADDED):
+                names.setdefault(_dtype(tensor), {})[_pattern(tensor.name)] = None
         if layer.type == kinds.DEQUANTIZE or (layer.type == kinds.SHUFFLE and read <= dequantized):
             dequantized.update(tensor.name for tensor in outputs)
         # A product of dequantised values is one that TensorRT computes in int8.
@@ -126,9 +141,16 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
         layers=dict(layers),
         tensors=dict(tensors),
         weights=dict(weights),
+        names={kind: sorted(found) for kind, found in names.items()},
         inputs={tensor.name: _dtype(tensor) for tensor in _all(network.get_input, network.num_inputs)},
         outputs={tensor.name: _dtype(tensor) for tensor in _all(network.get_output, network.num_outputs)},
     )
+
+
+def _pattern(name: str) -> str:
+    """A tensor's name without what made its type and without numbers: that of its like in every layer."""
+    name = re.sub(r"(_output|\.fp16|\.fp32|\.int8|_[0-9]+)+$", "", name)
+    return re.sub(r"\b[0-9]+\b", "*", name)
 
 
 def _all(get: Any, count: int) -> Iterator[Any]:
@@ -195,7 +217,7 @@ def main(text: str) -> None:
     except TensorRTError as error:
         _say(error=str(error))
     except MemoryError:
-        _say(error="not enough memory: give the machine more, or export smaller --max-batch and --max-beams")
+        _say(error=str(no_plan()))
     else:
         built = Plan(report=report, bytes=plan.nbytes, seconds=perf_counter() - start, peak_mb=peak_memory())
         _say(plan=built.model_dump())

@@ -53,6 +53,8 @@ class LayerReport(BaseModel):
     """How many layers compute in each precision; "other" is shapes, indices and masks."""
     tensors: dict[str, int]
     """How many tensors between layers are of each type."""
+    names: dict[str, list[str]]
+    """Which they are, but for those that the parser adds; "h.*/attn/Softmax" is that of any layer."""
     weights: dict[str, int]
     """Bytes of weights of each type."""
     inputs: dict[str, str]
@@ -182,15 +184,26 @@ def _follow(
 
 
 def layer_table(name: str, report: LayerReport) -> Table:
-    """The layer report of a graph as a table, a line for every type."""
+    """The layer report of a graph as a table, a line for every type: what it has in numbers, and which tensors."""
     table = Table(title=f"{name} in TensorRT", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("type", "layers", "tensors", "weights"):
         table.add_column(header, justify="left" if header == "type" else "right", no_wrap=True)
+    table.add_column("which tensors")
     for kind in dict.fromkeys([*report.layers, *report.tensors, *report.weights]):
         weights = report.weights.get(kind, 0)
         counts = (str(counted.get(kind, "")) for counted in (report.layers, report.tensors))
-        table.add_row(kind, *counts, f"{weights / 1e6:.1f} MB" if weights >= 1e5 else "")
+        size = f"{weights / 1e6:.1f} MB" if weights >= 1e5 else ""
+        table.add_row(kind, *counts, size, _by_block(report.names.get(kind, [])), end_section=True)
     return table
+
+
+def _by_block(names: list[str]) -> str:
+    """Names with those of one block behind each other: "h.*/attn: Add Softmax"."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        block, _, last = name.rpartition("/")
+        blocks.setdefault(block, []).append(last)
+    return "; ".join(f"{block}: {' '.join(found)}" if block else " ".join(found) for block, found in blocks.items())
 
 
 def _own_gpu(wanted: str | None) -> str:

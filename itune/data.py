@@ -39,6 +39,7 @@ def load_records(
     *,
     images: Path | None = None,
     split: str | None = "train",
+    undivided: bool = False,
     check_images: bool = True,
     captioned: bool = True,
 ) -> list[Record]:
@@ -46,14 +47,14 @@ def load_records(
 
     `source` is a caption file, or the folder that holds exactly one. The photos' names start from the folder `images`
     (without it, the file's own) or from a folder in it. "val" and "validation" mean "dev", Karpathy's "restval" counts
-    as "train". A file that knows no splits is all "train". Photos without a caption are left out, unless `captioned` is
-    False and none has any: a test split.
+    as "train". A file that knows no splits is all "train", or with `undivided` all of whatever split is asked for. Photos
+    without a caption are left out, unless `captioned` is False and none has any: a test split.
 
     Raises DataError, naming the file and the line or field, for anything that cannot be read or does not add up;
     with `check_images`, also when photos are missing.
     """
     file = find_caption_file(source) if holds(source.is_dir) else source
-    entries = _select(read_entries(file), split, file)
+    entries = _select(read_entries(file), split, file, undivided)
     with_captions = [entry for entry in entries if entry.captions]
     entries = with_captions if captioned or with_captions else entries
     if not entries:
@@ -90,13 +91,13 @@ def split_records(records: Sequence[Record], fraction: float, seed: int) -> tupl
     return train, [record for record in records if position(record) <= limit]
 
 
-def _select(entries: list[Entry], split: str | None, file: Path) -> list[Entry]:
+def _select(entries: list[Entry], split: str | None, file: Path, undivided: bool) -> list[Entry]:
     if split is None:
         return entries
     wanted = split_name(split)
     sizes = Counter(entry.split for entry in entries)
     if set(sizes) == {None}:
-        if wanted == "train":
+        if wanted == "train" or undivided:
             return entries
         raise DataError(
             f'{file}: does not say which photos are its {wanted} split; give each line a "split" (or lay split lists '

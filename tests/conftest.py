@@ -25,6 +25,23 @@ CAPTIONS = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests (`pytest -n 2 --dist loadgroup`), a file's stay together, as its fixtures
+    are dear, and so do the folders' that share one run of a benchmark.
+    """
+    for item in items:
+        place = item.path.parent if item.path.parent.name == "benchmarks" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(place.relative_to(REPOSITORY))))
+
+
+@pytest.fixture(scope="session")
+def base_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random GPT-2 base with CLIP ViT-B/16 and adapters, as the latency benchmark makes them: for slow tests."""
+    from benchmarks.random_init import GEOMETRIES, build_checkpoint
+
+    return build_checkpoint(GEOMETRIES["base"], tmp_path_factory.mktemp("base"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with Flickr8k and the metric tie-outs; tests that need it skip without it."""

@@ -110,7 +110,22 @@ def export(
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of photos to verify the graphs on, too.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of photos to verify the graphs on, too; those of --dev-data, if not beside it.",
+        ),
+    ] = None,
+    dev_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Captions whose dev split (all of them in a file without splits) the graphs are scored on, beside "
+            "PyTorch, before the bundle or a plan is written: CIDEr-D, equal captions."
+        ),
+    ] = None,
+    dev_images: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many photos of --dev-data. [default: 200]")
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the graphs with PyTorch.")] = False,
     restore: Annotated[
@@ -140,7 +155,9 @@ def export(
         console.print(f"{output}: language-model, vision and checkpoint", highlight=False)
         return
 
+    from ..data import load_records
     from ..export.bundle import export_bundle
+    from ..export.dev_split import DEV_PHOTOS
     from ..export.plans import PlanOptions
     from ..export.profiles import MAX_BATCH, MAX_BEAMS, PlanLimits
     from ..export.tensorrt import layer_table
@@ -162,6 +179,8 @@ def export(
             report=lambda role, report: console.print(layer_table(role, report)),
         )
 
+    dev = [] if dev_data is None else load_records(dev_data, images=images, split="dev", undivided=True)
+
     def report(checks: list[Check]) -> None:
         console.print(report_table(checks, title))
 
@@ -180,12 +199,14 @@ def export(
             plans=plans,
             verify=not no_verify,
             images=images,
+            dev=dev[: dev_images or DEV_PHOTOS],
             force=force,
             progress=lambda stage: status.update(stage),
             report=report,
         )
     size = sum(path.stat().st_size for path in output.iterdir())
-    console.print(f"{output}: {size / 1e6:.1f} MB; try itune-run PHOTO --bundle {output}", highlight=False)
+    where = ", where a GPU of the plans' is" if plans else ""
+    console.print(f"{output}: {size / 1e6:.1f} MB; try itune-run PHOTO --bundle {output}{where}", highlight=False)
 
 
 _ONLY_EXPORT = {
@@ -207,6 +228,8 @@ _ONLY_EXPORT = {
     "data": "--data",
     "patch_grid": "--patch-grid",
     "images": "--images",
+    "dev_data": "--dev-data",
+    "dev_images": "--dev-images",
     "no_verify": "--no-verify",
 }
 _ONLY_TENSORRT = ("gpu", "max_beams", "max_batch", "calibration_data")
@@ -216,8 +239,11 @@ def _check_flags(given: dict[str, object]) -> None:
     if given["restore"] is None:
         if given["checkpoint"] is None:
             raise ItuneError("CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore")
-        if given["images"] is not None and given["no_verify"]:
-            raise ItuneError("--images contradicts --no-verify: the photos are for the verification")
+        for field in ("images", "dev_data"):
+            if given[field] is not None and given["no_verify"]:
+                raise ItuneError(f"{_ONLY_EXPORT[field]} contradicts --no-verify: the photos are for the verification")
+        if given["dev_images"] is not None and given["dev_data"] is None:
+            raise ItuneError("--dev-images is how many photos of --dev-data are captioned: give both")
         if given["data"] is not None and given["vocabulary"] is None:
             raise ItuneError("--data is for --vocabulary N, which counts the tokens of the captions: give both")
         for field in _ONLY_TENSORRT:

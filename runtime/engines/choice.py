@@ -32,7 +32,12 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
     """
     if name == "auto":
         return _plans_or_cuda(bundle, threads) if has_plans(bundle) else _cuda_or_cpu(bundle, threads)
-    return _LOADERS[name](bundle, threads)
+    try:
+        return _LOADERS[name](bundle, threads)
+    except EngineError as error:
+        if name != "tensorrt":
+            raise
+        raise _no_plans(bundle, str(error)) from None
 
 
 def _plans_or_cuda(bundle: Bundle, threads: int | None) -> Loaded:
@@ -50,7 +55,12 @@ def _plans_or_cuda(bundle: Bundle, threads: int | None) -> Loaded:
             return loaded._replace(
                 notice=f"captioning with ONNX Runtime on CUDA, as TensorRT cannot run here: {reason}"
             )
-    raise EngineError(
+    raise _no_plans(bundle, reason)
+
+
+def _no_plans(bundle: Bundle, reason: str) -> EngineError:
+    """Why plans do not run here, and what would."""
+    return EngineError(
         f"{bundle.folder}: its TensorRT plans cannot run here: {reason}; --engine onnxruntime runs its ONNX graphs on "
         f"the CPU, where one exported with --target onnx --precision int8 is faster"
     )

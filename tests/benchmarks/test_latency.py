@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,86 +17,55 @@ import pytest
 
 from itune import ItuneError
 from itune.checkpoint import CONFIG_FILE
-from tests.conftest import REPOSITORY, make_checkpoint
-
-LATENCY = REPOSITORY / "benchmarks" / "latency.py"
-
-
-def latency(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(LATENCY), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+from tests.benchmarks.commands import BATCH_SIZE, LATENCY, NEW_TOKENS, Contest, latency
+from tests.conftest import make_checkpoint
 
 
-@pytest.fixture(scope="module")
-def measured(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The work folder of a run, its bundles and results inside, and what was printed."""
-    work = tmp_path_factory.mktemp("latency")
-    options = ("--work-dir", work, "--repeats", "2", "--warmup", "1", "--threads", "1", "--new-tokens", "6")
-    done = latency("--checkpoint", checkpoint_folder, *options, "--json", work / "out.json")
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in work.iterdir()} == {"bundle-fp32", "bundle-int8", "out.json"}
-    return work, done.stdout
+def test_report(contest: Contest, contestants: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    import latency as command
 
-
-@pytest.fixture
-def work(measured: tuple[Path, str]) -> Path:
-    return measured[0]
-
-
-def test_report(measured: tuple[Path, str]) -> None:
-    work, printed = measured
-    result = json.loads((work / "out.json").read_text())
+    result, settings = contest.result, contest.result["settings"]
     assert result.keys() == {"machine", "settings", "summary", "samples"}
-    assert result["summary"].keys() == {"eager", "itune fp32", "itune int8"}
-    photos = result["settings"]["photos"]
+    assert {"bundle-fp32", "bundle-int8", "out.json"} <= {path.name for path in contest.work.iterdir()}
+    photos = settings["photos"]
     assert photos >= 8
     for name, row in result["summary"].items():
         assert row["peak_mb"] > 50
-        for part in ("encode", "decode", "total"):
+        for part in ("encode", "decode", "total") if "total" in row else ("decode",):
             assert 0 < row[part]["min_ms"] <= row[part]["median_ms"] <= row[part]["p95_ms"] <= row[part]["max_ms"]
-        assert all(len(sample["tokens"][0]) == 6 for sample in result["samples"][name]), "the length is forced"
+        samples = result["samples"][name]
+        assert len(samples) == -(-photos // BATCH_SIZE), "every photo is in a batch"
+        assert all(len(sample["tokens"]) == BATCH_SIZE for sample in samples)
+        assert all(len(tokens) == NEW_TOKENS for sample in samples for tokens in sample["tokens"]), "it is forced"
+        if "total" in row:
+            assert row["images_per_s"] == pytest.approx(1e3 * BATCH_SIZE / row["total"]["median_ms"])
     assert result["summary"]["itune fp32"]["identical_captions"] == photos
     assert result["summary"]["eager"]["distinct_captions"] > 1
     # PyTorch is in one process only; the bundles' memory is their own.
     assert result["summary"]["itune int8"]["peak_mb"] < result["summary"]["eager"]["peak_mb"]
-    assert "images/s" not in printed, "one after the other they are no throughput"
+    assert "images/s" in contest.printed
+    command.print_table(result | {"settings": settings | {"batch_size": 1}})
+    assert "images/s" not in capsys.readouterr().out, "one after the other they are no throughput"
 
 
-def test_batches(checkpoint_folder: Path, work: Path) -> None:
-    options = ("--work-dir", work, "--repeats", "1", "--warmup", "0", "--threads", "1", "--new-tokens", "5")
-    done = latency("--checkpoint", checkpoint_folder, *options, "--batch-size", "3", "--json", work / "batch.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((work / "batch.json").read_text())
-    photos = result["settings"]["photos"]
-    samples = result["samples"]["itune fp32"]
-    assert len(samples) == -(-photos // 3), "every photo is in a batch"
-    assert all(len(sample["tokens"]) == 3 for sample in samples)
-    for row in result["summary"].values():
-        assert row["images_per_s"] == pytest.approx(3e3 / row["total"]["median_ms"])
-    assert result["summary"]["itune fp32"]["identical_captions"] == photos
-    assert "images/s" in done.stdout
-
-
-def test_work_dir_is_reused_for_the_same_checkpoint_only(
-    checkpoint_folder: Path, language_model_folder: Path, clip_folder: Path, work: Path
+def test_bundles_are_reused_for_the_same_checkpoint_only(
+    artifacts: ModuleType, checkpoint_folder: Path, language_model_folder: Path, clip_folder: Path, contest: Contest
 ) -> None:
-    manifest = work / "bundle-int8" / "bundle.json"
+    manifest = contest.work / "bundle-int8" / "bundle.json"
     before = manifest.stat().st_mtime_ns
-    options = ("--work-dir", work, "--repeats", "1", "--warmup", "0", "--threads", "1", "--new-tokens", "2")
-    assert latency("--checkpoint", checkpoint_folder, *options).returncode == 0
+    assert artifacts.Artifacts(checkpoint_folder, contest.work).bundle("int8") == manifest.parent
     assert manifest.stat().st_mtime_ns == before
 
     other = make_checkpoint(language_model_folder.parent / "other", language_model_folder, clip_folder, seed=1)
-    done = latency("--checkpoint", other, *options)
-    assert done.returncode == 2
-    assert "was exported from another checkpoint: give another --work-dir" in done.stderr
     settings = (checkpoint_folder / CONFIG_FILE).read_text()
     same_weights = checkpoint_folder.parent / "same-weights"
     same_weights.mkdir()
     (same_weights / "adapters.safetensors").write_bytes((checkpoint_folder / "adapters.safetensors").read_bytes())
     assert '"lambda": 2.5' in settings
     (same_weights / CONFIG_FILE).write_text(settings.replace('"lambda": 2.5', '"lambda": 1.5'))
-    assert "was exported from another checkpoint" in latency("--checkpoint", same_weights, *options).stderr
+    for checkpoint in (other, same_weights):
+        with pytest.raises(ItuneError, match="was exported from another checkpoint: give another --work-dir"):
+            artifacts.Artifacts(checkpoint, contest.work).bundle("int8")
 
 
 def test_without_a_gpu_tensorrt_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,15 +112,15 @@ def test_a_waiting_contestant_uses_no_cpu(contestants: ModuleType, checkpoint_fo
     worker.close()
 
 
-def test_peak_memory_is_the_contestants_own(contestants: ModuleType, work: Path) -> None:
+def test_peak_memory_is_the_contestants_own(contestants: ModuleType, contest: Contest) -> None:
     parents = np.ones(100_000_000)  # 800 MB, which the kernel would count as the child's (getrusage)
-    worker = contestants.Contender(contestants.BUNDLE, work / "bundle-int8", threads=1)
+    worker = contestants.Contender(contestants.BUNDLE, contest.work / "bundle-int8", threads=1)
     assert worker.close() < 400
     assert parents[-1] == 1
 
 
-def test_a_killed_contestant_is_reported(contestants: ModuleType, work: Path) -> None:
-    worker = contestants.Contender(contestants.BUNDLE, work / "bundle-int8", threads=1)
+def test_a_killed_contestant_is_reported(contestants: ModuleType, contest: Contest) -> None:
+    worker = contestants.Contender(contestants.BUNDLE, contest.work / "bundle-int8", threads=1)
     worker.process.kill()
     worker.process.join()
     with pytest.raises(ItuneError, match="the itune process died with status -9, perhaps for want of memory"):
@@ -164,8 +133,8 @@ def test_a_contestants_error_is_one_sentence(contestants: ModuleType, tmp_path: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_stopping_ends_every_process(number: signal.Signals, checkpoint_folder: Path, work: Path) -> None:
-    command = [sys.executable, str(LATENCY), "--checkpoint", str(checkpoint_folder), "--work-dir", str(work)]
+def test_stopping_ends_every_process(number: signal.Signals, checkpoint_folder: Path, contest: Contest) -> None:
+    command = [sys.executable, str(LATENCY), "--checkpoint", str(checkpoint_folder), "--work-dir", str(contest.work)]
     with subprocess.Popen(
         [*command, "--repeats", "100000"],
         stderr=subprocess.PIPE,
@@ -173,9 +142,9 @@ def test_stopping_ends_every_process(number: signal.Signals, checkpoint_folder: 
         # A suite that runs in the background inherits a shell's "ignore Ctrl-C", and would pass it on.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        contest = psutil.Process(process.pid)
+        started = psutil.Process(process.pid)
         deadline = time.monotonic() + 120
-        while len(workers := [p for p in contest.children() if "spawn_main" in " ".join(p.cmdline())]) < 3:
+        while len(workers := [p for p in started.children() if "spawn_main" in " ".join(p.cmdline())]) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -215,7 +184,11 @@ def test_random_captioners_look_at_their_image(tmp_path: Path, monkeypatch: pyte
     assert len({caption.tokens for caption in captions}) >= 9
 
 
-def test_usage_errors_are_one_sentence(tmp_path: Path) -> None:
+def test_usage_errors_are_one_sentence(
+    contestants: ModuleType, status_of: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import latency as command
+
     for arguments, message in (
         (("--random-init", "huge"), "invalid choice"),
         (("--checkpoint", tmp_path), "not an adapter checkpoint"),
@@ -225,7 +198,5 @@ def test_usage_errors_are_one_sentence(tmp_path: Path) -> None:
         (("--checkpoint", tmp_path, "--contestants", "eager,onnx"), "there is no 'onnx'; there are all, eager, "),
         (("--checkpoint", tmp_path, "--batch-size", "0"), "--batch-size must be at least 1"),
     ):
-        done = latency(*arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert status_of(command.main, *arguments) == 2
+        assert message in capsys.readouterr().err

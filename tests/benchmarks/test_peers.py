@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 
 from itune import ItuneError
 from itune.eager import candidates
+from itune.export.bundle import export_bundle
 from itune.runtime.engines.onnxruntime import has_vnni
-from tests.conftest import REPOSITORY
+from tests.benchmarks.commands import BENCHMARKS, NEW_TOKENS, Contest, latency
 
-BENCHMARKS = REPOSITORY / "benchmarks"
 EXACT = ("onnx-plain", "openvino-f32")
 ROUNDED = ("eager-bf16", "onnx-plain-int8", "openvino-bf16", "openvino-int8")
 DECODING = ("ctranslate2-int8",)
 
 
-@pytest.fixture(scope="module")
-def artifacts() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))  # for the module: a latency run imports from there, too
-    try:
-        import artifacts
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return artifacts
-
-
-@pytest.fixture(scope="module")
-def report(artifacts: ModuleType, checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Everybody that can run here, in one run: what `--json` and the terminal say."""
-    names = [name for name in (*EXACT, *ROUNDED, *DECODING) if not artifacts.PEERS[name].lacks("clip")]
-    return latency(checkpoint_folder, tmp_path_factory.mktemp("peers"), names, "--batch-size", "2")
-
-
-def latency(checkpoint: Path, work: Path, names: list[str], *options: str) -> Any:
-    command = [sys.executable, BENCHMARKS / "latency.py", "--checkpoint", checkpoint, "--work-dir", work, *options]
-    command += ["--repeats", 1, "--warmup", 1, "--threads", 1, "--new-tokens", 6, "--precisions", "fp32"]
-    command += ["--contestants", ",".join(names), "--json", work / "out.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads((work / "out.json").read_text()) | {"stdout": done.stdout}
-
-
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED, *DECODING])
-def test_captions(name: str, artifacts: ModuleType, report: Any) -> None:
+def test_captions(name: str, artifacts: ModuleType, contest: Contest) -> None:
     reason = artifacts.PEERS[name].lacks("clip")
     if reason:
         pytest.skip(f"{name} {reason}")
-    assert all(len(tokens) == 6 for sample in report["samples"][name] for tokens in sample["tokens"])
-    row, photos = report["summary"][name], report["settings"]["photos"]
+    row, photos = contest.result["summary"][name], contest.result["settings"]["photos"]
     if name in DECODING:
         assert row.keys() == {"decode", "peak_mb"}
-        assert all(sample["encode"] is None for sample in report["samples"][name])
-        assert "without adapters and image" in report["stdout"]
+        assert all(sample["encode"] is None for sample in contest.result["samples"][name])
+        assert "without adapters and image" in contest.printed
     elif name in EXACT:
         assert row["identical_captions"] == photos
     else:
@@ -68,14 +38,19 @@ def test_captions(name: str, artifacts: ModuleType, report: Any) -> None:
         assert row["identical_captions"] >= 1 or not has_vnni()
 
 
-def test_order(report: Any) -> None:
-    names = list(report["summary"])
-    assert (names[0], names[-1]) == ("eager", "itune fp32")
+def test_order(contest: Contest) -> None:
+    names = list(contest.result["summary"])
+    assert (names[0], *names[-2:]) == ("eager", "itune fp32", "itune int8")
 
 
 @pytest.mark.slow
-def test_compiled_captions(artifacts: ModuleType, checkpoint_folder: Path, tmp_path: Path) -> None:
-    result = latency(checkpoint_folder, tmp_path, ["compile"])
+def test_compiled_captions(checkpoint_folder: Path, tmp_path: Path) -> None:
+    export_bundle(checkpoint_folder, tmp_path / "bundle-fp32", verify=False)
+    options = ("--work-dir", tmp_path, "--repeats", 1, "--warmup", 1, "--threads", 1, "--precisions", "fp32")
+    options += ("--contestants", "compile", "--new-tokens", NEW_TOKENS, "--json", tmp_path / "out.json")
+    done = latency("--checkpoint", checkpoint_folder, *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
     assert result["summary"]["compile"]["identical_captions"] == result["settings"]["photos"]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from itune.export.bundle import export_bundle
 from tests.conftest import REPOSITORY
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -16,15 +18,19 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sweep")
+    """A work folder with the checkpoints and bundles in it, as an earlier sweep leaves them."""
+    work = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+        from random_init import build_checkpoint
+    for name, size in sizes().items():
+        export_bundle(build_checkpoint(size, work / name), work / name / "bundle-fp32", verify=False)
+    return work
 
 
-@pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, its sweeps and sizes cut down."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+def sizes() -> dict[str, Any]:
+    """Two tiny geometries; their module is there already."""
     import random_init
-    import sweep
 
     tiny: dict[str, Any] = {
         "heads": 4,
@@ -36,8 +42,17 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "image_size": 32,
         "patch_size": 8,
     }
-    sizes = {name: random_init.Geometry(width=64, layers=layers, **tiny) for name, layers in (("one", 1), ("two", 2))}
-    monkeypatch.setattr(random_init, "GEOMETRIES", sizes)
+    return {name: random_init.Geometry(width=64, layers=layers, **tiny) for name, layers in (("one", 1), ("two", 2))}
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, its sweeps and sizes cut down."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    import random_init
+    import sweep
+
+    monkeypatch.setattr(random_init, "GEOMETRIES", sizes())
     monkeypatch.setattr(sweep, "SWEEPS", {"beams": ("num_beams", (2, 5)), "batch": ("batch_size", (1, 3))})
     return sweep
 
@@ -90,8 +105,13 @@ def test_interrupted_and_continued(sweep: ModuleType, work: Path, monkeypatch: p
 
     run(sweep, work)
     assert len(measured) == 4
-    run(sweep, work, "--sweeps", "beams", "--contestants", "eager-bf16")
-    assert len(measured) == 6, "other contestants: those two points anew"
+    results, point = sweep.Results(work / "sweep.json", 1), sweep.Point("one", num_beams=2)
+    entry = next(entry for entry in content["points"] if entry["point"] == asdict(point))
+    names = set(entry["summary"])
+    assert results.has(point, entry["bundles"], names)
+    assert not results.has(point, entry["bundles"], names | {"eager-bf16"}), "other contestants: anew"
+    assert not results.has(point, {"fp32": "others"}, names), "other weights: anew"
+    assert not results.has(sweep.Point("one", num_beams=3), entry["bundles"], names)
 
 
 def test_plots(sweep: ModuleType, work: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHe
 from itune.adapter import AdapterConfig
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import ITuningCheckpoint, Source, VisionSource, relative_source, save_config
+from itune.export import verify
 from itune.export.graph import Graph
 from itune.model import ITuningModel
+from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings
 
 # For the processes that the verification starts, as for this one.
@@ -33,6 +36,21 @@ PREPROCESSOR = {
     "image_std": [0.27, 0.26, 0.28],
 }
 CORPUS = ["a dog runs through the green grass .", "two men in red shirts stand on a snowy hill ."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verification_in_this_process() -> Iterator[None]:
+    """Both sides of a verification run here, where torch is loaded: `tests/export/test_export_cli.py` starts them."""
+
+    def run(*arguments: object) -> None:
+        try:
+            verify._main(*map(str, arguments))
+        except ItuneError as error:
+            raise verify.VerificationError(f"verification: {error}") from None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_run", run)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from itune.export import graph as graph_module
 from itune.export.bundle import export_bundle
 from itune.export.graph import Graph
 from itune.export.typed_graph import FLOAT, HALF, cast_outputs, type_graph
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime import BundleError, Captioner, Explanation, ItuneError
 from itune.runtime.bundle import MANIFEST, FileHash
 from itune.runtime.image import decode, preprocess

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -36,14 +38,19 @@ def run(monkeypatch, capsys):
 def test_exported_bundle_captions_as_pytorch_does(clip_checkpoint, photos, tmp_path):
     """The whole command, verification on real files included, from a folder where `itune` is not the package."""
     (tmp_path / "itune").mkdir()
+    lines = [json.dumps({"image": photo.name, "captions": ["a dog runs"]}) for photo in photos]
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines))
     command = [ITUNE_EXPORT, clip_checkpoint, "--precision", "fp32", "-o", "b", "--images", photos[0].parent]
+    command += ["--dev-data", "dev.jsonl", "--dev-images", "4", "--max-new-tokens", "9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "visual.1.keys" in done.stderr
     assert "10 images" in done.stderr  # six photos, four synthetic
-    assert "FAILED" not in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"itune", "b"}
+    assert "FAIL" not in done.stderr
+    assert re.search(r"captions, dev +\d different, 4 photos +1 +0\.98 +ok", done.stderr)
+    assert "CIDEr-D, dev" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"itune", "dev.jsonl", "b"}
 
     options = {"num_beams": 5, "max_new_tokens": 12}
     found = Captioner.load(tmp_path / "b").caption(photos, **options)
@@ -85,6 +92,9 @@ def test_vocabulary(onnx_checkpoint, photos, tmp_path, run):
         (["-o", "b", "--restore", "x", "--max-batch", "2"], "--max-batch contradicts --restore"),
         (["c", "-o", "b", "--precision", "int2"], "'int2' is not one of 'fp32', 'fp16', 'int8', 'int4'"),
         (["c", "-o", "b", "--images", ".", "--no-verify"], "--images contradicts --no-verify"),
+        (["c", "-o", "b", "--dev-data", "dev.jsonl", "--no-verify"], "--dev-data contradicts --no-verify"),
+        (["c", "-o", "b", "--dev-images", "9"], "--dev-images is how many photos of --dev-data are captioned"),
+        (["-o", "b", "--restore", "x", "--dev-data", "dev.jsonl"], "--dev-data contradicts --restore"),
         (["c", "-o", "b", "--data", "captions.jsonl"], "--data is for --vocabulary N"),
         (["-o", "b", "--restore", "x", "--vocabulary", "9"], "--vocabulary contradicts --restore"),
         (["c", "-o", "b", "--restore", "x"], "CHECKPOINT contradicts --restore"),

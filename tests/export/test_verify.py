@@ -3,21 +3,28 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from itune.data import Record
+from itune.evaluate import caption_records, eager_captioner, score_captions
 from itune.export import verify
 from itune.export.bundle import export_bundle
+from itune.export.dev_split import compare_dev_split, write_dev_split
 from itune.export.graph import Graph
 from itune.export.scenarios import Scenario, beside_loud_image, pick_images
 from itune.export.verify import LIMITS, Check, VerificationError, compare, report_table, write_reference
-from itune.runtime.bundle import MANIFEST, FileHash
+from itune.model import LoadedCheckpoint
+from itune.runtime.bundle import MANIFEST, FileHash, SearchDefaults
+from itune.runtime.errors import ItuneError
 from itune.runtime.settings import ImageSettings
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+START = verify._run  # the tests' own verifications start no process
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,69 @@ def test_another_image_normalisation_fails(references, bundles, tmp_path):
     assert not found["visual.1.keys"].passed
 
 
+@pytest.fixture(scope="module")
+def dev(photos):
+    """Six records, one of which is no photo."""
+    captions = ("a dog runs through the grass", "two men in red shirts")
+    return [Record(photo, captions, photo.stem) for photo in photos[:5]] + [Record(Path("none.jpg"), captions, "none")]
+
+
+@pytest.fixture(scope="module")
+def dev_reference(clip_checkpoint, dev, tmp_path_factory):
+    """The reference with a dev split in it."""
+    folder = tmp_path_factory.mktemp("dev-reference")
+    write_dev_split(dev, SearchDefaults(num_beams=2, max_new_tokens=8), folder)
+    write_reference(clip_checkpoint, folder, None)
+    return folder
+
+
+def test_dev_split_is_captioned_and_scored(dev, dev_reference, bundles, clip_checkpoint):
+    found = by_output(compare(bundles / "clip-fp32", dev_reference))
+    eager = eager_captioner(LoadedCheckpoint.load(clip_checkpoint))
+    captions, failed = caption_records(eager, dev, num_beams=2, max_new_tokens=8)
+    assert len(failed) == 1
+    points = 100 * score_captions(captions, dev).cider
+    assert found["CIDEr-D, dev"].worst == f"{points:.1f}, PyTorch {points:.1f}"
+    assert found["captions, dev"].worst == f"{len(set(captions.values()))} different, 5 photos"
+    assert found["captions, dev"].value == found["CIDEr-D, dev"].value == 1
+    assert all(check.passed for check in found.values())
+
+
+def test_dev_split_without_a_photo(references, bundles, tmp_path, dev):
+    folder = shutil.copytree(references["clip"], tmp_path / "reference")
+    write_dev_split(dev[5:], SearchDefaults(), folder)
+    with pytest.raises(ItuneError, match=r"--dev-data: .*none\.jpg cannot be read, nor can any other of 1 photos"):
+        compare(bundles / "clip-fp32", folder)
+
+
+@pytest.mark.parametrize(
+    ("better", "photos", "passed"), [(0, 40, False), (30, 40, False), (2, 4, True), (39, 40, True)]
+)
+def test_what_chance_does_to_a_score_is_forgiven(better, photos, passed, tmp_path):
+    """`better` of the photos keep their good caption; the others get a bad one."""
+    good = {f"{i}": f"a dog number {i} runs through the grass" for i in range(photos)}
+    records = [Record(Path(f"{key}.jpg"), (text,), key) for key, text in good.items()]
+    write_dev_split(records, SearchDefaults(), tmp_path)
+    written = {key: {"caption": text, "tokens": [i], "score": -1.0} for i, (key, text) in enumerate(good.items())}
+    other = {
+        key: one if int(key) < better else one | {"caption": "x y z", "tokens": [], "score": -2.0}
+        for key, one in written.items()
+    }
+    scores = compare_dev_split(written, other, tmp_path, 1e-4)
+    assert scores.same == pytest.approx(better / photos)
+    assert scores.kept == pytest.approx(better / photos, abs=0.02)
+    assert verify._dev_checks(scores, LIMITS["int8"])[1].passed == passed
+
+
+def test_equally_good_captions_are_the_same(tmp_path):
+    write_dev_split([Record(Path("a.jpg"), ("a dog",), "a")], SearchDefaults(), tmp_path)
+    one, other = (
+        {"a": {"caption": text, "tokens": [n], "score": -1 - n * 1e-5}} for n, text in enumerate(("a dog", "dog"))
+    )
+    assert compare_dev_split(one, other, tmp_path, 1e-4).same == 1
+    assert compare_dev_split(one, other, tmp_path, 1e-6).same == 0
+
+
 def test_report_marks_what_failed():
     checks = [
         Check("visual.1.keys", "1 image", 1e-6, 1e-6, 1e-3, passed=True),
@@ -136,12 +206,12 @@ def test_report_marks_what_failed():
     console.print(report_table(checks, "a title"))
     text = console.file.getvalue()
     assert "0.25" in text
-    assert text.count("ok") == text.count("FAILED") == 1
+    assert text.count("ok") == text.count("FAIL") == 1
 
 
 def test_errors_of_the_processes_are_told(tmp_path):
     with pytest.raises(VerificationError, match=r"verification: .* is not a bundle: it has no bundle\.json"):
-        verify._run("compare", tmp_path, tmp_path)
+        START("compare", tmp_path, tmp_path)
 
 
 def test_killed_process_is_told(monkeypatch):
@@ -149,7 +219,7 @@ def test_killed_process_is_told(monkeypatch):
     killed = ["/bin/sh", "-c", "kill -9 $$"]
     monkeypatch.setattr(verify.subprocess, "run", lambda _command, **options: real(killed, **options))
     with pytest.raises(VerificationError, match="killed by signal 9, perhaps for want of memory"):
-        verify._run("compare")
+        START("compare")
 
 
 def test_images_are_loud_quiet_and_real(photos):

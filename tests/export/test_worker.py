@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -57,10 +58,14 @@ def test_ctrl_c_is_not_the_workers():
 def test_ctrl_c_while_a_worker_starts_is_not_lost():
     started = False
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # which may be given the signal, as it does not block it
+    other.start()
     try:
         with pytest.raises(KeyboardInterrupt), _ctrl_c_held_back():  # noqa: PT012
             os.kill(os.getpid(), signal.SIGINT)
             started = True
     finally:
+        done.set()
         signal.signal(signal.SIGINT, before)
     assert started

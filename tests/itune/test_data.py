@@ -97,6 +97,7 @@ def test_token_file_without_lists_is_all_train(tmp_path: Path) -> None:
     assert captions(load_records(tmp_path)) == {"1": ("One man .",), "2": ("Two men .",)}
     with pytest.raises(DataError, match=r"does not say which photos are its dev split; .*--dev-data FILE"):
         load_records(file, split="dev")
+    assert captions(load_records(file, split="dev", undivided=True)) == captions(load_records(file))
 
 
 @pytest.mark.parametrize("layout", ["{filepath}/{filename}", "images/{filepath}/{filename}", "all/{filename}"])
