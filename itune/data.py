@@ -47,8 +47,8 @@ def load_records(
 
     `source` is a caption file, or the folder that holds exactly one. The photos' names start from the folder `images`
     (without it, the file's own) or from a folder in it. "val" and "validation" mean "dev", Karpathy's "restval" counts
-    as "train". A file that knows no splits is all "train", or with `undivided` all of whatever split is asked for. Photos
-    without a caption are left out, unless `captioned` is False and none has any: a test split.
+    as "train". A file that knows no splits is all "train", or with `undivided` all of whatever split is asked for.
+    Photos without a caption are left out, unless `captioned` is False and none has any: a test split.
 
     Raises DataError, naming the file and the line or field, for anything that cannot be read or does not add up;
     with `check_images`, also when photos are missing.

@@ -65,7 +65,7 @@ class AttentionReader(OnnxRuntimeEngine):
                 f"bundle again"
             ) from None
         reader = cls(open_session(bundle.path(vision.file), count), attentive, manifest.tokens.candidates)
-        reader.heads, reader.layers = manifest.decoder.adapter_heads, layers
+        reader.heads, reader.layers = manifest.decoder.adapter_heads or 1, layers
         return reader
 
     def attention(self, tokens: Sequence[int], state: OnnxRuntimeState, layer: Layer = "last") -> Float32:

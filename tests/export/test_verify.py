@@ -17,7 +17,7 @@ from itune.export.dev_split import compare_dev_split, write_dev_split
 from itune.export.graph import Graph
 from itune.export.scenarios import Scenario, beside_loud_image, pick_images
 from itune.export.verify import LIMITS, Check, VerificationError, compare, report_table, write_reference
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.runtime.bundle import MANIFEST, FileHash, SearchDefaults
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import ImageSettings
