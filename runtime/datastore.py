@@ -136,14 +136,15 @@ class Datastore:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if encoder is not None and not manifest.encoder.same_as(encoder):
-            raise DatastoreError(
-                f"{folder}: was built with {manifest.encoder}, but the model's embeddings come from {encoder}; build "
-                "one with itune-datastore build --encoder and the model's own vision tower"
-            )
+        if encoder is not None:
+            _require(folder, manifest, encoder)
         for name, expected in manifest.files.items():
             _check(folder, name, expected, verify)
         return cls(folder, manifest)
+
+    def require(self, encoder: EncoderIdentity) -> None:
+        """Raise DatastoreError, naming both, unless the datastore was built with `encoder`."""
+        _require(self.folder, self.manifest, encoder)
 
     def search(
         self,
@@ -156,8 +157,8 @@ class Datastore:
         """The k captions that are nearest to each of `embeddings` [B, D], best first.
 
         No caption comes twice, whatever its case, spaces and final period. Of the photos of an "image" datastore,
-        nearest first, one caption each is taken (the most typical: the first), then a second where there are not k photos.
-        Equal scores stand in order of the entry. An approximate index may find fewer than k.
+        nearest first, one caption each is taken (the most typical: the first), then a second where there are too few
+        photos. Equal scores stand in order of the entry. An approximate index may find fewer than k.
 
         `exclude_images`: for each query, ids of photos whose captions are left out; `exclude_captions`: captions that
         are, however often and of whatever photo they are in the datastore.
@@ -250,6 +251,14 @@ def read_manifest(folder: Path) -> DatastoreManifest:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
         raise DatastoreError(f"{path}: {field or 'content'}: {first['msg']}; build the datastore again") from None
+
+
+def _require(folder: Path, manifest: DatastoreManifest, encoder: EncoderIdentity) -> None:
+    if not manifest.encoder.same_as(encoder):
+        raise DatastoreError(
+            f"{folder}: was built with {manifest.encoder}, but the model's embeddings come from {encoder}; build one "
+            "for it with itune-datastore build --encoder"
+        )
 
 
 def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> None:

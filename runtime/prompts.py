@@ -23,10 +23,10 @@ def clean_caption(text: str, settings: TextSettings) -> str:
 
 
 def retrieval_prompt(settings: RetrievalSettings, captions: Sequence[str]) -> str:
-    """The text before a caption: the template with `captions`, or what stands for none.
+    r"""The text before a caption: the template with `captions`, or what stands for none.
 
     >>> retrieval_prompt(settings, ["a dog runs", "a brown dog"])
-    'Similar images show\\n\\na dog runs\\n\\na brown dog.\\n\\nThis image shows '
+    'Similar images show\n\na dog runs\n\na brown dog.\n\nThis image shows '
     """
     return settings.template.replace("{captions}", settings.separator.join(captions)) if captions else settings.empty
 

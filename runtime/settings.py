@@ -50,8 +50,8 @@ class TextSettings(Settings):
 class EncoderIdentity(Settings):
     """What an embedding comes from: only those of one encoder can be compared.
 
-    `pooling` "mean" is the mean over an image's visual embeddings; "projection" is CLIP's own image or text feature (for
-    an image, post-layernorm of CLS and `visual_projection`).
+    `pooling` "mean" is the mean over an image's visual embeddings; "projection" is CLIP's own image or text feature
+    (for an image, post-layernorm of CLS and `visual_projection`).
     """
 
     source: str
