@@ -11,18 +11,20 @@ import numpy as np
 from ..adapter import ITuningAdapter
 from ..backbones import ClipTower, OnnxTower, VisionTower
 from ..model import ITuningModel
+from ..retrieval import RetrievalHead
 from .graph import Array, Graph
+from .retrieval_output import append_embedding
 from .vision_clip import append_clip
 from .vision_onnx import append_onnx
 
 PIXELS = "pixels"
 
 
-def build_vision(model: ITuningModel, tower: VisionTower) -> Graph:
+def build_vision(model: ITuningModel, tower: VisionTower, head: RetrievalHead | None = None) -> Graph:
     """The graph from `pixels`, uint8 [images, H, W, 3], to `visual.{i}.keys` and `visual.{i}.values`.
 
     Per adapted layer i: keys float32 [images, heads, r / heads, N] (transposed, as Q K^T takes them) and values
-    float32 [images, heads, N, r / heads].
+    float32 [images, heads, N, r / heads]. With `head`, also the embedding to search a datastore with.
     """
     graph = Graph("vision")
     height, width = tower.image.output_size
@@ -33,6 +35,8 @@ def build_vision(model: ITuningModel, tower: VisionTower) -> Graph:
         assert isinstance(tower, OnnxTower)
         embeddings = append_onnx(graph, PIXELS, tower)
     _append_projections(graph, embeddings, model, tower.tokens)
+    if head is not None:
+        append_embedding(graph, embeddings, head)
     return graph
 
 

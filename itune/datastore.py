@@ -285,7 +285,7 @@ def _write_embeddings(folder: Path, raw: Path, base: Datastore | None, dim: int,
     if centered:
         # That of the first captions stays, or every entry would have to be embedded again.
         mean = base.mean if base is not None else np.asarray(new.mean(axis=0, dtype=np.float64), np.float32)
-        np.save(folder / MEAN, mean)
+        np.save(folder / MEAN, np.asarray(mean))
     dtype = np.float16 if total > FLAT_ENTRIES else np.float32
     with _ArrayWriter(folder / EMBEDDINGS, dtype, (dim,)) as writer:
         for start in range(0, 0 if base is None else base.manifest.entries, _CHUNK):

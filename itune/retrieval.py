@@ -59,7 +59,8 @@ class RetrievalHead:
             weight, bias, epsilon = self.layer_norm
             x = F.layer_norm(visual[:, 0], bias.shape, _like(weight, visual), _like(bias, visual), epsilon)
             x = x @ _like(self.projection, visual).T
-        return x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+        pooled: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+        return pooled
 
 
 def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "projection"] | None = None) -> RetrievalHead:

@@ -22,7 +22,7 @@ from .errors import DatastoreError
 from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
 from .settings import EncoderIdentity, Settings
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "datastore.json"
 EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", "index.faiss"
 CAPTIONS, IMAGES = "captions", "images"

@@ -82,7 +82,7 @@ def load_ivf(path: Path, entries: int, dim: int, nprobe: int) -> Any:
             f"{path.parent}: a datastore of {entries:,} entries is searched by faiss: pip install 'itune[retrieval]'"
         ) from None
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except Exception as error:  # RuntimeError, with a trace of faiss's own
         raise DatastoreError(f"{path}: faiss cannot read it ({str(error).strip()[-120:]}); build it again") from None
     if (index.ntotal, index.d) != (entries, dim):
