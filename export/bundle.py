@@ -18,6 +18,7 @@ from ..backbones import ClipTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
 from ..evaluate import eager_captioner
 from ..methods import LoadedCheckpoint
+from ..retrieval import RetrievalHead, load_head
 from ..runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -31,6 +32,7 @@ from ..runtime.bundle import (
 from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
+from ..runtime.settings import RetrievalSettings
 from .card import MODEL_CARD, default_license, model_card
 from .graph import Graph
 from .methods import build_decoder, build_vision, decoder_settings
@@ -38,6 +40,8 @@ from .plans import PlanOptions, PlanWriter, Role
 from .products import Blocks, Form, Rows
 from .profiles import PlanLimits
 from .quantize_graph import Precision, halve_graph, quantize_graph
+from .retrieval_output import EmbeddingReference
+from .scenarios import pick_images
 from .staging import staged_folder
 from .verify import VALUE_SCALES, Check, VerificationError, verify_bundle
 from .vocabulary import Vocabulary
@@ -62,6 +66,7 @@ def export_bundle(
     card: Path | None = None,
     search: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
+    retrieve: int | None = None,
     plans: PlanOptions | None = None,
     verify: bool = True,
     images: Path | None = None,
@@ -75,14 +80,17 @@ def export_bundle(
     for int4: four bits neither speed a tower up nor leave it as it was (for plans, see `PlanWriter.for_tower`).
     `license` is that of the weights; `card` takes the place of the generated model card; `search` are search defaults
     that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
-    shortlist of tokens, and such a bundle cannot be restored; with `plans` the graphs are such as TensorRT takes, and
-    its plans of them are in the bundle, too; `images` is a folder of photos for the verification; `progress` is told
-    every stage, and `report` what the verification measured.
+    shortlist of tokens, and such a bundle cannot be restored; `retrieve` makes a bundle that can retrieve captions, and
+    does retrieve so many unless asked otherwise (0: none), from datastores of its own vision tower; with `plans` the
+    graphs are such as TensorRT takes, and its plans of them are in the bundle, too; `images` is a folder of photos for
+    the verification; `progress` is told every stage, and `report` what the verification measured.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
+    if retrieve is not None and plans is not None:
+        raise ItuneError("--retrieve is for ONNX graphs: TensorRT plans of captioners that retrieve are not supported")
     checkpoint = find_checkpoint(checkpoint)
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
@@ -91,6 +99,12 @@ def export_bundle(
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
+        head, reference = None, None
+        if retrieve is not None:
+            head = load_head(loaded.tower, loaded.config.vision.source)
+            retrieval = RetrievalSettings(k=retrieve, encoder=head.encoder)
+            manifest = manifest.model_copy(update={"retrieval": retrieval})
+            reference = EmbeddingReference.record(loaded.tower, head, pick_images(loaded.config.image, images))
         token_ids = None
         if vocabulary is not None:
             token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
@@ -102,7 +116,7 @@ def export_bundle(
             writer = writer.for_tower(loaded.tower)
             precisions = dict(writer.precisions)
         if writer is None:
-            files = _write_graphs(loaded, folder, precisions, token_ids, progress)
+            files = _write_graphs(loaded, folder, precisions, token_ids, progress, head)
         else:
             files, scales = _write_typed(writer, loaded, folder, manifest, token_ids, progress)
             if scales:
@@ -117,6 +131,7 @@ def export_bundle(
         manifest = _write_manifest(manifest, folder)
         if verify:
             checks = verify_bundle(checkpoint, folder, images=images, vocabulary=token_ids, progress=progress)
+            checks += [] if reference is None else [reference.check(folder, precisions["vision"])]
             report(checks)
             _raise_if_failed(checks)
         if writer is not None:
@@ -172,6 +187,7 @@ def _write_graphs(
     precisions: dict[Role, Precision],
     vocabulary: Int64 | None,
     progress: Callable[[str], None],
+    head: RetrievalHead | None = None,
 ) -> dict[Role, list[Path]]:
     """Both graphs' files by role, the graph first; the checkpoint's weights are let go as they are written."""
     fp32 = folder / "fp32"
@@ -190,7 +206,7 @@ def _write_graphs(
             files[role] = quantize_graph(source, path, _FORMS[role, precision])
 
     progress(f"writing the vision graph in {precisions['vision']}")
-    write("vision", build_vision(loaded.model, loaded.tower))
+    write("vision", build_vision(loaded.model, loaded.tower, head))
     del loaded.tower
     progress(f"writing the decoder graph in {precisions['decoder']}")
     # Integer products run on ONNX Runtime only, so such a decoder may as well have its attention.

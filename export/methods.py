@@ -7,19 +7,26 @@ from typing import Any
 from ..backbones import VisionTower
 from ..captioning import CaptionModel
 from ..model import ITuningModel
+from ..retrieval import RetrievalHead
 from ..runtime.bundle import Manifest
 from .graph import Array, Graph
 from .ituning import ITuningDecoder, append_keys_values, split_projections
 from .merge import Weights, unmerge
+from .retrieval_output import append_embedding
 from .vision import append_tower
 
 
-def build_vision(model: CaptionModel, tower: VisionTower) -> Graph:
-    """The graph from `pixels`, uint8 [images, H, W, 3], to the outputs `visual.*` that the method's module lists."""
+def build_vision(model: CaptionModel, tower: VisionTower, head: RetrievalHead | None = None) -> Graph:
+    """The graph from `pixels`, uint8 [images, H, W, 3], to the outputs `visual.*` that the method's module lists.
+
+    With `head`, also to the embedding that a datastore is searched with.
+    """
     graph = Graph("vision")
     embeddings = append_tower(graph, tower)
     assert isinstance(model, ITuningModel)
     append_keys_values(graph, embeddings, model, tower.tokens)
+    if head is not None:
+        append_embedding(graph, embeddings, head)
     return graph
 
 

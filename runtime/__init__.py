@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .captioner import Candidate, Caption, Captioner
-    from .errors import BundleError, EngineError, ImageError, ItuneError, SearchError
+    from .datastore import Datastore
+    from .errors import BundleError, DatastoreError, EngineError, ImageError, ItuneError, SearchError
 
 _MODULES = {
     "Bundle": ".bundle",
@@ -16,6 +17,8 @@ _MODULES = {
     "Candidate": ".captioner",
     "Caption": ".captioner",
     "Captioner": ".captioner",
+    "Datastore": ".datastore",
+    "DatastoreError": ".errors",
     "EngineError": ".errors",
     "ImageError": ".errors",
     "ItuneError": ".errors",
@@ -27,6 +30,8 @@ __all__ = [
     "Candidate",
     "Caption",
     "Captioner",
+    "Datastore",
+    "DatastoreError",
     "EngineError",
     "ImageError",
     "ItuneError",

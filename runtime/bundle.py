@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import BundleError
-from .settings import ImageSettings, Method, Settings, TextSettings
+from .settings import ImageSettings, Method, RetrievalSettings, Settings, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -206,6 +206,8 @@ class Manifest(Settings):
     tokens: TokenSettings
     decoder: DecoderSettings
     search: SearchDefaults = SearchDefaults()
+    retrieval: RetrievalSettings | None = None
+    """How captions of a datastore are put before a caption; None where the vision graph gives no embedding."""
     files: dict[FileName, FileHash]
     """Every file of the bundle but the manifest itself."""
     provenance: dict[str, Any] = Field(default_factory=dict)

@@ -100,6 +100,14 @@ def export(
             "with a word, phrase or caption a line. Smaller and faster, other words; cannot be restored.",
         ),
     ] = None,
+    retrieve: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Make a bundle that retrieves so many captions of similar images from a datastore of its vision tower "
+            "(itune-datastore); with 0, only where itune-run is told to.",
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Captions for --vocabulary N (their train split).")] = None,
     images: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder of photos to verify the graphs on, too.")
@@ -168,6 +176,7 @@ def export(
             card=model_card,
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
             vocabulary=None if vocabulary is None else Vocabulary.read(vocabulary, data),
+            retrieve=retrieve,
             plans=plans,
             verify=not no_verify,
             images=images,
@@ -195,6 +204,7 @@ _ONLY_EXPORT = {
     "max_batch": "--max-batch",
     "calibration_data": "--calibration-data",
     "vocabulary": "--vocabulary",
+    "retrieve": "--retrieve",
     "data": "--data",
     "images": "--images",
     "no_verify": "--no-verify",

@@ -1,0 +1,288 @@
+"""The datastore: captions that can be found by an image's embedding, in a folder described by its `datastore.json`.
+
+An entry is a caption with its text embedding (kind "text": image-to-text retrieval, as SmallCap does), or a photo's
+embedding with all its captions (kind "image": image-to-image). Everything but the manifest is memory-mapped. Like a
+bundle, a datastore comes from anywhere, and nothing in it is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from .bundle import Count, FileHash, FileName, Positive
+from .engines.base import Float32
+from .errors import DatastoreError
+from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
+from .settings import EncoderIdentity, Settings
+
+FORMAT: Literal[1] = 1
+MANIFEST = "datastore.json"
+EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", "index.faiss"
+CAPTIONS, IMAGES = "captions", "images"
+_HASHED_BYTES = 64 << 20
+_MEND = "copy the datastore again, or build it again"
+
+
+class DatastoreManifest(Settings):
+    """The content of `datastore.json`."""
+
+    format: Literal[1] = FORMAT
+    kind: Literal["text", "image"]
+    """What was embedded: captions, or photos."""
+    encoder: EncoderIdentity
+    entries: Positive
+    captions: Positive
+    images: Positive
+    index: Literal["flat", "ivf"]
+    """How it is searched: exactly, or through faiss's inverted lists."""
+    nprobe: Count = 0
+    """Inverted lists that a query looks through."""
+    centered: bool
+    """Whether the mean of the embeddings (`mean.npy`) was subtracted from entries, and has to be from queries."""
+    files: dict[FileName, FileHash]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _all_files(self) -> DatastoreManifest:
+        needed = {EMBEDDINGS, ENTRIES} | {f"{name}.{part}" for name in (CAPTIONS, IMAGES) for part in ("txt", "npy")}
+        needed |= ({MEAN} if self.centered else set()) | ({INDEX} if self.index == "ivf" else set())
+        if missing := sorted(needed - self.files.keys()):
+            raise ValueError(f"files: {missing[0]} is not listed")
+        return self
+
+    def to_json(self) -> str:
+        """The text of `datastore.json`."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class Retrieved(NamedTuple):
+    """A caption that was found."""
+
+    caption: str
+    score: float
+    """Inner product of the query and the entry, both of length 1 (and centred where the datastore is)."""
+    image: str
+    """The id of the photo that the caption is of."""
+
+
+class Texts:
+    """Strings in one memory-mapped file, each ending with a newline, and where each begins."""
+
+    def __init__(self, text: Path, offsets: Path) -> None:
+        self._offsets = _load_array(offsets, np.int64, 1)
+        size = text.stat().st_size
+        if self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
+            raise DatastoreError(f"{offsets} does not fit {text.name}; {_MEND}")
+        self._text: Any = np.memmap(text, np.uint8, "r") if size else b""
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self._offsets[index : index + 2]
+        return bytes(self._text[start : end - 1]).decode("utf-8", errors="replace")
+
+
+class Datastore:
+    """A datastore on disk, open for searching; several threads may share it."""
+
+    def __init__(self, folder: Path, manifest: DatastoreManifest) -> None:
+        """Map the files of a manifest that was read and checked; `load` does that."""
+        self.folder, self.manifest = folder, manifest
+        self.embeddings: NDArray[Any] = _load_array(folder / EMBEDDINGS, (np.float16, np.float32), 2)
+        self.entries = _load_array(folder / ENTRIES, np.int64, 2)
+        """[entries, 3]: image, first caption, and the one after the last."""
+        self.captions = Texts(folder / f"{CAPTIONS}.txt", folder / f"{CAPTIONS}.npy")
+        self.images = Texts(folder / f"{IMAGES}.txt", folder / f"{IMAGES}.npy")
+        mean = _load_array(folder / MEAN, np.float32, 1) if manifest.centered else None
+        self.mean: Float32 | None = None if mean is None else np.asarray(mean)
+        shapes = {
+            EMBEDDINGS: (self.embeddings.shape, (manifest.entries, manifest.encoder.dim)),
+            ENTRIES: (self.entries.shape, (manifest.entries, 3)),
+            CAPTIONS: ((len(self.captions),), (manifest.captions,)),
+            IMAGES: ((len(self.images),), (manifest.images,)),
+            MEAN: (() if self.mean is None else self.mean.shape, (manifest.encoder.dim,) if manifest.centered else ()),
+        }
+        for name, (found, expected) in shapes.items():
+            if found != expected:
+                raise DatastoreError(f"{folder}: {name} has shape {found} instead of {expected}; {_MEND}")
+        most = self.entries.max(axis=0)
+        if self.entries.min() < 0 or most[0] >= manifest.images or most[1:].max() > manifest.captions:
+            raise DatastoreError(f"{folder / ENTRIES}: names captions or photos that are not there; {_MEND}")
+        self._index = (
+            load_ivf(folder / INDEX, manifest.entries, manifest.encoder.dim, manifest.nprobe)
+            if manifest.index == "ivf"
+            else None
+        )
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, encoder: EncoderIdentity | None = None, verify: bool | None = None
+    ) -> Datastore:
+        """Open a datastore, which has to be one of `encoder`'s if that is given.
+
+        Sizes are always compared; hashes of all files with `verify`, of none without, and by default of those below
+        64 MB, since a gigabyte of embeddings takes a second.
+
+        Raises:
+            DatastoreError: not a datastore, damaged, of another format or encoder, or faiss is needed and missing.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if encoder is not None:
+            _require(folder, manifest, encoder)
+        for name, expected in manifest.files.items():
+            _check(folder, name, expected, verify)
+        return cls(folder, manifest)
+
+    def require(self, encoder: EncoderIdentity) -> None:
+        """Raise DatastoreError, naming both, unless the datastore was built with `encoder`."""
+        _require(self.folder, self.manifest, encoder)
+
+    def search(
+        self,
+        embeddings: Float32,
+        k: int,
+        *,
+        exclude_images: Sequence[Collection[str]] | None = None,
+        exclude_captions: Sequence[Collection[str]] | None = None,
+    ) -> list[list[Retrieved]]:
+        """The k captions that are nearest to each of `embeddings` [B, D], best first.
+
+        No caption comes twice, whatever its case, spaces and final period. Of the photos of an "image" datastore,
+        nearest first, one caption each is taken (the most typical: the first), then a second where there are too few
+        photos. Equal scores stand in order of the entry. An approximate index may find fewer than k.
+
+        `exclude_images`: for each query, ids of photos whose captions are left out; `exclude_captions`: captions that
+        are, however often and of whatever photo they are in the datastore.
+
+        Raises:
+            DatastoreError: embeddings of another width, or that are not numbers.
+        """
+        ranking = self._rank(embeddings)
+        images = exclude_images or [()] * len(embeddings)
+        captions = exclude_captions or [()] * len(embeddings)
+        return [
+            self._take(ranking, query, k, set(without), {caption_key(caption) for caption in others})
+            for query, (without, others) in enumerate(zip(images, captions, strict=True))
+        ]
+
+    def _rank(self, embeddings: Float32) -> Ranking:
+        queries = np.asarray(embeddings, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.manifest.encoder.dim:
+            raise DatastoreError(
+                f"{self.folder}: takes embeddings [images, {self.manifest.encoder.dim}], not {list(queries.shape)}"
+            )
+        if not np.isfinite(queries).all():
+            raise DatastoreError(f"{self.folder}: an embedding to search for holds numbers that are not finite")
+        queries = centre(queries, self.mean)
+        if self._index is not None:
+            return IvfRanking(self._index, self.embeddings, queries)
+        return FlatRanking(self.embeddings, queries)
+
+    def _take(self, ranking: Ranking, query: int, k: int, images: set[str], taken: set[str]) -> list[Retrieved]:
+        if k < 1:
+            return []
+        count = 8 * k
+        while True:
+            entries, scores = ranking.best(query, count)
+            found = self._choose(entries, scores, k, images, taken.copy())
+            # Those left out, and the ones that say the same, leave too few: look further.
+            if len(found) == k or len(entries) < count or count >= len(self.entries):
+                return found
+            count *= 4
+
+    def _choose(self, entries: Any, scores: Float32, k: int, images: set[str], taken: set[str]) -> list[Retrieved]:
+        found: list[Retrieved] = []
+        ranked = [(*self.entries[entry].tolist(), float(score)) for entry, score in zip(entries, scores, strict=True)]
+        for place in range(max((end - start for _, start, end, _ in ranked), default=0)):
+            for image, start, end, score in ranked:
+                if start + place >= end or (images and self.images[image] in images):
+                    continue
+                caption = self.captions[start + place]
+                if (key := caption_key(caption)) in taken:
+                    continue
+                taken.add(key)
+                found.append(Retrieved(caption, score, self.images[image]))
+                if len(found) == k:
+                    return found
+        return found
+
+
+def centre(embeddings: Float32, mean: Float32 | None) -> Float32:
+    """Embeddings [B, D], less `mean` where there is one, at length 1."""
+    centred = embeddings if mean is None else embeddings - mean
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.asarray(centred / np.maximum(norms, 1e-12), np.float32)
+
+
+def caption_key(caption: str) -> str:
+    """What captions that say the same have in common: not case, spaces and final period."""
+    return " ".join(caption.split()).rstrip(" .").casefold()
+
+
+def read_manifest(folder: Path) -> DatastoreManifest:
+    """Read and check `datastore.json`. Raises DatastoreError."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DatastoreError(f"{folder} is not a folder; a datastore is the folder that itune-datastore build writes")
+    try:
+        text = path.read_bytes()
+        content = from_json(text, allow_inf_nan=False)
+    except FileNotFoundError:
+        raise DatastoreError(f"{folder} is not a datastore: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise DatastoreError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DatastoreError(f"{path} is not JSON ({error}); {_MEND}") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise DatastoreError(f"{path}: format is {version!r}, but this itune reads {FORMAT}; build the datastore again")
+    try:
+        return DatastoreManifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
+        raise DatastoreError(f"{path}: {field or 'content'}: {first['msg']}; build the datastore again") from None
+
+
+def _require(folder: Path, manifest: DatastoreManifest, encoder: EncoderIdentity) -> None:
+    if not manifest.encoder.same_as(encoder):
+        raise DatastoreError(
+            f"{folder}: was built with {manifest.encoder}, but the model's embeddings come from {encoder}; build one "
+            "for it with itune-datastore build --encoder"
+        )
+
+
+def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> None:
+    path = folder / name
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DatastoreError(f"{path} leads out of the datastore's folder; put a copy of the file there")
+        if not path.is_file():
+            raise DatastoreError(f"{path} is missing; {_MEND}")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise DatastoreError(f"{path} is damaged ({size} bytes instead of {expected.bytes}); {_MEND}")
+        hashed = size < _HASHED_BYTES if verify is None else verify
+        if hashed and FileHash.of(path) != expected:
+            raise DatastoreError(f"{path} is damaged (wrong SHA-256); {_MEND}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+        raise DatastoreError(f"{path} cannot be read: {error}") from None
+
+
+def _load_array(path: Path, dtype: Any, ndim: int) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {_MEND}") from None
+    if array.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)) or array.ndim != ndim or not len(array):
+        raise DatastoreError(f"{path} holds {array.dtype} {list(array.shape)}, which is not expected; {_MEND}")
+    return array
