@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from .runtime.errors import ItuneError
-from .runtime.settings import ImageSettings, Method, Settings, TextSettings
+from .runtime.settings import ImageSettings, Method, RetrievalSettings, Settings, TextSettings
 
 CONFIG_FILE = "itune.json"
 WEIGHTS_FILE = "adapters.safetensors"
@@ -53,6 +53,8 @@ class CheckpointConfig(Settings):
     vision: VisionSource
     image: ImageSettings
     text: TextSettings
+    retrieval: RetrievalSettings | None = None
+    """The retrieved captions that the training put before a caption; None where there were none."""
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -67,7 +69,16 @@ class ITuningCheckpoint(CheckpointConfig):
     first_adapter_layer: int = Field(default=0, ge=0)
 
 
-CONFIGS: dict[Method, type[CheckpointConfig]] = {"i-tuning": ITuningCheckpoint}
+class SmallCapCheckpoint(CheckpointConfig):
+    """SmallCap's; its tensors are `layers.{i}.{norm,query,key,value,output}.{weight,bias}`."""
+
+    method: Literal["smallcap"] = "smallcap"
+    heads: int = Field(gt=0)
+    attention_width: int = Field(gt=0)
+    """Width of each head's queries, keys and values."""
+
+
+CONFIGS: dict[Method, type[CheckpointConfig]] = {"i-tuning": ITuningCheckpoint, "smallcap": SmallCapCheckpoint}
 
 
 def parse_config(content: dict[str, Any]) -> CheckpointConfig:

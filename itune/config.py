@@ -6,7 +6,7 @@ warm-up, regularisation) the values are ours, and marked so.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from .runtime.errors import ItuneError
@@ -15,8 +15,14 @@ from .runtime.settings import Method
 METHODS: tuple[Method, ...] = get_args(Method)
 METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "i-tuning": ("bottleneck", "heads", "lambda_", "score_scale", "first_adapter_layer"),
+    "smallcap": ("attention_width", "heads"),
 }
-"""The settings that only one method has."""
+"""The settings that not every method has."""
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"num_beams": 3}}
+"""What a method's authors do otherwise than a preset that was made for another."""
+RETRIEVING: tuple[str, ...] = ("i-tuning", "smallcap")
+"""The methods that take captions of a datastore into the prompt."""
+DEFAULT_RETRIEVE = 4
 DEFAULT_VISION = "openai/clip-vit-base-patch16"
 
 
@@ -43,8 +49,17 @@ class TrainConfig:
     bottleneck: int | None = None
     """Adapter width r; None is half the language model's width (reproduces the paper's parameter counts)."""
 
-    heads: int = 1
-    """Attention heads of each adapter (paper: one)."""
+    heads: int | None = None
+    """Attention heads of each adapter; None is one for I-Tuning (paper), the language model's for SmallCap."""
+
+    attention_width: int = 16
+    """SmallCap: width of a head's queries, keys and values (its paper: 64, 32, 16, 8 or 4)."""
+
+    datastore: str | None = None
+    """Folder of the datastore whose captions are retrieved into the prompts; None retrieves nothing."""
+
+    retrieve: int | None = None
+    """How many captions are retrieved; None is 4 with a datastore, 0 without."""
 
     lambda_: float = 1.0
     """The paper's lambda >= 1, the scale of what an adapter retrieves."""
@@ -131,6 +146,7 @@ class TrainConfig:
             ("label_smoothing", 0.0, 0.99),
             ("ema_decay", 0.0, 0.99999),
             ("lambda_", 0.0, None),
+            ("attention_width", 1, None),
             ("max_caption_tokens", 1, None),
             ("num_beams", 1, None),
             ("max_new_tokens", 1, None),
@@ -139,8 +155,35 @@ class TrainConfig:
             if not (value >= low and (high is None or value <= high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{flag(name)} must be {limits}, not {value}")
+        for name in ("heads", "retrieve"):
+            if (value := getattr(self, name)) is not None and value < (name == "heads"):
+                raise ConfigError(f"{flag(name)} must be at least {int(name == 'heads')}, not {value}")
+        self._check_retrieval()
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"--precision must be bf16 or fp32, not {self.precision}")
+
+    def _check_retrieval(self) -> None:
+        if self.datastore is None:
+            if self.retrieve:
+                raise ConfigError(f"--retrieve {self.retrieve} needs the captions to choose from: name a --datastore")
+            if self.method == "smallcap" and self.retrieve is None:
+                raise ConfigError(
+                    "--method smallcap retrieves captions: name a --datastore, or train without by --retrieve 0"
+                )
+            return
+        if self.method not in RETRIEVING:
+            raise ConfigError(f"--datastore belongs to --method {' and '.join(RETRIEVING)}, not to {self.method}")
+        if self.retrieve == 0:
+            raise ConfigError("--retrieve 0 takes nothing from the --datastore: leave one of them out")
+        if self.prompt:
+            raise ConfigError("--prompt contradicts --datastore: the retrieved captions are the prompt")
+
+    @property
+    def retrieved(self) -> int:
+        """How many captions are retrieved."""
+        if self.datastore is None:
+            return 0
+        return DEFAULT_RETRIEVE if self.retrieve is None else self.retrieve
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
@@ -156,6 +199,25 @@ PRESETS: dict[str, TrainConfig] = {
         language_model="openai-community/gpt2-large",
         images_per_forward=16,
         first_adapter_layer=18,
+    ),
+    # Ramos et al., section 4: AdamW, learning rate 1e-4, batch 64, 10 epochs, CLIP ViT-B/32, captions of up to 25 tokens.
+    # Their code decays no weight; its linear schedule is a cosine here, and its dropout in the frozen GPT-2 is left out.
+    # --retrieve 0 stands for the datastore that has to be named.
+    "smallcap": TrainConfig(
+        preset="smallcap",
+        method="smallcap",
+        vision="openai/clip-vit-base-patch32",
+        epochs=10,
+        batch_size=64,
+        images_per_forward=16,
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        warmup=0.0,
+        dropout=0.1,
+        max_caption_tokens=25,
+        num_beams=3,
+        max_new_tokens=25,
+        retrieve=0,
     ),
     "small-data": TrainConfig(
         preset="small-data",
@@ -185,10 +247,17 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset} does not exist: choose one of {', '.join(PRESETS)}")
     given = {name: value for name, value in overrides.items() if value is not None}
-    config = replace(PRESETS[preset], **given)
-    for method, names in METHOD_FIELDS.items():
-        if method != config.method and (odd := next((name for name in names if name in given), None)):
-            raise ConfigError(f"{flag(odd)} belongs to --method {method}, not to {config.method}: leave it out")
+    base = PRESETS[preset].to_json()
+    method = given.get("method", base["method"])
+    if method != base["method"]:
+        base |= METHOD_DEFAULTS.get(method, {})
+    if "retrieve" not in given:
+        base["retrieve"] = None
+    config = TrainConfig(**(base | given))
+    for other, names in METHOD_FIELDS.items():
+        own = METHOD_FIELDS[config.method]
+        if odd := next((name for name in names if name in given and name not in own), None):
+            raise ConfigError(f"{flag(odd)} belongs to --method {other}, not to {config.method}: leave it out")
     return config
 
 

@@ -16,8 +16,9 @@ from .checkpoint import (
 )
 from .model import ITuningModel
 from .runtime.settings import Method
+from .smallcap import SmallCapModel
 
-MODELS: dict[Method, type[CaptionModel]] = {model.method: model for model in (ITuningModel,)}
+MODELS: dict[Method, type[CaptionModel]] = {model.method: model for model in (ITuningModel, SmallCapModel)}
 
 
 class LoadedCheckpoint:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-Method = Literal["i-tuning"]
+Method = Literal["i-tuning", "smallcap"]
 """How a frozen language model is given the image."""
 Triple = tuple[float, float, float]
 
