@@ -15,12 +15,14 @@ from .data import Record
 from .features import Features
 from .metrics import Scores, score
 from .model import EagerEngine, LoadedCheckpoint
+from .retrieval import EmbeddingEngine, load_head
 from .runtime import Captioner
 from .runtime.bundle import SearchDefaults, TokenSettings
 from .runtime.engines.base import Int64
 from .runtime.errors import ImageError
+from .runtime.retriever import Retriever
 from .runtime.search import SearchConfig, search
-from .runtime.settings import TextSettings
+from .runtime.settings import RetrievalSettings, TextSettings
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""
@@ -51,13 +53,35 @@ def caption_features(
     return captions
 
 
-def load_captioner(folder: Path, *, engine: str = "auto", threads: int | None = None) -> Captioner:
-    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`)."""
+def load_captioner(
+    folder: Path,
+    *,
+    engine: str = "auto",
+    threads: int | None = None,
+    datastore: Path | None = None,
+    retrieve: int | None = None,
+) -> Captioner:
+    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`).
+
+    `datastore` and `retrieve` as in `Captioner.load`; a checkpoint need not have been trained with retrieval.
+    """
     checkpoint = find_checkpoint(folder)
     if not (checkpoint / CONFIG_FILE).is_file():
-        return Captioner.load(folder, engine=engine, threads=threads)
+        return Captioner.load(folder, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     loaded = LoadedCheckpoint.load(checkpoint)
-    return eager_captioner(loaded)
+    captioner = eager_captioner(loaded)
+    if datastore is not None or retrieve:
+        head = load_head(loaded.tower, loaded.config.vision.source)
+        captioner.retriever = Retriever.load(
+            RetrievalSettings(k=0, encoder=head.encoder),
+            loaded.config.text,
+            loaded.language.tokenizer,
+            model=folder,
+            datastore=datastore,
+            k=retrieve,
+        )
+        captioner.engine = EmbeddingEngine(captioner.engine, head)
+    return captioner
 
 
 def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -> Captioner:
