@@ -95,7 +95,7 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
     """Load a GPT-2-family checkpoint (hub id or folder) in float32, with its `tokenizer.json`."""
     folder = fetch(source, revision)
     config = _read_config(folder, "gpt2", "a GPT-2 language model")
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     try:
         model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -155,7 +155,7 @@ class ClipTower:
         config = _read_config(folder, ("clip", "clip_vision_model"), "a CLIP model")
         config = config.get("vision_config", config)
         self.folder = folder
-        self.sha256 = hash_files(_weight_files(folder))
+        self.sha256 = hash_files(weight_files(folder))
         try:
             model: Any = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -281,7 +281,8 @@ def _read_config(folder: Path, model_type: str | tuple[str, ...], what: str) -> 
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a backbone's weights. Raises BackboneError where there are none."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")

@@ -24,7 +24,6 @@ from .caption_files import find_caption_file, holds
 from .checkpoint import atomic_folder, hash_files, relative_source
 from .data import Record, load_records
 from .features import FeatureCache, LiveFeatures
-from .metrics.consensus import most_typical_first
 from .retrieval import RetrievalHead, TextEncoder, load_encoder
 from .runtime.bundle import FileHash
 from .runtime.datastore import (
@@ -184,8 +183,6 @@ class _Embedder:
             report("embedding captions", start + len(batch), len(pairs))
 
     def _photos(self, records: Sequence[Record], source: Source, report: Report) -> Iterator[tuple[Float32, list[Any]]]:
-        report("comparing captions", 0, len(records))
-        typical = most_typical_first({record.id: record.captions for record in records})
         live = LiveFeatures(self.tower)
         cache = None if source.cache is None else FeatureCache(source.cache, self.tower)
         if cache is not None:
@@ -205,7 +202,7 @@ class _Embedder:
             else:
                 visual = cache.read(paths)
             if batch:
-                yield self.head.pool(visual).cpu().numpy(), [(record, typical[record.id]) for record in batch]
+                yield self.head.pool(visual).cpu().numpy(), [(record, record.captions) for record in batch]
             report("embedding photos", min(start + _IMAGE_BATCH, len(records)), len(records))
 
 

@@ -23,8 +23,8 @@ _LEAST_PROBED = 16
 
 
 def clusters(entries: int) -> int:
-    """How many clusters: the power of two next to 4 sqrt(entries)."""
-    return int(2 ** round(np.log2(4 * np.sqrt(entries))))
+    """How many clusters: the power of two next to 4 sqrt(entries), if k-means finds enough entries for each."""
+    return int(2 ** round(np.log2(min(4 * np.sqrt(entries), entries / _TRAINING))))
 
 
 def write_index(folder: Path, base: Datastore | None, report: Callable[[str, int, int], None]) -> int:

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import Tensor
 
-from .backbones import BackboneError, ClipTower, VisionTower, fetch, load_vision_tower
+from .backbones import BackboneError, ClipTower, VisionTower, fetch, load_vision_tower, weight_files
 from .checkpoint import atomic_path
 from .data import Record
 from .features import Features, identity
 from .runtime.datastore import Datastore
-from .runtime.engines.base import Float32
+from .runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
 from .runtime.settings import EncoderIdentity
 
 Progress = Callable[[int, int], None]
@@ -71,7 +72,7 @@ def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "project
     Raises:
         BackboneError: there is no projection, and it is asked for.
     """
-    found = _load_projection(tower.folder) if isinstance(tower, ClipTower) and pooling != "mean" else None
+    found = _load_projection(tower) if isinstance(tower, ClipTower) and pooling != "mean" else None
     if found is None:
         if pooling == "projection":
             raise BackboneError(
@@ -85,19 +86,50 @@ def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "project
 
 
 def _load_projection(
-    folder: Path,
+    tower: ClipTower,
 ) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32], float], NDArray[np.float32]] | None:
-    from transformers import CLIPVisionModelWithProjection
-
-    loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    model, info = loaded
-    if any("visual_projection" in name or "post_layernorm" in name for name in info["missing_keys"]):
+    """Post-layernorm and projection, which the tower itself does without; None where there is no projection."""
+    names = [*(f"vision_model.post_layernorm.{part}" for part in ("weight", "bias")), "visual_projection.weight"]
+    found: dict[str, NDArray[np.float32]] = {}
+    for file in weight_files(tower.folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(name).float().numpy() for name in names if name in tensors.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found |= {name: state[name].float().numpy() for name in names if name in state}
+    if len(found) < len(names):
         return None
-    norm = model.vision_model.post_layernorm
-    arrays = [t.detach().numpy().copy() for t in (norm.weight, norm.bias, model.visual_projection.weight)]
-    return (arrays[0], arrays[1], float(norm.eps)), arrays[2]
+    weight, bias, projection = (found[name] for name in names)
+    return (weight, bias, float(tower.model.config.layer_norm_eps)), projection
+
+
+class EmbeddingEngine:
+    """An eager engine whose states also have the embedding that a datastore is searched with (see `State`)."""
+
+    def __init__(self, engine: Any, head: RetrievalHead) -> None:
+        """`engine` has a `tower` and `encode_features`, as `EagerEngine`."""
+        self.engine, self.head = engine, head
+
+    @property
+    def most_candidates(self) -> int:
+        """See `Engine.most_candidates`."""
+        return int(self.engine.most_candidates)
+
+    def encode(self, pixels: UInt8) -> Any:
+        """See `Engine.encode`."""
+        return self.encode_features(self.engine.tower.embed(pixels))
+
+    def encode_features(self, visual: Tensor) -> Any:
+        """Visual embeddings [images, N, d_v] to a state."""
+        state = self.engine.encode_features(visual)
+        state.embedding = self.head.pool(visual).cpu().numpy()
+        return state
+
+    def step(self, tokens: Int64, parents: Int64, state: Any, k: int, *, mask: Bool | None = None) -> Candidates:
+        """See `Engine.step`."""
+        found: Candidates = self.engine.step(tokens, parents, state, k, mask=mask)
+        return found
 
 
 class TextEncoder:
@@ -105,24 +137,24 @@ class TextEncoder:
 
     def __init__(self, source: str, revision: str | None = None) -> None:
         """Load a full CLIP checkpoint (hub id or folder) with its tokenizer. Raises BackboneError."""
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import AutoTokenizer, CLIPModel
 
         folder = fetch(source, revision)
         try:
-            loaded: Any = CLIPTextModelWithProjection.from_pretrained(
+            loaded: Any = CLIPModel.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise BackboneError(f"{folder}: its text tower or tokenizer cannot be loaded: {reason}") from None
-        self.model, info = loaded
-        if info["missing_keys"]:
+        model, info = loaded
+        if missing := sorted(name for name in info["missing_keys"] if name.startswith("text_")):
             raise BackboneError(
-                f"{folder}: has no text tower ({sorted(info['missing_keys'])[0]} is missing); give a full CLIP "
-                "checkpoint, or build by images with --kind image"
+                f"{folder}: has no text tower ({missing[0]} is missing); give a full CLIP checkpoint, or build by "
+                "images with --kind image"
             )
-        self.model.train(False)
+        self.model, self._project = model.text_model.train(False), model.text_projection
 
     @torch.inference_mode()
     def embed(self, captions: Sequence[str]) -> Float32:
@@ -134,7 +166,8 @@ class TextEncoder:
             max_length=self.model.config.max_position_embeddings,
             return_tensors="pt",
         )
-        features = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).text_embeds
+        pooled = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
+        features = self._project(pooled)
         embedded: Float32 = (features / features.norm(dim=1, keepdim=True).clamp(min=EPSILON)).numpy()
         return embedded
 
@@ -167,21 +200,23 @@ def retrieve_for(
     k: int,
     head: RetrievalHead,
     *,
+    leave_out_own: bool = True,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[str]]:
     """For every record's id, the k captions of the datastore that are most similar to its photo.
 
     The photo's own captions are left out, under whatever id they are in the datastore, as captions of other photos that
-    say the same are: else training would copy them. With `cache`, a folder, the result is kept there and read again for
-    the same photos, captions, datastore and k. `features` have been prepared with the records' photos.
+    say the same are: else training would copy them. For photos of a dev split, of which the datastore holds none,
+    `leave_out_own=False` retrieves as the finished captioner will. With `cache`, a folder, the result is kept there and
+    read again for the same photos, captions, datastore and k. `features` have been prepared with the records' photos.
 
     Raises:
         DatastoreError: the datastore is of another encoder than `head`.
     """
     # Opened before, perhaps for no encoder in particular.
     datastore.require(head.encoder)
-    path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k)}.json"
+    path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out_own)}.json"
     if path is not None and path.is_file():
         content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
         return content
@@ -192,8 +227,8 @@ def retrieve_for(
         found = datastore.search(
             embeddings,
             k,
-            exclude_images=[{record.id} for record in batch],
-            exclude_captions=[record.captions for record in batch],
+            exclude_images=[{record.id} for record in batch] if leave_out_own else None,
+            exclude_captions=[record.captions for record in batch] if leave_out_own else None,
         )
         for record, nearest in zip(batch, found, strict=True):
             captions[record.id] = [each.caption for each in nearest]
@@ -205,8 +240,8 @@ def retrieve_for(
     return captions
 
 
-def _key(records: Sequence[Record], datastore: Datastore, k: int) -> str:
-    digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k}\n".encode())
+def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out_own: bool) -> str:
+    digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k} {leave_out_own}\n".encode())
     for record in records:
         digest.update(f"{json.dumps([record.id, identity(record.image), record.captions])}\n".encode())
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ bundle, a datastore comes from anywhere, and nothing in it is believed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .bundle import Count, FileHash, FileName, Positive
-from .engines.base import Float32
+from .consensus import consensus
+from .engines.base import Float32, Int64
 from .errors import DatastoreError
 from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
 from .settings import EncoderIdentity, Settings
@@ -26,6 +27,8 @@ FORMAT: Literal[1] = 1
 MANIFEST = "datastore.json"
 EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", "index.faiss"
 CAPTIONS, IMAGES = "captions", "images"
+NEIGHBOURS = 20
+"""The photos of an "image" datastore among whose captions is chosen."""
 _HASHED_BYTES = 64 << 20
 _MEND = "copy the datastore again, or build it again"
 
@@ -67,7 +70,8 @@ class Retrieved(NamedTuple):
 
     caption: str
     score: float
-    """Inner product of the query and the entry, both of length 1 (and centred where the datastore is)."""
+    """Inner product of the query and the entry, both of length 1 (and centred where the datastore is): of an "image"
+    datastore, how similar the photo is."""
     image: str
     """The id of the photo that the caption is of."""
 
@@ -154,11 +158,11 @@ class Datastore:
         exclude_images: Sequence[Collection[str]] | None = None,
         exclude_captions: Sequence[Collection[str]] | None = None,
     ) -> list[list[Retrieved]]:
-        """The k captions that are nearest to each of `embeddings` [B, D], best first.
+        """The `k` best captions for each of `embeddings` [B, D], best first.
 
-        No caption comes twice, whatever its case, spaces and final period. Of the photos of an "image" datastore,
-        nearest first, one caption each is taken (the most typical: the first), then a second where there are too few
-        photos. Equal scores stand in order of the entry. An approximate index may find fewer than k.
+        Of a "text" datastore, those that are nearest. Of an "image" datastore, the captions of the `NEIGHBOURS` nearest
+        photos that agree most with the others among them (see `consensus`). No caption comes twice, whatever its case,
+        spaces and final period. Ties stand in order of the entry. An approximate index may find fewer than k.
 
         `exclude_images`: for each query, ids of photos whose captions are left out; `exclude_captions`: captions that
         are, however often and of whatever photo they are in the datastore.
@@ -190,29 +194,28 @@ class Datastore:
     def _take(self, ranking: Ranking, query: int, k: int, images: set[str], taken: set[str]) -> list[Retrieved]:
         if k < 1:
             return []
-        count = 8 * k
+        is_text = self.manifest.kind == "text"
+        wanted = k if is_text else max(k, NEIGHBOURS)
+        count = 4 * wanted
         while True:
             entries, scores = ranking.best(query, count)
-            found = self._choose(entries, scores, k, images, taken.copy())
-            # Those left out, and the ones that say the same, leave too few: look further.
-            if len(found) == k or len(entries) < count or count >= len(self.entries):
-                return found
+            photos = self._captions(entries, scores, images, taken)
+            found = _distinct(each for captions in photos for each in captions) if is_text else []
+            # Those left out, and the ones that say the same, may leave too few: look further.
+            enough = len(found if is_text else photos) >= wanted
+            if enough or len(entries) < count or count >= len(self.entries):
+                return (found if is_text else _most_typical(photos[:wanted]))[:k]
             count *= 4
 
-    def _choose(self, entries: Any, scores: Float32, k: int, images: set[str], taken: set[str]) -> list[Retrieved]:
-        found: list[Retrieved] = []
-        ranked = [(*self.entries[entry].tolist(), float(score)) for entry, score in zip(entries, scores, strict=True)]
-        for place in range(max((end - start for _, start, end, _ in ranked), default=0)):
-            for image, start, end, score in ranked:
-                if start + place >= end or (images and self.images[image] in images):
-                    continue
-                caption = self.captions[start + place]
-                if (key := caption_key(caption)) in taken:
-                    continue
-                taken.add(key)
-                found.append(Retrieved(caption, score, self.images[image]))
-                if len(found) == k:
-                    return found
+    def _captions(self, entries: Int64, scores: Float32, images: set[str], taken: set[str]) -> list[list[Retrieved]]:
+        """The captions of each entry that has some left, of photos not in `images` and not saying what is `taken`."""
+        found = []
+        for entry, score in zip(entries.tolist(), scores.tolist(), strict=True):
+            image, start, end = self.entries[entry].tolist()
+            name = self.images[image]
+            captions = [] if name in images else [self.captions[i] for i in range(start, end)]
+            if left := [Retrieved(each, score, name) for each in captions if caption_key(each) not in taken]:
+                found.append(left)
         return found
 
 
@@ -259,6 +262,21 @@ def _require(folder: Path, manifest: DatastoreManifest, encoder: EncoderIdentity
             f"{folder}: was built with {manifest.encoder}, but the model's embeddings come from {encoder}; build one "
             "for it with itune-datastore build --encoder"
         )
+
+
+def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
+    """Without those that say what an earlier one does."""
+    first: dict[str, Retrieved] = {}
+    for each in captions:
+        first.setdefault(caption_key(each.caption), each)
+    return list(first.values())
+
+
+def _most_typical(photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
+    """The captions of some photos, those first that agree most with the others."""
+    captions = [each for those in photos for each in those]
+    agreement = consensus([caption_key(each.caption).split() for each in captions])
+    return _distinct(captions[i] for i in np.argsort(-agreement, kind="stable"))
 
 
 def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> None:

@@ -218,6 +218,7 @@ def _tell(store: Path, manifest: DatastoreManifest, source: Source) -> None:
         f"{store}: {manifest.captions:,} captions of {manifest.images:,} photos, {manifest.entries:,} entries",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
 
 

@@ -30,6 +30,12 @@ def evaluate(
         str, typer.Option(help="Of a bundle: auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU).")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
+    datastore: Annotated[
+        Path | None, typer.Option(help="Folder of itune-datastore to retrieve captions from. Default: the bundle's.")
+    ] = None,
+    retrieve: Annotated[
+        int | None, typer.Option(min=0, help="Captions of similar images in the prompt. Default: the model's.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the captions here, in COCO's results format.")
     ] = None,
@@ -46,7 +52,7 @@ def evaluate(
 
         torch.set_num_threads(threads)
     records = load_records(data, images=images, split=None if split == "all" else split)[:limit]
-    captioner = load_captioner(model, engine=engine, threads=threads)
+    captioner = load_captioner(model, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     if captioner.engine_notice:
         common.console().print(captioner.engine_notice, markup=False, highlight=False)
     with common.progress("photos") as update:

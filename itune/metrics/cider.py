@@ -76,15 +76,6 @@ class CiderD:
             for image, caption in candidates.items()
         }
 
-    def typical_order(self, image: str) -> list[int]:
-        """The places of an image's references, those first that score highest against its others."""
-        vectors = self._references[image]
-        scores = [
-            self._similarity(vector, vectors[:i] + vectors[i + 1 :]) if len(vectors) > 1 else 0.0
-            for i, vector in enumerate(vectors)
-        ]
-        return sorted(range(len(vectors)), key=lambda i: -scores[i])
-
     def _vector(self, counts: Counter[NGram]) -> _Vector:
         weights = {ngram: count * self._idf.get(ngram, self._unseen) for ngram, count in counts.items()}
         squares = [0.0] * MAX_ORDER
