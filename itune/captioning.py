@@ -109,7 +109,10 @@ class CaptionModel(nn.Module, ABC):
     def _hidden(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
         given: dict[str, Tensor] = {}
         if packing is not None:
-            given = {"position_ids": packing.positions[:, :-1], "attention_mask": packing.attention_mask()[..., :-1, :-1]}
+            given = {
+                "position_ids": packing.positions[:, :-1],
+                "attention_mask": packing.attention_mask()[..., :-1, :-1],
+            }
         hidden: Tensor = self.language_model.transformer(input_ids=input_ids[:, :-1], use_cache=False, **given)[0]
         return hidden
 

@@ -18,7 +18,7 @@ METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "smallcap": ("attention_width", "heads"),
 }
 """The settings that not every method has."""
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"num_beams": 3}}
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"heads": None, "num_beams": 3}}
 """What a method's authors do otherwise than a preset that was made for another."""
 RETRIEVING: tuple[str, ...] = ("i-tuning", "smallcap")
 """The methods that take captions of a datastore into the prompt."""
@@ -49,8 +49,8 @@ class TrainConfig:
     bottleneck: int | None = None
     """Adapter width r; None is half the language model's width (reproduces the paper's parameter counts)."""
 
-    heads: int | None = None
-    """Attention heads of each adapter; None is one for I-Tuning (paper), the language model's for SmallCap."""
+    heads: int | None = 1
+    """Attention heads of each adapter (paper: one); None, as of SmallCap, is as many as the language model has."""
 
     attention_width: int = 16
     """SmallCap: width of a head's queries, keys and values (its paper: 64, 32, 16, 8 or 4)."""
@@ -200,12 +200,13 @@ PRESETS: dict[str, TrainConfig] = {
         images_per_forward=16,
         first_adapter_layer=18,
     ),
-    # Ramos et al., section 4: AdamW, learning rate 1e-4, batch 64, 10 epochs, CLIP ViT-B/32, captions of up to 25 tokens.
-    # Their code decays no weight; its linear schedule is a cosine here, and its dropout in the frozen GPT-2 is left out.
-    # --retrieve 0 stands for the datastore that has to be named.
+    # Ramos et al., section 4: AdamW, learning rate 1e-4, batch 64, 10 epochs, CLIP ViT-B/32, captions of 25 tokens.
+    # Their code decays no weight; its linear schedule is a cosine here, its dropout within the frozen GPT-2 left out.
+    # A preset names no datastore, without which `resolve` takes no --retrieve for granted.
     "smallcap": TrainConfig(
         preset="smallcap",
         method="smallcap",
+        heads=None,
         vision="openai/clip-vit-base-patch32",
         epochs=10,
         batch_size=64,
