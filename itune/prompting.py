@@ -68,7 +68,6 @@ def prepare_prompts(
     )
     writer = PromptWriter(language.tokenizer, text, settings)
     begin = caption_head(language.tokenizer, text.model_copy(update={"prompt": ""}))
-    room = _room(config, text, language, [*train, *dev]) + 1 - len(begin)
     heads: dict[Path, tuple[int, ...]] = {}
     captions = 0
     for what, records in (("train", train), ("dev", dev)):
@@ -83,7 +82,8 @@ def prepare_prompts(
             progress=lambda done, total, what=what: progress(f"retrieving for {what} photos", done, total),  # type: ignore[misc]
         )
         for record in records:
-            ids, written = writer.write(found[record.id], room)
+            room = _room(config, text, language, record if what == "train" else None)
+            ids, written = writer.write(found[record.id], room + 1 - len(begin))
             heads[record.image] = (*begin, *ids)
             captions += len(written)
     manifest = store.manifest
@@ -91,10 +91,12 @@ def prepare_prompts(
     return Prompting(settings, heads, captions / len(heads), origin | manifest.provenance)
 
 
-def _room(config: TrainConfig, text: TextSettings, language: LanguageModel, records: Sequence[Record]) -> int:
-    """How many positions a caption of the data, or of the dev evaluation, leaves."""
-    longest = max(len(encode_caption(language.tokenizer, text, c)) for record in records for c in record.captions)
-    longest = max(min(longest + 1, config.max_caption_tokens), config.max_new_tokens)
+def _room(config: TrainConfig, text: TextSettings, language: LanguageModel, record: Record | None) -> int:
+    """How many positions the captions of a training photo, and such as the captioner may write, leave."""
+    longest = config.max_new_tokens
+    for caption in () if record is None else record.captions:
+        length = len(encode_caption(language.tokenizer, text, caption)) + 1  # the end token
+        longest = max(longest, min(length, config.max_caption_tokens))
     room: int = language.model.config.n_positions - longest
     if room < 1:
         raise ItuneError(
