@@ -84,7 +84,7 @@ class Texts:
         size = text.stat().st_size
         if self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
             raise DatastoreError(f"{offsets} does not fit {text.name}; {_MEND}")
-        self._text: Any = np.memmap(text, np.uint8, "r") if size else b""
+        self._text = np.asarray(np.memmap(text, np.uint8, "r"))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -199,16 +199,18 @@ class Datastore:
         count = 4 * wanted
         while True:
             entries, scores = ranking.best(query, count)
-            photos = self._captions(entries, scores, images, taken)
+            photos = self._captions(entries, scores, len(entries) if is_text else wanted, images, taken)
             found = _distinct(each for captions in photos for each in captions) if is_text else []
             # Those left out, and the ones that say the same, may leave too few: look further.
             enough = len(found if is_text else photos) >= wanted
             if enough or len(entries) < count or count >= len(self.entries):
-                return (found if is_text else _most_typical(photos[:wanted]))[:k]
+                return (found if is_text else _most_typical(photos))[:k]
             count *= 4
 
-    def _captions(self, entries: Int64, scores: Float32, images: set[str], taken: set[str]) -> list[list[Retrieved]]:
-        """The captions of each entry that has some left, of photos not in `images` and not saying what is `taken`."""
+    def _captions(
+        self, entries: Int64, scores: Float32, most: int, images: set[str], taken: set[str]
+    ) -> list[list[Retrieved]]:
+        """The captions of the first `most` entries that have some left: not of `images`, not saying what is `taken`."""
         found = []
         for entry, score in zip(entries.tolist(), scores.tolist(), strict=True):
             image, start, end = self.entries[entry].tolist()
@@ -216,6 +218,8 @@ class Datastore:
             captions = [] if name in images else [self.captions[i] for i in range(start, end)]
             if left := [Retrieved(each, score, name) for each in captions if caption_key(each) not in taken]:
                 found.append(left)
+            if len(found) == most:
+                break
         return found
 
 
@@ -298,7 +302,8 @@ def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> 
 
 def _load_array(path: Path, dtype: Any, ndim: int) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Still mapped, but without the bookkeeping that NumPy's memmap does at every access.
+        array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {_MEND}") from None
     if array.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)) or array.ndim != ndim or not len(array):
