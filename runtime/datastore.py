@@ -8,6 +8,7 @@ bundle, a datastore comes from anywhere, and nothing in it is believed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .bundle import Count, FileHash, FileName, Positive
-from .consensus import consensus
+from .consensus import NGramWeights, consensus
 from .engines.base import Float32, Int64
 from .errors import DatastoreError
 from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
@@ -29,6 +30,9 @@ EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", 
 CAPTIONS, IMAGES = "captions", "images"
 NEIGHBOURS = 20
 """The photos of an "image" datastore among whose captions is chosen."""
+_SHARPNESS = 5.0
+"""A photo votes with exp of so many times its similarity, in deciding which captions are typical."""
+_SAMPLED = 2000  # captions that tell which words are common
 _HASHED_BYTES = 64 << 20
 _MEND = "copy the datastore again, or build it again"
 
@@ -204,7 +208,7 @@ class Datastore:
             # Those left out, and the ones that say the same, may leave too few: look further.
             enough = len(found if is_text else photos) >= wanted
             if enough or len(entries) < count or count >= len(self.entries):
-                return (found if is_text else _most_typical(photos))[:k]
+                return (found if is_text else self._most_typical(photos))[:k]
             count *= 4
 
     def _captions(
@@ -222,6 +226,18 @@ class Datastore:
                 break
         return found
 
+    def _most_typical(self, photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
+        """The captions of some photos, those first that agree most with the others."""
+        captions = [each for those in photos for each in those]
+        votes = np.exp(_SHARPNESS * np.array([each.score for each in captions]))
+        agreement = consensus([_words(each.caption) for each in captions], votes, self._rarity)
+        return _distinct(captions[i] for i in np.argsort(-agreement, kind="stable"))
+
+    @cached_property
+    def _rarity(self) -> NGramWeights:
+        step = max(1, len(self.captions) // _SAMPLED)
+        return NGramWeights(_words(self.captions[i]) for i in range(0, len(self.captions), step))
+
 
 def centre(embeddings: Float32, mean: Float32 | None) -> Float32:
     """Embeddings [B, D], less `mean` where there is one, at length 1."""
@@ -233,6 +249,10 @@ def centre(embeddings: Float32, mean: Float32 | None) -> Float32:
 def caption_key(caption: str) -> str:
     """What captions that say the same have in common: not case, spaces and final period."""
     return " ".join(caption.split()).rstrip(" .").casefold()
+
+
+def _words(caption: str) -> list[str]:
+    return caption_key(caption).split()
 
 
 def read_manifest(folder: Path) -> DatastoreManifest:
@@ -274,13 +294,6 @@ def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
     for each in captions:
         first.setdefault(caption_key(each.caption), each)
     return list(first.values())
-
-
-def _most_typical(photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
-    """The captions of some photos, those first that agree most with the others."""
-    captions = [each for those in photos for each in those]
-    agreement = consensus([caption_key(each.caption).split() for each in captions])
-    return _distinct(captions[i] for i in np.argsort(-agreement, kind="stable"))
 
 
 def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> None:
