@@ -1,7 +1,7 @@
 """Which of many captions says what the others say (Devlin et al. 2015, "Exploring Nearest Neighbor Approaches").
 
 There, a photo gets that caption of its nearest neighbours which is most like all their others. The measure here is
-the mean cosine of n-gram counts, 1 to 4 words, weighted by how rare an n-gram is: CIDEr's, without clipping and penalty.
+the mean cosine of n-gram counts, 1 to 4 words, weighted by an n-gram's rarity: CIDEr's, without clipping and penalty.
 """
 
 from __future__ import annotations
