@@ -8,6 +8,7 @@ bundle, a datastore comes from anywhere, and nothing in it is believed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .bundle import Count, FileHash, FileName, Positive
-from .consensus import consensus
+from .consensus import NGramWeights, consensus
 from .engines.base import Float32, Int64
 from .errors import DatastoreError
 from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
@@ -29,6 +30,9 @@ EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", 
 CAPTIONS, IMAGES = "captions", "images"
 NEIGHBOURS = 20
 """The photos of an "image" datastore among whose captions is chosen."""
+_SHARPNESS = 5.0
+"""A photo votes with exp of so many times its similarity, in deciding which captions are typical."""
+_SAMPLED = 2000  # captions that tell which words are common
 _HASHED_BYTES = 64 << 20
 _MEND = "copy the datastore again, or build it again"
 
@@ -84,7 +88,7 @@ class Texts:
         size = text.stat().st_size
         if self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
             raise DatastoreError(f"{offsets} does not fit {text.name}; {_MEND}")
-        self._text: Any = np.memmap(text, np.uint8, "r") if size else b""
+        self._text = np.asarray(np.memmap(text, np.uint8, "r"))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -199,16 +203,18 @@ class Datastore:
         count = 4 * wanted
         while True:
             entries, scores = ranking.best(query, count)
-            photos = self._captions(entries, scores, images, taken)
+            photos = self._captions(entries, scores, len(entries) if is_text else wanted, images, taken)
             found = _distinct(each for captions in photos for each in captions) if is_text else []
             # Those left out, and the ones that say the same, may leave too few: look further.
             enough = len(found if is_text else photos) >= wanted
             if enough or len(entries) < count or count >= len(self.entries):
-                return (found if is_text else _most_typical(photos[:wanted]))[:k]
+                return (found if is_text else self._most_typical(photos))[:k]
             count *= 4
 
-    def _captions(self, entries: Int64, scores: Float32, images: set[str], taken: set[str]) -> list[list[Retrieved]]:
-        """The captions of each entry that has some left, of photos not in `images` and not saying what is `taken`."""
+    def _captions(
+        self, entries: Int64, scores: Float32, most: int, images: set[str], taken: set[str]
+    ) -> list[list[Retrieved]]:
+        """The captions of the first `most` entries that have some left: not of `images`, not saying what is `taken`."""
         found = []
         for entry, score in zip(entries.tolist(), scores.tolist(), strict=True):
             image, start, end = self.entries[entry].tolist()
@@ -216,7 +222,21 @@ class Datastore:
             captions = [] if name in images else [self.captions[i] for i in range(start, end)]
             if left := [Retrieved(each, score, name) for each in captions if caption_key(each) not in taken]:
                 found.append(left)
+            if len(found) == most:
+                break
         return found
+
+    def _most_typical(self, photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
+        """The captions of some photos, those first that agree most with the others."""
+        captions = [each for those in photos for each in those]
+        votes = np.exp(_SHARPNESS * np.array([each.score for each in captions]))
+        agreement = consensus([_words(each.caption) for each in captions], votes, self._rarity)
+        return _distinct(captions[i] for i in np.argsort(-agreement, kind="stable"))
+
+    @cached_property
+    def _rarity(self) -> NGramWeights:
+        step = max(1, len(self.captions) // _SAMPLED)
+        return NGramWeights(_words(self.captions[i]) for i in range(0, len(self.captions), step))
 
 
 def centre(embeddings: Float32, mean: Float32 | None) -> Float32:
@@ -229,6 +249,10 @@ def centre(embeddings: Float32, mean: Float32 | None) -> Float32:
 def caption_key(caption: str) -> str:
     """What captions that say the same have in common: not case, spaces and final period."""
     return " ".join(caption.split()).rstrip(" .").casefold()
+
+
+def _words(caption: str) -> list[str]:
+    return caption_key(caption).split()
 
 
 def read_manifest(folder: Path) -> DatastoreManifest:
@@ -272,13 +296,6 @@ def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
     return list(first.values())
 
 
-def _most_typical(photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
-    """The captions of some photos, those first that agree most with the others."""
-    captions = [each for those in photos for each in those]
-    agreement = consensus([caption_key(each.caption).split() for each in captions])
-    return _distinct(captions[i] for i in np.argsort(-agreement, kind="stable"))
-
-
 def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> None:
     path = folder / name
     try:
@@ -298,7 +315,8 @@ def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> 
 
 def _load_array(path: Path, dtype: Any, ndim: int) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Still mapped, but without the bookkeeping that NumPy's memmap does at every access.
+        array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {_MEND}") from None
     if array.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)) or array.ndim != ndim or not len(array):
