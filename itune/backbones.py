@@ -25,7 +25,7 @@ from .runtime.settings import ImageSettings
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from transformers import CLIPVisionModel, GPT2LMHeadModel
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -144,6 +144,41 @@ def load_vision_tower(
         found = f"{len(graphs)} .onnx files" if graphs else "neither config.json nor an .onnx file"
         raise BackboneError(f"{path}: has {found}; give a CLIP folder or one .onnx file as the vision tower")
     return ClipTower(path, image, device)
+
+
+def vision_kind(source: str, revision: str | None = None) -> Literal["clip", "onnx"]:
+    """What `load_vision_tower` takes a source for."""
+    path = fetch(source, revision)
+    return "clip" if (path / "config.json").is_file() else "onnx"
+
+
+@dataclass(frozen=True)
+class ClipProjection:
+    """What a CLIP tower's CLS position goes through to become the embedding that is compared with text."""
+
+    norm_weight: Tensor  # [d_v]
+    norm_bias: Tensor  # [d_v]
+    weight: Tensor  # [projected width, d_v]
+    epsilon: float
+
+
+def load_clip_projection(source: str, revision: str | None = None) -> ClipProjection | None:
+    """The projection of a CLIP checkpoint; None for an ONNX tower, or a vision tower that was saved without it."""
+    if vision_kind(source, revision) == "onnx":
+        return None
+    folder = fetch(source, revision)
+    try:
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BackboneError(f"{folder}: cannot be loaded as a CLIP vision model: {_first_line(error)}") from None
+    model, info = loaded
+    if any(name.startswith("visual_projection") for name in info["missing_keys"]):
+        return None
+    norm = model.vision_model.post_layernorm
+    norm_weight, norm_bias, weight = (w.detach() for w in (norm.weight, norm.bias, model.visual_projection.weight))
+    return ClipProjection(norm_weight, norm_bias, weight, model.config.layer_norm_eps)
 
 
 class ClipTower:

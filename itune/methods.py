@@ -14,10 +14,11 @@ from .checkpoint import (
     load_config,
     resolve_source,
 )
+from .clipcap import ClipCapModel
 from .model import ITuningModel
 from .runtime.settings import Method
 
-MODELS: dict[Method, type[CaptionModel]] = {model.method: model for model in (ITuningModel,)}
+MODELS: dict[Method, type[CaptionModel]] = {model.method: model for model in (ITuningModel, ClipCapModel)}
 
 
 class LoadedCheckpoint:

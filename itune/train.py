@@ -43,7 +43,6 @@ from .features import Features
 from .methods import MODELS
 from .metrics import CiderD
 from .runtime.search import SearchConfig
-from .runtime.settings import TextSettings
 
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
@@ -97,8 +96,7 @@ class Trainer:
         self.config, self.language, self.tower, self.features = config, language, tower, features
         self.output, self.dev = output, list(dev)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.text = TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period)
-        self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens)
+        self.text = MODELS[config.method].text(config)
         if self.device.type == "cpu":
             # The fused kernel's bf16 backward is several times slower on CPUs at the length of captions.
             language.model.set_attn_implementation("eager")
@@ -106,6 +104,8 @@ class Trainer:
         self.model = (
             MODELS[config.method].create(config, language.model, features.tokens, features.width).to(self.device)
         )
+        prefix = self.model.prefix_ids
+        self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens, prefix)
         self.weights = dict(self.model.adapters.named_parameters())
         self.average = {name: w.detach().clone() for name, w in self.weights.items()}
         matrices = [w for w in self.weights.values() if w.ndim > 1]

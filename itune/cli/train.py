@@ -56,6 +56,16 @@ def train(
     first_adapter_layer: Annotated[
         int | None, typer.Option(help="I-Tuning Dropping: no adapters below this decoder layer.")
     ] = None,
+    mapper: Annotated[str | None, typer.Option(help="ClipCap: transformer or mlp.")] = None,
+    prefix_length: Annotated[int | None, typer.Option(help="ClipCap: embeddings before the caption.")] = None,
+    clip_length: Annotated[int | None, typer.Option(help="ClipCap: vectors that the image becomes.")] = None,
+    mapper_layers: Annotated[int | None, typer.Option(help="ClipCap: layers of the transformer mapper.")] = None,
+    mapper_heads: Annotated[int | None, typer.Option(help="ClipCap: its attention heads.")] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="ClipCap: the image's embedding: projected, cls or mean; default: the first there is."),
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="ClipCap: scale that embedding to length 1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the photos.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Captions per optimiser step.")] = None,
     images_per_forward: Annotated[
@@ -73,6 +83,7 @@ def train(
     lower: Annotated[bool | None, typer.Option(help="Lower-case the captions.")] = None,
     strip_period: Annotated[bool | None, typer.Option(help="Drop the final period.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
+    end: Annotated[str | None, typer.Option(help="The token that ends a caption.")] = None,
     max_caption_tokens: Annotated[int | None, typer.Option(help="Cut longer captions.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
@@ -135,6 +146,7 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "lower": found.text.lower,
         "strip_period": found.text.strip_period,
         "prompt": found.text.prompt,
+        "end": found.text.end,
     }
     kept = {name: value if overrides[name] is None else overrides[name] for name, value in defaults.items()}
     return overrides | shape | kept
