@@ -142,7 +142,7 @@ class TokenSettings(Settings):
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Self:
-        if max(self.end, *self.text_head) >= self.vocab_size:
+        if max([self.end, *self.text_head]) >= self.vocab_size:
             raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
         if not self.head:
             raise ValueError("nothing stands before a caption: begin, prompt and prefix are all missing")
