@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import PurePosixPath
 
-from ..runtime.bundle import DecoderSettings, Manifest
+from ..runtime.bundle import Manifest
 from ..runtime.settings import Method
 
 MODEL_CARD = "README.md"
@@ -42,7 +42,7 @@ exported to ONNX ({precisions}) by itune {source["itune"]} on {source["exported"
 | language model | {_name(source["language_model"]["source"])}: {decoder.layers} layers of {decoder.hidden_size} |
 | vision tower | {_name(source["vision"]["source"])}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
 {height} x {width} pixels |
-| adapters | {_adapters(decoder)} |
+| adapters | {_adapters(manifest)} |
 | vocabulary | {vocabulary} |
 | search | {search.num_beams} beams, at most {search.max_new_tokens} tokens |
 | CIDEr-D on the dev split | {score} |
@@ -75,10 +75,16 @@ _NO_RESTORE = (
 )
 
 
-_METHODS: dict[Method, str] = {"i-tuning": "I-Tuning adapters (arXiv 2202.06574)"}
+_METHODS: dict[Method, str] = {
+    "i-tuning": "I-Tuning adapters (arXiv 2202.06574)",
+    "clipcap": "a ClipCap prefix (arXiv 2111.09734)",
+}
 
 
-def _adapters(decoder: DecoderSettings) -> str:
+def _adapters(manifest: Manifest) -> str:
+    decoder = manifest.decoder
+    if manifest.method == "clipcap":
+        return f"a mapper from the image to {manifest.tokens.prefix} embeddings before the caption"
     layers, width = decoder.adapter_layers, decoder.bottleneck
     return f"on {len(layers)} layers from layer {layers[0]}, bottleneck {width}, heads {decoder.adapter_heads}"
 

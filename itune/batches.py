@@ -26,7 +26,7 @@ class TokenizedRecord:
 
     image: Path
     head: tuple[int, ...]
-    """What stands before a caption, and is not scored: begin [prompt]."""
+    """What stands before a caption, and is not scored: [prefix] [begin] [prompt]."""
     captions: tuple[tuple[int, ...], ...]
     """Each with its end token."""
     mirrorable: bool
@@ -103,14 +103,15 @@ def tokenize(
     tokenizer: Tokenizer,
     text: TextSettings,
     max_caption_tokens: int,
+    prefix: Sequence[int] = (),
     *,
     heads: Mapping[Path, Sequence[int]] | None = None,
 ) -> list[TokenizedRecord]:
     """Captions as token ids; one that is cut at `max_caption_tokens` has no end token.
 
-    `heads`: what stands before the captions of each photo, where that differs.
+    `prefix`: see `caption_head`. `heads`: all that stands before the captions of each photo, where that differs.
     """
-    head = caption_head(tokenizer, text)
+    head = caption_head(tokenizer, text, prefix)
     end = special_token(tokenizer, text.end, "end")
 
     def encode(caption: str) -> tuple[int, ...]:
@@ -128,9 +129,10 @@ def tokenize(
     ]
 
 
-def caption_head(tokenizer: Tokenizer, text: TextSettings) -> list[int]:
-    """The tokens before a caption: begin [prompt]."""
-    return [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
+def caption_head(tokenizer: Tokenizer, text: TextSettings, prefix: Sequence[int] = ()) -> list[int]:
+    """The ids before a caption: [prefix] [begin] [prompt]; `prefix` are `CaptionModel.prefix_ids`."""
+    begin = [] if text.begin is None else [special_token(tokenizer, text.begin, "begin")]
+    return [*prefix, *begin, *encode_text(tokenizer, text.prompt)]
 
 
 def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batch:

@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel
 from .batches import Packing
 from .checkpoint import CheckpointConfig, CheckpointError, atomic_path
 from .config import TrainConfig
-from .runtime.settings import Method
+from .runtime.settings import Method, TextSettings
 
 Visual = dict[str, Tensor]
 """What the language model is given of some images: tensors [images, ...] by name, the exported graphs' inputs
@@ -38,7 +38,7 @@ class CaptionModel(nn.Module, ABC):
     weights_prefix: ClassVar[str] = "layers."
     """What the names of `adapters` begin with in a checkpoint."""
     prefix_length: int = 0
-    """How many embeddings of the image stand before the begin token; their token ids follow the vocabulary's."""
+    """How many embeddings of the image stand before the caption's head; their token ids follow the vocabulary's."""
 
     def __init__(self, language_model: GPT2LMHeadModel, adapters: nn.Module) -> None:
         super().__init__()
@@ -56,6 +56,17 @@ class CaptionModel(nn.Module, ABC):
     @abstractmethod
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """The model that a checkpoint describes, its adapters not loaded yet."""
+
+    @classmethod
+    def text(cls, config: TrainConfig) -> TextSettings:
+        """How the captions of a model to be trained are written."""
+        return TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period, end=config.end)
+
+    @property
+    def prefix_ids(self) -> range:
+        """The token ids that stand for the image's `prefix_length` embeddings."""
+        vocab_size: int = self.language_model.config.vocab_size
+        return range(vocab_size, vocab_size + self.prefix_length)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

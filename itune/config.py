@@ -15,11 +15,14 @@ from .runtime.settings import Method
 METHODS: tuple[Method, ...] = get_args(Method)
 METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "i-tuning": ("bottleneck", "heads", "lambda_", "score_scale", "first_adapter_layer"),
+    "clipcap": ("mapper", "prefix_length", "clip_length", "mapper_layers", "mapper_heads", "pooling", "normalize"),
     "smallcap": ("attention_width", "heads"),
 }
 """The settings that not every method has."""
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"heads": None, "num_beams": 3}}
 """What a method's authors do otherwise than a preset that was made for another."""
+TRANSFORMER_FIELDS = ("clip_length", "mapper_layers", "mapper_heads")
+"""Those that ClipCap's MLP mapper does without."""
 RETRIEVING: tuple[str, ...] = ("i-tuning", "smallcap")
 """The methods that take captions of a datastore into the prompt."""
 DEFAULT_RETRIEVE = 4
@@ -70,6 +73,29 @@ class TrainConfig:
     first_adapter_layer: int = 0
     """I-Tuning Dropping: decoder layers below this one carry no adapter and keep no activations."""
 
+    mapper: Literal["transformer", "mlp"] = "transformer"
+    """ClipCap: what makes the prefix of an image's embedding (its paper: the transformer where GPT-2 is frozen)."""
+
+    prefix_length: int = 10
+    """ClipCap: embeddings that stand before the caption (its paper: 10)."""
+
+    clip_length: int = 10
+    """ClipCap: vectors that the image's embedding becomes within the transformer mapper (its paper: 10)."""
+
+    mapper_layers: int = 8
+    """ClipCap: layers of the transformer mapper (its paper: 8)."""
+
+    mapper_heads: int = 8
+    """ClipCap: attention heads of the transformer mapper (its paper: 8)."""
+
+    pooling: Literal["projected", "cls", "mean"] | None = None
+    """ClipCap: which embedding of an image the mapper reads. `projected` is CLIP's embedding in the space that it
+    shares with text, as in the paper; `cls` the CLS position; `mean` the mean of all. None is the first that the
+    tower has: projected, then cls for a CLIP; mean for an ONNX tower, which need not have a CLS position."""
+
+    normalize: bool = False
+    """ClipCap: scale that embedding to length 1 (its code has the option, off by default)."""
+
     epochs: int = 30
     """Passes over the training photos (paper: 30; 10 for the Visual Genome stage)."""
 
@@ -115,6 +141,9 @@ class TrainConfig:
     prompt: str = ""
     """Text that stands before every caption, and is not scored."""
 
+    end: str = "<|endoftext|>"
+    """The token that ends a caption; a text token, such as ".", is none of the caption's."""
+
     max_caption_tokens: int = 64
     """Longer captions are cut (and then have no end token)."""
 
@@ -147,6 +176,10 @@ class TrainConfig:
             ("ema_decay", 0.0, 0.99999),
             ("lambda_", 0.0, None),
             ("attention_width", 1, None),
+            ("prefix_length", 1, None),
+            ("clip_length", 1, None),
+            ("mapper_layers", 1, None),
+            ("mapper_heads", 1, None),
             ("max_caption_tokens", 1, None),
             ("num_beams", 1, None),
             ("max_new_tokens", 1, None),
@@ -159,6 +192,10 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < (name == "heads"):
                 raise ConfigError(f"{flag(name)} must be at least {int(name == 'heads')}, not {value}")
         self._check_retrieval()
+        for name, choices in (("mapper", ("transformer", "mlp")), ("pooling", (None, "projected", "cls", "mean"))):
+            if getattr(self, name) not in choices:
+                known = ", ".join(filter(None, choices))
+                raise ConfigError(f"{flag(name)} {getattr(self, name)} does not exist: choose one of {known}")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"--precision must be bf16 or fp32, not {self.precision}")
 
@@ -220,6 +257,19 @@ PRESETS: dict[str, TrainConfig] = {
         max_new_tokens=25,
         retrieve=0,
     ),
+    # Mokady et al., section 4: AdamW, learning rate 2e-5, 5,000 warm-up steps (of 141,700 on COCO), batch 40,
+    # 10 epochs, CLIP ViT-B/32. Their code decays no weight and clips no gradient; its linear schedule is a cosine here.
+    "clipcap": TrainConfig(
+        preset="clipcap",
+        method="clipcap",
+        vision="openai/clip-vit-base-patch32",
+        epochs=10,
+        batch_size=40,
+        learning_rate=2e-5,
+        weight_decay=0.0,
+        warmup=0.035,
+        max_grad_norm=0.0,
+    ),
     "small-data": TrainConfig(
         preset="small-data",
         lambda_=4.0,
@@ -259,6 +309,8 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
         own = METHOD_FIELDS[config.method]
         if odd := next((name for name in names if name in given and name not in own), None):
             raise ConfigError(f"{flag(odd)} belongs to --method {other}, not to {config.method}: leave it out")
+    if config.mapper == "mlp" and (odd := next((name for name in TRANSFORMER_FIELDS if name in given), None)):
+        raise ConfigError(f"{flag(odd)} belongs to --mapper transformer, not to mlp: leave it out")
     return config
 
 

@@ -45,7 +45,7 @@ def caption_features(
 
     `heads`: what stands before the caption of each photo, where that differs.
     """
-    head = caption_head(tokenizer, text)
+    head = caption_head(tokenizer, text, engine.model.prefix_ids)
     end = special_token(tokenizer, text.end, "end")
     captions: list[str] = []
     for start in range(0, len(images), _BATCH):
@@ -96,9 +96,10 @@ def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -
     """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` as in `EagerEngine`."""
     text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
     tokens = TokenSettings(
-        begin=special_token(tokenizer, text.begin, "begin"),
+        begin=None if text.begin is None else special_token(tokenizer, text.begin, "begin"),
         end=special_token(tokenizer, text.end, "end"),
         prompt=encode_text(tokenizer, text.prompt),
+        prefix=loaded.model.prefix_length,
         vocab_size=gpt2.vocab_size,
         shortlist=None if vocabulary is None else len(vocabulary),
         max_positions=gpt2.n_positions,

@@ -44,7 +44,7 @@ from .methods import MODELS
 from .metrics import CiderD
 from .prompting import Prompting
 from .runtime.search import SearchConfig
-from .runtime.settings import RetrievalSettings, TextSettings
+from .runtime.settings import RetrievalSettings
 
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
@@ -100,16 +100,23 @@ class Trainer:
         self.config, self.language, self.tower, self.features = config, language, tower, features
         self.output, self.dev = output, list(dev)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.text = TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period)
+        self.text = MODELS[config.method].text(config)
         self.prompting = prompting
         self.heads = None if prompting is None else prompting.heads
-        self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens, heads=self.heads)
         if self.device.type == "cpu":
             # The fused kernel's bf16 backward is several times slower on CPUs at the length of captions.
             language.model.set_attn_implementation("eager")
         torch.manual_seed(config.seed)
         self.model = (
             MODELS[config.method].create(config, language.model, features.tokens, features.width).to(self.device)
+        )
+        self.records = tokenize(
+            train,
+            language.tokenizer,
+            self.text,
+            config.max_caption_tokens,
+            self.model.prefix_ids,
+            heads=self.heads,
         )
         self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
         self.average = {name: w.detach().clone() for name, w in self.weights.items()}

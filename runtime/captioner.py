@@ -292,9 +292,11 @@ class Captioner:
         """What comes before each image's caption, and the retrieved captions in it."""
         if self.retriever is None:
             return [self.tokens.head] * state.images, [None] * state.images
-        room = self.tokens.max_positions - config.max_new_tokens
+        # In place of the prompt that the bundle has without retrieval.
+        tokens = self.tokens.model_copy(update={"prompt": []})
+        room = tokens.room - config.max_new_tokens
         prompts, retrieved = self.retriever.prompts(getattr(state, "embedding", None), state.images, room)
-        return [[self.tokens.begin, *prompt] for prompt in prompts], [*retrieved]
+        return [[*tokens.head, *prompt] for prompt in prompts], [*retrieved]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return " ".join(self.tokenizer.decode(list(tokens), skip_special_tokens=True).split())

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-Method = Literal["i-tuning", "smallcap"]
+Method = Literal["i-tuning", "clipcap", "smallcap"]
 """How a frozen language model is given the image."""
 Triple = tuple[float, float, float]
 
@@ -40,10 +40,11 @@ class ImageSettings(Settings):
 
 
 class TextSettings(Settings):
-    """How captions are written: `begin` [prompt] caption `end`, both ends being special tokens."""
+    """How captions are written: `begin` [prompt] caption `end`, both ends being single tokens."""
 
     prompt: str = ""
-    begin: str = "<|endoftext|>"
+    begin: str | None = "<|endoftext|>"
+    """None: nothing stands between the image's embeddings and the prompt."""
     end: str = "<|endoftext|>"
     lower: bool = False
     strip_period: bool = False

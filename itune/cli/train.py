@@ -65,6 +65,16 @@ def train(
         Path | None, typer.Option(help="Put captions of similar images, from this datastore, before every caption.")
     ] = None,
     retrieve: Annotated[int | None, typer.Option(help="How many captions; default 4 with a datastore.")] = None,
+    mapper: Annotated[str | None, typer.Option(help="ClipCap: transformer or mlp.")] = None,
+    prefix_length: Annotated[int | None, typer.Option(help="ClipCap: embeddings before the caption.")] = None,
+    clip_length: Annotated[int | None, typer.Option(help="ClipCap: vectors that the image becomes.")] = None,
+    mapper_layers: Annotated[int | None, typer.Option(help="ClipCap: layers of the transformer mapper.")] = None,
+    mapper_heads: Annotated[int | None, typer.Option(help="ClipCap: its attention heads.")] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="ClipCap: the image's embedding: projected, cls or mean; default: the first there is."),
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="ClipCap: scale that embedding to length 1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the photos.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Captions per optimiser step.")] = None,
     images_per_forward: Annotated[
@@ -82,6 +92,7 @@ def train(
     lower: Annotated[bool | None, typer.Option(help="Lower-case the captions.")] = None,
     strip_period: Annotated[bool | None, typer.Option(help="Drop the final period.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
+    end: Annotated[str | None, typer.Option(help="The token that ends a caption.")] = None,
     max_caption_tokens: Annotated[int | None, typer.Option(help="Cut longer captions.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
@@ -147,6 +158,7 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "lower": found.text.lower,
         "strip_period": found.text.strip_period,
         "prompt": found.text.prompt,
+        "end": found.text.end,
     }
     kept = {name: value if overrides[name] is None else overrides[name] for name, value in defaults.items()}
     if found.retrieval is not None and overrides["datastore"] is None and overrides["retrieve"] is None:
@@ -156,6 +168,8 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         )
     if found.retrieval is not None and overrides["retrieve"] is None:
         overrides["retrieve"] = found.retrieval.k
+    if overrides["datastore"] is not None and overrides["prompt"] is None:
+        kept["prompt"] = ""
     return overrides | shape | kept
 
 
@@ -190,8 +204,8 @@ def _prepare(
 ) -> Trainer:
     from ..backbones import load_language_model, load_vision_tower
     from ..features import FeatureCache, LiveFeatures
+    from ..methods import MODELS
     from ..prompting import prepare_prompts
-    from ..runtime.settings import TextSettings
     from ..train import Trainer, left_out
 
     console = common.console()
@@ -213,7 +227,7 @@ def _prepare(
         with common.progress("photos") as update:
             prompting = prepare_prompts(
                 config,
-                TextSettings(lower=config.lower, strip_period=config.strip_period),
+                MODELS[config.method].text(config),
                 language,
                 tower,
                 features,
