@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..backbones import ClipTower
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files, load_config
 from ..evaluate import eager_captioner
 from ..methods import LoadedCheckpoint
 from ..retrieval import RetrievalHead, load_head
@@ -81,7 +81,8 @@ def export_bundle(
     `license` is that of the weights; `card` takes the place of the generated model card; `search` are search defaults
     that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
     shortlist of tokens, and such a bundle cannot be restored; `retrieve` makes a bundle that can retrieve captions, and
-    does retrieve so many unless asked otherwise (0: none), from datastores of its own vision tower; with `plans` the
+    does retrieve so many unless asked otherwise (0: none), from datastores of its own vision tower (None: as the
+    checkpoint was trained); with `plans` the
     graphs are such as TensorRT takes, and its plans of them are in the bundle, too; `images` is a folder of photos for
     the verification; `progress` is told every stage, and `report` what the verification measured.
 
@@ -89,9 +90,14 @@ def export_bundle(
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
-    if retrieve is not None and plans is not None:
-        raise ItuneError("--retrieve is for ONNX graphs: TensorRT plans of captioners that retrieve are not supported")
     checkpoint = find_checkpoint(checkpoint)
+    trained = load_config(checkpoint).retrieval
+    if plans is not None and (retrieve is not None or trained is not None):
+        raise ItuneError("--target tensorrt: plans of captioners that retrieve are not supported; export --target onnx")
+    if vocabulary is not None and (retrieve is not None or trained is not None):
+        raise ItuneError(
+            "--vocabulary: retrieved captions may hold any token, which a shortlist cannot read; leave it out"
+        )
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
     writer = None if plans is None else PlanWriter.prepare(plans, precisions)
@@ -100,9 +106,12 @@ def export_bundle(
         loaded = LoadedCheckpoint.load(checkpoint)
         manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
         head, reference = None, None
-        if retrieve is not None:
-            head = load_head(loaded.tower, loaded.config.vision.source)
-            retrieval = RetrievalSettings(k=retrieve, encoder=head.encoder)
+        if retrieve is not None or trained is not None:
+            pooling = None if trained is None else trained.encoder.pooling
+            head = load_head(loaded.tower, loaded.config.vision.source, pooling)
+            retrieval = trained or RetrievalSettings(k=0, encoder=head.encoder)
+            if retrieve is not None:
+                retrieval = retrieval.model_copy(update={"k": retrieve})
             manifest = manifest.model_copy(update={"retrieval": retrieval})
             reference = EmbeddingReference.record(loaded.tower, head, pick_images(loaded.config.image, images))
         token_ids = None

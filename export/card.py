@@ -77,6 +77,7 @@ _NO_RESTORE = (
 
 _METHODS: dict[Method, str] = {
     "i-tuning": "I-Tuning adapters (arXiv 2202.06574)",
+    "smallcap": "SmallCap cross-attention (arXiv 2209.15323)",
     "clipcap": "a ClipCap prefix (arXiv 2111.09734)",
 }
 
@@ -86,7 +87,10 @@ def _adapters(manifest: Manifest) -> str:
     if manifest.method == "clipcap":
         return f"a mapper from the image to {manifest.tokens.prefix} embeddings before the caption"
     layers, width = decoder.adapter_layers, decoder.bottleneck
-    return f"on {len(layers)} layers from layer {layers[0]}, bottleneck {width}, heads {decoder.adapter_heads}"
+    place = f"on {len(layers)} layers from layer {layers[0]}"
+    if manifest.method == "smallcap" and width is not None and decoder.adapter_heads is not None:
+        return f"{place}, {decoder.adapter_heads} heads of width {width // decoder.adapter_heads}"
+    return f"{place}, bottleneck {width}, heads {decoder.adapter_heads}"
 
 
 def _name(source: str) -> str:

@@ -10,11 +10,13 @@ from ..clipcap import ClipCapModel
 from ..model import ITuningModel
 from ..retrieval import RetrievalHead
 from ..runtime.bundle import Manifest
+from ..smallcap import SmallCapModel
 from .clipcap import ClipCapDecoder, append_prefix, tower_weights, unfold_mapper
 from .graph import Array, Graph
 from .ituning import ITuningDecoder, append_keys_values, split_projections
 from .merge import Weights, unmerge
 from .retrieval_output import append_embedding
+from .smallcap import SmallCapDecoder, append_cross_keys_values, unfold_cross_attention
 from .vision import append_tower
 
 
@@ -29,6 +31,8 @@ def build_vision(model: CaptionModel, tower: VisionTower, head: RetrievalHead | 
         append_keys_values(graph, embeddings, model, tower.tokens)
     elif isinstance(model, ClipCapModel):
         append_prefix(graph, embeddings, model)
+    elif isinstance(model, SmallCapModel):
+        append_cross_keys_values(graph, embeddings, model, tower.tokens)
     else:
         raise TypeError(type(model))
     if head is not None:
@@ -49,11 +53,20 @@ def build_decoder(model: CaptionModel, vocabulary: Array | None = None, *, fused
         return ITuningDecoder(model, vocabulary, fused).build()
     if isinstance(model, ClipCapModel):
         return ClipCapDecoder(model, vocabulary, fused).build()
+    if isinstance(model, SmallCapModel):
+        return SmallCapDecoder(model, vocabulary, fused).build()
     raise TypeError(type(model))
 
 
 def decoder_settings(model: CaptionModel) -> dict[str, Any]:
     """The fields of the manifest's `decoder` that tell how the language model attends to the image."""
+    if isinstance(model, SmallCapModel):
+        return {
+            "adapter_layers": list(range(len(model.layers))),
+            "bottleneck": model.config.width,
+            "adapter_heads": model.config.heads,
+            "score_scale": model.config.head_width**-0.5,
+        }
     if not isinstance(model, ITuningModel):
         return {}  # ClipCap's attends to nothing but the embeddings before the caption
     return {
@@ -70,6 +83,8 @@ def split_decoder(manifest: Manifest, weights: Weights) -> tuple[dict[str, Array
     if manifest.method == "clipcap":
         return dict(weights), {}
     decoder = manifest.decoder
+    if manifest.method == "smallcap":
+        return unfold_cross_attention(weights, decoder.score_scale)
     assert decoder.bottleneck is not None
     return unmerge(weights, bottleneck=decoder.bottleneck, score_scale=decoder.score_scale, lambda_=decoder.lambda_)
 

@@ -149,6 +149,7 @@ def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batc
             end = start + len(caption)
             input_ids[row, start:end] = caption
             positions[row, start:end] = len(record.head) + np.arange(len(caption))
+            positions[row, end - 1] -= 1  # nothing is predicted from the last token, and it may be one too many
             segments[row, start:end] = j
             sources[row, start:end] = (len(record.head) - 1, *range(start, end - 1))
             start = end

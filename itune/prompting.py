@@ -96,7 +96,7 @@ def _room(config: TrainConfig, text: TextSettings, language: LanguageModel, reco
     longest = config.max_new_tokens
     for caption in () if record is None else record.captions:
         length = len(encode_caption(language.tokenizer, text, caption)) + 1  # the end token
-        longest = max(longest, min(length, config.max_caption_tokens))
+        longest = max(longest, min(length, config.max_caption_tokens + 1))
     room: int = language.model.config.n_positions - longest
     if room < 1:
         raise ItuneError(

@@ -15,10 +15,10 @@ from itune.cli.run import main
 from itune.datastore import Source, build_datastore
 from itune.evaluate import load_captioner
 from itune.export.bundle import export_bundle
+from itune.export.methods import build_vision
 from itune.export.restore import restore_bundle
 from itune.export.verify import Check
-from itune.export.vision import build_vision
-from itune.model import LoadedCheckpoint
+from itune.methods import LoadedCheckpoint
 from itune.retrieval import load_head
 from itune.runtime import Captioner, DatastoreError, ItuneError
 from itune.runtime.bundle import MANIFEST, Manifest

@@ -126,6 +126,9 @@ def test_packed_captions_have_the_loss_and_gradients_of_rows_of_their_own(
     for ours, theirs in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert found[2] == pytest.approx(expected[2], rel=1e-5)
+    # The last token needs no position.
+    assert packed.packing is not None
+    assert packed.packing.positions.max() == 5 + 5 - 2
     # And what another caption of the image says is not seen.
     other = replace(RECORDS[0], captions=(RECORDS[0].captions[0], (77, 0), RECORDS[0].captions[2]))
     changed = pack_batch([other, *RECORDS[1:]], [False] * 3)
