@@ -96,7 +96,7 @@ def test_verification_holds_it_against_pytorch(
     compared = check(checkpoints[case], tmp_path / "b", tmp_path / "r")
     assert {"visual.prefix", "neighbours: visual", "logits with past"} <= compared
     if precision != "fp32":
-        integers = [name for name in Graph.load(tmp_path / "b" / "vision.onnx").weights if name.endswith((".int8"))]
+        integers = [name for name in Graph.load(tmp_path / "b" / "vision.onnx").weights if name.endswith(".int8")]
         mapper = [name for name in integers if name.startswith("visual.mapper.")]
         assert len(mapper) == {"transformer": 9, "projected": 5, "mlp": 2, "onnx": 9}[case]
         captioner = Captioner.load(tmp_path / "b")
