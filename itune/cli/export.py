@@ -31,7 +31,9 @@ class Precision(StrEnum):
 
 
 def export(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: the bundle, or the restored parts.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: bundle, restored parts or checkpoint.")
+    ],
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Adapter checkpoint, or the output of itune-train.")
     ] = None,
@@ -119,6 +121,25 @@ def export(
             metavar="BUNDLE", help="Write the parts of a bundle, or of `default`: language model, tower, adapters."
         ),
     ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="Write a published checkpoint (the state dict of ClipCap's own code) as one of ours to --output.",
+        ),
+    ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(help="For --import: the GPT-2 that it was trained on, hub id or folder. [default: gpt2]"),
+    ] = None,
+    vision: Annotated[
+        str | None,
+        typer.Option(help="For --import: its vision tower, hub id or folder. [default: CLIP ViT-B/32]"),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="For --import: it was trained with --normalize_prefix.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output of an earlier run.")] = False,
     _compare: Annotated[
         bool,
@@ -126,7 +147,9 @@ def export(
     ] = False,
     _version: common.Version = False,
 ) -> None:
-    """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch; or restore a bundle's parts."""
+    """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch; or restore a bundle's parts;
+    or import a published checkpoint.
+    """
     given = dict(locals())
     _check_flags(given)
     common.require("export", "torch", "transformers", "safetensors", "onnx")
@@ -138,6 +161,15 @@ def export(
         with console.status("restoring"):
             restore_bundle(restore, output, force=force)
         console.print(f"{output}: language-model, vision and checkpoint", highlight=False)
+        return
+
+    if import_ is not None:
+        from ..export.importing import LANGUAGE_MODEL, VISION, ImportOptions, import_checkpoint
+
+        options = ImportOptions(language_model or LANGUAGE_MODEL, vision or VISION, normalize)
+        with console.status("importing"):
+            import_checkpoint(import_, output, options, force=force)
+        console.print(f"{output}: try itune-export {output} -o BUNDLE", highlight=False)
         return
 
     from ..export.bundle import export_bundle
@@ -209,11 +241,18 @@ _ONLY_EXPORT = {
     "images": "--images",
     "no_verify": "--no-verify",
 }
+_ONLY_IMPORT = {"language_model": "--language-model", "vision": "--vision", "normalize": "--normalize"}
 _ONLY_TENSORRT = ("gpu", "max_beams", "max_batch", "calibration_data")
 
 
 def _check_flags(given: dict[str, object]) -> None:
-    if given["restore"] is None:
+    if given["import_"] is None:
+        for field, flag in _ONLY_IMPORT.items():
+            if given[field] not in (None, False):
+                raise ItuneError(f"{flag} is for a published checkpoint: give --import, too")
+    elif given["restore"] is not None:
+        raise ItuneError("--import contradicts --restore: one reads a published checkpoint, the other a bundle")
+    if given["restore"] is None and given["import_"] is None:
         if given["checkpoint"] is None:
             raise ItuneError("CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore")
         if given["images"] is not None and given["no_verify"]:
@@ -226,6 +265,8 @@ def _check_flags(given: dict[str, object]) -> None:
         return
     for field, flag in _ONLY_EXPORT.items():
         if given[field] not in (None, False):
+            if given["restore"] is None:
+                raise ItuneError(f"{flag} contradicts --import, which writes a checkpoint: export that afterwards")
             raise ItuneError(f"{flag} contradicts --restore, which takes a bundle apart as it is")
 
 
