@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,12 +32,14 @@ from ..checkpoint import (
     save_config,
 )
 from ..clipcap import ClipCapConfig, ClipCapModel, Pooling
+from ..retrieval import load_head
 from ..runtime.bundle import TOKENIZER
-from ..runtime.settings import TextSettings
+from ..runtime.settings import RetrievalSettings, TextSettings
+from .import_smallcap import SEARCH, TEXT, is_smallcap, language_model_state, read_smallcap, retrieved_captions
 from .staging import staged_folder
 
 LANGUAGE_MODEL, VISION = "openai-community/gpt2", "openai/clip-vit-base-patch32"
-"""What the published ClipCap checkpoints were trained on, but for those on CLIP's RN50x4."""
+"""What the published checkpoints were trained on, but for ClipCap's on CLIP's RN50x4."""
 _FINE_TUNED = "language-model"
 """The folder, within the checkpoint's, of a language model that was trained, too."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -65,6 +67,10 @@ class Imported:
     text: TextSettings
     fine_tuned: bool
     """The language model is no longer the one that `ImportOptions` names."""
+    retrieval: RetrievalSettings | None = None
+    """The retrieved captions that it was trained with."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """Its authors' search options, where ours would differ."""
 
 
 def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force: bool = False) -> None:
@@ -80,8 +86,8 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
     read = next((read for knows, read in _IMPORTERS if any(map(knows, state))), None)
     if read is None:
         raise CheckpointError(
-            f"--import {file}: is no checkpoint of ClipCap, whose tensors are named clip_project.*; the first one here "
-            f"is {next(iter(state), 'missing')}"
+            f"--import {file}: is no checkpoint of ClipCap or SmallCap, whose tensors are named clip_project.* and "
+            f"*.crossattention.*; the first one here is {next(iter(state), 'missing')}"
         )
     with staged_folder(output, force=force, mark=CONFIG_FILE) as folder:
         language = load_language_model(options.language_model)
@@ -105,7 +111,8 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             ),
             image=tower.image,
             text=imported.text,
-            training={"imported": file.name},
+            retrieval=imported.retrieval,
+            training={"imported": file.name} | imported.search,
             **imported.model.describe(),
         )
         save_config(config, folder)
@@ -178,7 +185,23 @@ def import_clipcap(
     return Imported(model, TextSettings(begin=None, end=".", strip_period=True), fine_tuned)
 
 
-def _load_gpt2(file: Path, state: State, language: LanguageModel) -> bool:
+def import_smallcap(
+    file: Path, state: State, language: LanguageModel, tower: VisionTower, options: ImportOptions
+) -> Imported:
+    """The state dict of `SmallCap` of https://github.com/RitaRamo/smallcap (see `export.import_smallcap`).
+
+    Its prompt begins without a begin token. Captions were retrieved by another CLIP, RN50x64; here they are by the
+    tower that the captioner has anyway.
+    """
+    fine_tuned = _load_gpt2(file, language_model_state(state), language, "decoder.")
+    model = read_smallcap(file, state, language, tower)
+    encoder = load_head(tower, options.vision).encoder
+    k = retrieved_captions(file)
+    retrieval = RetrievalSettings(k=k, encoder=encoder) if k else None
+    return Imported(model, TEXT, fine_tuned, retrieval, SEARCH)
+
+
+def _load_gpt2(file: Path, state: State, language: LanguageModel, prefix: str = "gpt.") -> bool:
     """Put the state dict's own language model into `language`; whether that changed it."""
     state = {name: tensor for name, tensor in state.items() if not name.endswith(_BUFFERS)}
     if not state:
@@ -190,7 +213,7 @@ def _load_gpt2(file: Path, state: State, language: LanguageModel) -> bool:
         found = list(state[odd].shape) if odd in state else "missing"
         wanted = list(own[odd].shape) if odd in own else "no such tensor"
         raise CheckpointError(
-            f"--import {file}: its tensor gpt.{odd} is {found}, and {language.folder} has {wanted}: name the GPT-2 "
+            f"--import {file}: its tensor {prefix}{odd} is {found}, and {language.folder} has {wanted}: name the GPT-2 "
             "that it was trained from with --language-model"
         )
     if all(torch.equal(tensor.float(), own[name]) for name, tensor in state.items()):
@@ -229,5 +252,6 @@ def _clipcap_shape(file: Path, mapper: State, hidden_size: int) -> dict[str, Any
 Importer = Callable[[Path, State, LanguageModel, VisionTower, ImportOptions], Imported]
 _IMPORTERS: tuple[tuple[Callable[[str], bool], Importer], ...] = (
     (lambda name: name.startswith("clip_project."), import_clipcap),
+    (is_smallcap, import_smallcap),
 )
 """How a method's tensors are told by a name of theirs, and what reads them."""

@@ -126,7 +126,7 @@ def export(
         typer.Option(
             "--import",
             metavar="FILE",
-            help="Write a published checkpoint (the state dict of ClipCap's own code) as one of ours to --output.",
+            help="Write a published checkpoint (the state dict of ClipCap's or SmallCap's code) as one of ours.",
         ),
     ] = None,
     language_model: Annotated[

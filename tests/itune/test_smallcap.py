@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,21 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from itune.backbones import LanguageModel, load_language_model
-from itune.batches import Batch, TokenizedRecord, make_batch, pack_batch
+from itune.backbones import LanguageModel, load_language_model, load_vision_tower
+from itune.batches import Batch, TokenizedRecord, make_batch, pack_batch, tokenize
 from itune.captioning import CaptionModel
+from itune.cli.train import main
 from itune.config import ConfigError, resolve
+from itune.data import load_records
+from itune.datastore import Source, build_datastore
+from itune.evaluate import load_captioner
+from itune.features import LiveFeatures
 from itune.model import AdapterConfig, ITuningModel
+from itune.prompting import Prompting, prepare_prompts
+from itune.runtime.errors import DatastoreError, ItuneError, SearchError
+from itune.runtime.settings import TextSettings
 from itune.smallcap import CrossAttentionConfig, SmallCapModel, count_parameters
+from tests.conftest import CAPTIONS, make_language_model, random_photo
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +175,126 @@ def test_the_preset_is_the_papers() -> None:
     assert config.max_caption_tokens == 25
     switched = resolve("small-data", method="smallcap", datastore="store", retrieve=2, heads=12)
     assert (switched.num_beams, switched.retrieved, switched.heads) == (3, 2, 12)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    """Twelve photos with two captions each, and a datastore of them."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for i in range(12):
+        random_photo(i).save(folder / f"{i}.png")
+        texts = [CAPTIONS[i % 6], f"Number {i} of {CAPTIONS[(i + 1) % 6]}"]
+        lines.append(json.dumps({"image": f"{i}.png", "captions": texts, "id": str(i)}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    build_datastore(Source(folder / "captions.jsonl"), str(clip_folder), folder / "store")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_language_model(tmp_path_factory.mktemp("language") / "gpt2", n_positions=320)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["itune-train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    code = done.value.code
+    return (code if isinstance(code, int) else int(bool(code))), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["smallcap", "i-tuning"])
+def test_trained_with_retrieved_captions_from_the_command_line(
+    method: str,
+    data: Path,
+    long_language: Path,
+    clip_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = [
+        *("--preset", "small-data", "--data", data / "captions.jsonl", "--dev-fraction", "0.3", "--precision", "fp32"),
+        *(
+            "--batch-size",
+            "8",
+            "--images-per-forward",
+            "2",
+            "--max-new-tokens",
+            "6",
+            "--cache-features",
+            tmp_path / "f",
+        ),
+        *("--learning-rate", "0.01", "--datastore", data / "store", "--flip"),
+    ]
+    parts = ["--language-model", long_language, "--vision", clip_folder]
+    first = [*common, *parts, "--method", method, "--retrieve", "2", "-o", tmp_path / "run", "--epochs", "4"]
+    code, told = run(monkeypatch, capsys, *first)
+    assert code == 0, told
+    assert "2.00 of 2 retrieved captions fit" in " ".join(told.split())
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in metrics] == [1, 2, 3, 4]
+    config = json.loads((tmp_path / "run" / "best" / "itune.json").read_text())
+    assert (config["method"], config["retrieval"]["k"], config["training"]["datastore"]["captions"]) == (method, 2, 24)
+    assert str(data) not in json.dumps(config), "a path of this machine is in the model"
+
+    # The run goes on, and another from it, with the captions that it was trained with.
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"epochs": 5}))
+    code, told = run(monkeypatch, capsys, *common, "-o", tmp_path / "run", "--resume", "--retrieve", "2")
+    assert code == 0, told
+    again = [*common, "--init-from", tmp_path / "run", "--epochs", "1"]
+    code, told = run(monkeypatch, capsys, *again, "-o", tmp_path / "again")
+    assert code == 0, told
+    assert json.loads((tmp_path / "again" / "last" / "itune.json").read_text())["retrieval"]["k"] == 2
+    without = [argument for argument in again if argument not in ("--datastore", data / "store")]
+    code, told = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
+    assert code == 2
+    assert "retrieves 2 captions: name a --datastore, or go without by --retrieve 0" in " ".join(told.split())
+
+    captioner = load_captioner(tmp_path / "run", datastore=data / "store")
+    found = captioner.caption([data / "0.png", data / "1.png"], num_beams=2, max_new_tokens=6)
+    assert [len(each.retrieved or ()) for each in found] == [2, 2]
+    with pytest.raises(DatastoreError, match="there is no datastore in"):
+        load_captioner(tmp_path / "run")
+    assert load_captioner(tmp_path / "run", retrieve=0).caption(data / "0.png", max_new_tokens=4).retrieved == ()
+
+
+def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
+    data: Path, long_language: Path, clip_folder: Path
+) -> None:
+    records = load_records(data / "captions.jsonl")
+    features = LiveFeatures(load_vision_tower(str(clip_folder)))
+    language, text = load_language_model(str(long_language)), TextSettings()
+
+    def prepare(**settings: object) -> Prompting:
+        config = resolve("small-data", **{"vision": str(clip_folder), "datastore": str(data / "store"), **settings})
+        prompting = prepare_prompts(config, text, language, features.tower, features, records[:8], records[8:])
+        assert prompting is not None
+        return prompting
+
+    everything = prepare(retrieve=4)
+    assert everything.captions == 4
+    for record in records:
+        head = everything.heads[record.image]
+        prompt = language.tokenizer.decode(list(head[1:]))
+        assert head[0] == 0
+        assert prompt.startswith("Similar images show\n\n")
+        assert prompt.endswith(".\n\nThis image shows ")
+        own = [caption for caption in record.captions if f"\n\n{caption.rstrip(' .')}" in prompt]
+        assert not own or record in records[8:]
+    few = prepare(retrieve=4, max_new_tokens=260)
+    longest = max(map(len, few.heads.values()))
+    assert longest <= 320 - 260 + 1 < max(map(len, everything.heads.values()))
+    assert few.captions < 4
+    with pytest.raises(SearchError, match="the retrieval prompt takes"):
+        prepare(max_new_tokens=315)
+    with pytest.raises(ItuneError, match="has 320 positions, and captions take 320: lower"):
+        prepare(max_new_tokens=320)
+    batch = pack_batch(tokenize(records[:8], language.tokenizer, text, 64, heads=few.heads), [False] * 8)
+    assert batch.packing is not None
+    assert batch.packing.positions.max() < 320
