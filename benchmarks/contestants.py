@@ -116,7 +116,7 @@ class Bundle:
     def __init__(self, folder: Path, threads: int, *, engine: str = "onnxruntime") -> None:
         from itune import Captioner
 
-        self.engine = Captioner.load(folder, engine=engine, threads=threads).engine
+        self.engine = Captioner.load(folder, engine=engine, threads=threads, retrieve=0).engine
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
         """See `Contestant.caption`."""

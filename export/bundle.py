@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files, load_config
 from ..data import Record
 from ..evaluate import eager_captioner
 from ..methods import LoadedCheckpoint
+from ..retrieval import RetrievalHead, load_head
 from ..runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -33,7 +34,7 @@ from ..runtime.bundle import (
 from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
-from ..runtime.settings import Size
+from ..runtime.settings import RetrievalSettings, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph import Graph
 from .methods import build_decoder, build_vision, decoder_settings
@@ -41,6 +42,8 @@ from .plans import PlanOptions, PlanWriter, Role
 from .products import Blocks, Form, Rows
 from .profiles import PlanLimits
 from .quantize_graph import Precision, halve_graph, quantize_graph
+from .retrieval_output import EmbeddingReference
+from .scenarios import pick_images
 from .staging import staged_folder
 from .verify import VALUE_SCALES, Check, VerificationError, verify_bundle
 from .vocabulary import Vocabulary
@@ -66,6 +69,7 @@ def export_bundle(
     search: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
     patches: Size | None = None,
+    retrieve: int | None = None,
     plans: PlanOptions | None = None,
     verify: bool = True,
     images: Path | None = None,
@@ -81,15 +85,24 @@ def export_bundle(
     `license` is that of the weights; `card` takes the place of the generated model card; `search` are search defaults
     that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
     shortlist of tokens, and such a bundle cannot be restored; `patches` are the (rows, columns) of an ONNX tower that
-    cannot be told from their number (see `Manifest.patches`); with `plans` the graphs are such as TensorRT takes, and
-    its plans of them are in the bundle, too; `images` is a folder of photos for the verification, and `dev` are photos
-    to score the graphs on there; `progress` is told every stage, and `report` what the verification measured.
+    cannot be told from their number (see `Manifest.patches`); `retrieve` makes a bundle that can retrieve captions, and
+    does retrieve so many unless asked otherwise (0: none), from datastores of its own vision tower (None: as the
+    checkpoint was trained); with `plans` the graphs are such as TensorRT takes, and its plans of them are in the
+    bundle, too; `images` is a folder of photos for the verification, and `dev` are photos to score the graphs on there;
+    `progress` is told every stage, and `report` what the verification measured.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
     checkpoint = find_checkpoint(checkpoint)
+    trained = load_config(checkpoint).retrieval
+    if plans is not None and (retrieve is not None or trained is not None):
+        raise ItuneError("--target tensorrt: plans of captioners that retrieve are not supported; export --target onnx")
+    if vocabulary is not None and (retrieve is not None or trained is not None):
+        raise ItuneError(
+            "--vocabulary: retrieved captions may hold any token, which a shortlist cannot read; leave it out"
+        )
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
     writer = None if plans is None else PlanWriter.prepare(plans, precisions)
@@ -98,6 +111,15 @@ def export_bundle(
         loaded = LoadedCheckpoint.load(checkpoint)
         manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
         manifest = manifest.model_copy(update={"patches": _patches(loaded.tower, patches)})
+        head, reference = None, None
+        if retrieve is not None or trained is not None:
+            pooling = None if trained is None else trained.encoder.pooling
+            head = load_head(loaded.tower, loaded.config.vision.source, pooling)
+            retrieval = trained or RetrievalSettings(k=0, encoder=head.encoder)
+            if retrieve is not None:
+                retrieval = retrieval.model_copy(update={"k": retrieve})
+            manifest = manifest.model_copy(update={"retrieval": retrieval})
+            reference = EmbeddingReference.record(loaded.tower, head, pick_images(loaded.config.image, images))
         token_ids = None
         if vocabulary is not None:
             token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
@@ -109,7 +131,7 @@ def export_bundle(
             writer = writer.for_tower(loaded.tower)
             precisions = dict(writer.precisions)
         if writer is None:
-            files = _write_graphs(loaded, folder, precisions, token_ids, progress)
+            files = _write_graphs(loaded, folder, precisions, token_ids, progress, head)
         else:
             files, scales = _write_typed(writer, loaded, folder, manifest, token_ids, progress)
             if scales:
@@ -122,6 +144,7 @@ def export_bundle(
         manifest = _write_manifest(manifest, folder, card)
         if verify:
             checks = verify_bundle(checkpoint, folder, images=images, dev=dev, vocabulary=token_ids, progress=progress)
+            checks += [] if reference is None else [reference.check(folder, precisions["vision"])]
             report(checks)
             _raise_if_failed(checks)
         if writer is not None:
@@ -180,6 +203,7 @@ def _write_graphs(
     precisions: dict[Role, Precision],
     vocabulary: Int64 | None,
     progress: Callable[[str], None],
+    head: RetrievalHead | None = None,
 ) -> dict[Role, list[Path]]:
     """Both graphs' files by role, the graph first; the checkpoint's weights are let go as they are written."""
     fp32 = folder / "fp32"
@@ -198,7 +222,7 @@ def _write_graphs(
             files[role] = quantize_graph(source, path, _FORMS[role, precision])
 
     progress(f"writing the vision graph in {precisions['vision']}")
-    write("vision", build_vision(loaded.model, loaded.tower))
+    write("vision", build_vision(loaded.model, loaded.tower, head))
     del loaded.tower
     progress(f"writing the decoder graph in {precisions['decoder']}")
     # Integer products run on ONNX Runtime only, so such a decoder may as well have its attention.

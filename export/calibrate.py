@@ -178,7 +178,8 @@ def choose_ranges(
         decoder.weights[name] = weight
         values[layer] = factor
         ranges[joined] = max(ranges[activation], factor * ranges[retrieved])
-    _scale_values(vision, values)
+    if values:
+        _scale_values(vision, values)
     return ranges, values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import PurePosixPath
 
-from ..runtime.bundle import DecoderSettings, Graph, Manifest
+from ..runtime.bundle import Graph, Manifest
 from ..runtime.settings import Method
 
 MODEL_CARD = "README.md"
@@ -44,7 +44,7 @@ exported to ONNX ({", ".join(onnx)}){" and TensorRT" if plans else ""} by itune 
 | language model | {_name(source["language_model"]["source"])}: {decoder.layers} layers of {decoder.hidden_size} |
 | vision tower | {_name(source["vision"]["source"])}: {decoder.visual_tokens} embeddings of {decoder.visual_width}, \
 {height} x {width} pixels |
-| adapters | {_adapters(decoder)} |
+| adapters | {_adapters(manifest)} |
 | vocabulary | {vocabulary} |
 | search | {search.num_beams} beams, at most {search.max_new_tokens} tokens |
 | CIDEr-D on the dev split | {score} |
@@ -77,12 +77,22 @@ _NO_RESTORE = (
 )
 
 
-_METHODS: dict[Method, str] = {"i-tuning": "I-Tuning adapters (arXiv 2202.06574)"}
+_METHODS: dict[Method, str] = {
+    "i-tuning": "I-Tuning adapters (arXiv 2202.06574)",
+    "smallcap": "SmallCap cross-attention (arXiv 2209.15323)",
+    "clipcap": "a ClipCap prefix (arXiv 2111.09734)",
+}
 
 
-def _adapters(decoder: DecoderSettings) -> str:
+def _adapters(manifest: Manifest) -> str:
+    decoder = manifest.decoder
+    if manifest.method == "clipcap":
+        return f"a mapper from the image to {manifest.tokens.prefix} embeddings before the caption"
     layers, width = decoder.adapter_layers, decoder.bottleneck
-    return f"on {len(layers)} layers from layer {layers[0]}, bottleneck {width}, heads {decoder.adapter_heads}"
+    place = f"on {len(layers)} layers from layer {layers[0]}"
+    if manifest.method == "smallcap" and width is not None and decoder.adapter_heads is not None:
+        return f"{place}, {decoder.adapter_heads} heads of width {width // decoder.adapter_heads}"
+    return f"{place}, bottleneck {width}, heads {decoder.adapter_heads}"
 
 
 def _plans(manifest: Manifest, graphs: list[Graph]) -> str:

@@ -6,7 +6,10 @@ visual.{i}.values   float32 [images, heads, N, r / heads]
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+from torch import nn
 
 from ..model import ITuningModel
 from .activations import append_activation
@@ -20,11 +23,7 @@ def projection_weights(model: ITuningModel) -> tuple[Array, Array]:
 
     The columns are layer after layer, the keys' before the values'.
     """
-    linears = [
-        linear for adapter in map(model.adapter, model.adapter_layers) for linear in (adapter.key, adapter.value)
-    ]
-    weight = np.concatenate([linear.weight.detach().numpy() for linear in linears]).T
-    return weight, np.concatenate([linear.bias.detach().numpy() for linear in linears])
+    return _join(_linears(model))
 
 
 def split_projections(weight: Array, bias: Array, layers: list[int]) -> dict[str, Array]:
@@ -38,22 +37,39 @@ def split_projections(weight: Array, bias: Array, layers: list[int]) -> dict[str
 
 def append_keys_values(graph: Graph, embeddings: str, model: ITuningModel, tokens: int) -> None:
     """Append equation 2 of all layers to a vision graph with `embeddings` [images, tokens, d_v]."""
-    heads, bottleneck = model.config.heads, model.config.bottleneck
-    weight, bias = projection_weights(model)
+    append_projections(graph, embeddings, _linears(model), model.config.heads, tokens)
+
+
+def append_projections(
+    graph: Graph, embeddings: str, linears: Mapping[int, tuple[nn.Linear, nn.Linear]], heads: int, tokens: int
+) -> None:
+    """Append `visual.{i}.keys` and `.values` for each layer's two projections, all in one product."""
+    weight, bias = _join(linears)
+    width = len(bias) // (2 * len(linears) * heads)
     with graph.scope("visual"):
         product = graph.op("MatMul", embeddings, graph.initializer("visual.weight", weight))
         product = graph.op("Add", product, graph.initializer("visual.bias", bias))
-        count = 2 * len(model.adapter_layers)
+        count = 2 * len(linears)
         parts = graph.ops("Split", product, names=[None] * count, axis=-1, num_outputs=count)
-        split = graph.constant([0, 0, heads, bottleneck // heads])
-        for layer, keys, values in zip(model.adapter_layers, parts[::2], parts[1::2], strict=True):
+        split = graph.constant([0, 0, heads, width])
+        for layer, keys, values in zip(linears, parts[::2], parts[1::2], strict=True):
             for part, value, perm, last in (
-                ("keys", keys, (0, 2, 3, 1), (bottleneck // heads, tokens)),
-                ("values", values, (0, 2, 1, 3), (tokens, bottleneck // heads)),
+                ("keys", keys, (0, 2, 3, 1), (width, tokens)),
+                ("values", values, (0, 2, 1, 3), (tokens, width)),
             ):
                 value = graph.op("Reshape", value, split)
                 name = graph.op("Transpose", value, perm=perm, name=f"visual.{layer}.{part}")
                 graph.output(name, np.float32, ("images", heads, *last))
+
+
+def _linears(model: ITuningModel) -> dict[int, tuple[nn.Linear, nn.Linear]]:
+    return {i: (model.adapter(i).key, model.adapter(i).value) for i in model.adapter_layers}
+
+
+def _join(linears: Mapping[int, tuple[nn.Linear, nn.Linear]]) -> tuple[Array, Array]:
+    flat = [linear for pair in linears.values() for linear in pair]
+    weight = np.concatenate([linear.weight.detach().numpy() for linear in flat]).T
+    return weight, np.concatenate([linear.bias.detach().numpy() for linear in flat])
 
 
 class ITuningDecoder(Decoder):

@@ -37,8 +37,8 @@ def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lam
         raise ItuneError(
             f"score_scale {score_scale} and lambda {lambda_} must not be zero: the adapters would do nothing"
         )
-    _check_finite(language_model)
-    _check_finite(adapters)
+    check_finite(language_model)
+    check_finite(adapters)
     merged = dict(language_model)
     for i in adapter_layers(adapters):
         mlp, layer = f"transformer.h.{i}.mlp", f"layers.{i}"
@@ -84,7 +84,8 @@ def _is_output_bias(name: str) -> bool:
     return name.startswith("layers.") and name.endswith(".output.bias")
 
 
-def _check_finite(weights: Weights) -> None:
+def check_finite(weights: Weights) -> None:
+    """Raise ItuneError, naming the weight, unless all are finite."""
     for name, weight in weights.items():
         if not np.isfinite(weight).all():
             raise ItuneError(f"weight {name} holds numbers that are not finite: the checkpoint is damaged")

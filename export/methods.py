@@ -6,20 +6,37 @@ from typing import Any
 
 from ..backbones import VisionTower
 from ..captioning import CaptionModel
+from ..clipcap import ClipCapModel
 from ..model import ITuningModel
+from ..retrieval import RetrievalHead
 from ..runtime.bundle import Manifest
+from ..smallcap import SmallCapModel
+from .clipcap import ClipCapDecoder, append_prefix, tower_weights, unfold_mapper
 from .graph import Array, Graph
 from .ituning import ITuningDecoder, append_keys_values, split_projections
 from .merge import Weights, unmerge
+from .retrieval_output import append_embedding
+from .smallcap import SmallCapDecoder, append_cross_keys_values, unfold_cross_attention
 from .vision import append_tower
 
 
-def build_vision(model: CaptionModel, tower: VisionTower) -> Graph:
-    """The graph from `pixels`, uint8 [images, H, W, 3], to the outputs `visual.*` that the method's module lists."""
+def build_vision(model: CaptionModel, tower: VisionTower, head: RetrievalHead | None = None) -> Graph:
+    """The graph from `pixels`, uint8 [images, H, W, 3], to the outputs `visual.*` that the method's module lists.
+
+    With `head`, also to the embedding that a datastore is searched with.
+    """
     graph = Graph("vision")
     embeddings = append_tower(graph, tower)
-    assert isinstance(model, ITuningModel)
-    append_keys_values(graph, embeddings, model, tower.tokens)
+    if isinstance(model, ITuningModel):
+        append_keys_values(graph, embeddings, model, tower.tokens)
+    elif isinstance(model, ClipCapModel):
+        append_prefix(graph, embeddings, model)
+    elif isinstance(model, SmallCapModel):
+        append_cross_keys_values(graph, embeddings, model, tower.tokens)
+    else:
+        raise TypeError(type(model))
+    if head is not None:
+        append_embedding(graph, embeddings, head)
     return graph
 
 
@@ -32,13 +49,26 @@ def build_decoder(model: CaptionModel, vocabulary: Array | None = None, *, fused
     Raises:
         ItuneError: the language model's activation function cannot be exported, or its weights are broken.
     """
-    assert isinstance(model, ITuningModel)
-    return ITuningDecoder(model, vocabulary, fused).build()
+    if isinstance(model, ITuningModel):
+        return ITuningDecoder(model, vocabulary, fused).build()
+    if isinstance(model, ClipCapModel):
+        return ClipCapDecoder(model, vocabulary, fused).build()
+    if isinstance(model, SmallCapModel):
+        return SmallCapDecoder(model, vocabulary, fused).build()
+    raise TypeError(type(model))
 
 
 def decoder_settings(model: CaptionModel) -> dict[str, Any]:
     """The fields of the manifest's `decoder` that tell how the language model attends to the image."""
-    assert isinstance(model, ITuningModel)
+    if isinstance(model, SmallCapModel):
+        return {
+            "adapter_layers": list(range(len(model.layers))),
+            "bottleneck": model.config.width,
+            "adapter_heads": model.config.heads,
+            "score_scale": model.config.head_width**-0.5,
+        }
+    if not isinstance(model, ITuningModel):
+        return {}  # ClipCap's attends to nothing but the embeddings before the caption
     return {
         "adapter_layers": model.adapter_layers,
         "bottleneck": model.config.bottleneck,
@@ -50,11 +80,22 @@ def decoder_settings(model: CaptionModel) -> dict[str, Any]:
 
 def split_decoder(manifest: Manifest, weights: Weights) -> tuple[dict[str, Array], dict[str, Array]]:
     """The language model's weights and the adapters', under their own names, of a decoder graph."""
+    if manifest.method == "clipcap":
+        return dict(weights), {}
     decoder = manifest.decoder
+    if manifest.method == "smallcap":
+        return unfold_cross_attention(weights, decoder.score_scale)
     assert decoder.bottleneck is not None
     return unmerge(weights, bottleneck=decoder.bottleneck, score_scale=decoder.score_scale, lambda_=decoder.lambda_)
 
 
 def split_vision(manifest: Manifest, weights: Weights) -> dict[str, Array]:
     """The adapters' weights, under their checkpoint names, of a vision graph."""
+    if manifest.method == "clipcap":
+        return unfold_mapper(weights)
     return split_projections(weights["visual.weight"], weights["visual.bias"], manifest.decoder.adapter_layers)
+
+
+def restored_tower_weights(adapters: Weights) -> dict[str, Array]:
+    """What of a CLIP tower, under transformers' names, the adapters have and its graph has not."""
+    return tower_weights(adapters)

@@ -22,7 +22,7 @@ from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings
 from .graph import Array
 from .merge import Weights
-from .methods import split_decoder, split_vision
+from .methods import restored_tower_weights, split_decoder, split_vision
 from .quantize_graph import float_graph, read_weights
 from .staging import staged_folder
 from .vision_clip import PREFIX as CLIP_PREFIX
@@ -35,8 +35,8 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # in order of P
 def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
     """Write `language-model/`, `vision/` and `checkpoint/` of the bundle `source` to the folder `output`.
 
-    The parts are what `itune-train` and `itune-export` read. A CLIP tower comes back without its text side and
-    with an identity for its post-layernorm, neither of which a captioner uses.
+    The parts are what `itune-train` and `itune-export` read. A CLIP tower comes back without its text side; its
+    post-layernorm is an identity, and its projection is missing, unless the captioner uses them.
 
     Raises:
         BundleError: the bundle is damaged, or does not say how to restore it.
@@ -72,6 +72,7 @@ def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> 
     """Write the tower; returns the adapters' weights in its graph."""
     graph = bundle.path(_graph_file(bundle, "vision"))
     weights = read_weights(graph)
+    adapters = split_vision(bundle.manifest, weights)
     folder.mkdir()
     if settings.vision is None:
         extract_tower(float_graph(graph)).save(folder / "model.onnx")
@@ -79,10 +80,11 @@ def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> 
         folded = {name.removeprefix(CLIP_PREFIX): w for name, w in weights.items() if name.startswith(CLIP_PREFIX)}
         config = CLIPVisionConfig.from_dict(settings.vision)
         state = unfold_clip(folded, config, bundle.manifest.image)
-        _save_tensors({f"vision_model.{name}": w for name, w in state.items()}, folder / "model.safetensors")
+        tensors = {f"vision_model.{name}": w for name, w in state.items()} | restored_tower_weights(adapters)
+        _save_tensors(tensors, folder / "model.safetensors")
         _save_json(settings.vision, folder / "config.json")
     _save_json(_preprocessor(bundle.manifest.image), folder / PREPROCESSOR)
-    return split_vision(bundle.manifest, weights)
+    return adapters
 
 
 def _restore_config(settings: RestoreSettings, folder: Path) -> None:

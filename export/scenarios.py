@@ -112,6 +112,7 @@ def beside_loud_image(scenario: Scenario, vocabulary: Int64) -> Scenario:
     for step in scenario.steps:
         places = np.searchsorted(vocabulary, step.tokens[0])
         others = vocabulary[(7 * places + 13) % len(vocabulary)]
+        others = np.where(step.tokens[0] > vocabulary[-1], step.tokens[0], others)  # a prefix stays one
         steps.append(Step([others.tolist(), *step.tokens], [0, 1]))
     return Scenario("beside a loud image", [-1, *scenario.images], steps)
 
@@ -160,6 +161,8 @@ def _visual(state: EagerState | OnnxRuntimeState) -> dict[str, Array]:
 
 
 def _join_heads(name: str, array: Array) -> Array:
+    if array.ndim == 3:  # a prefix has no heads
+        return array
     by_token = array.transpose(0, 3, 1, 2) if name.endswith("keys") else array.transpose(0, 2, 1, 3)
     return by_token.reshape(*by_token.shape[:2], -1)
 

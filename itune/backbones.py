@@ -8,11 +8,13 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 """What GPT-2's forward pass calls its key/value cache; newer releases of transformers have renamed it."""
 PREPROCESSOR = "preprocessor_config.json"
+_PROJECTION = ("visual_projection.weight", "post_layernorm.weight", "post_layernorm.bias")
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -95,7 +98,7 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
     """Load a GPT-2-family checkpoint (hub id or folder) in float32, with its `tokenizer.json`."""
     folder = fetch(source, revision)
     config = _read_config(folder, "gpt2", "a GPT-2 language model")
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     try:
         model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -146,6 +149,51 @@ def load_vision_tower(
     return ClipTower(path, image, device)
 
 
+def vision_kind(source: str, revision: str | None = None) -> Literal["clip", "onnx"]:
+    """What `load_vision_tower` takes a source for."""
+    path = fetch(source, revision)
+    return "clip" if (path / "config.json").is_file() else "onnx"
+
+
+@dataclass(frozen=True)
+class ClipProjection:
+    """What a CLIP tower's CLS position goes through to become the embedding that is compared with text."""
+
+    norm_weight: Tensor  # [d_v]
+    norm_bias: Tensor  # [d_v]
+    weight: Tensor  # [projected width, d_v]
+    epsilon: float
+
+
+def load_clip_projection(source: str, revision: str | None = None) -> ClipProjection | None:
+    """The projection of a CLIP checkpoint; None for an ONNX tower, or a vision tower that was saved without it."""
+    if vision_kind(source, revision) == "onnx":
+        return None
+    folder = fetch(source, revision)
+    config = _read_config(folder, ("clip", "clip_vision_model"), "a CLIP model")
+    epsilon = float(config.get("vision_config", config).get("layer_norm_eps", 1e-5))
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        found |= _read_tensors(path, _PROJECTION)
+    tensors = [next((t for name, t in found.items() if name.endswith(end)), None) for end in _PROJECTION]
+    weight, norm_weight, norm_bias = (None if t is None else t.float() for t in tensors)
+    if weight is None or norm_weight is None or norm_bias is None:
+        return None
+    return ClipProjection(norm_weight, norm_bias, weight, epsilon)
+
+
+def _read_tensors(path: Path, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a weight file whose names end so; the others are not read where the format allows that."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ends)}  # noqa: SIM118
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return {name: tensor for name, tensor in state.items() if name.endswith(ends)}
+    except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError, UnpicklingError) as error:
+        raise BackboneError(f"{path} cannot be read: {_first_line(error)}") from None
+
+
 class ClipTower:
     """CLIP's vision transformer; V = its `last_hidden_state` (CLS and patches, no post-layernorm)."""
 
@@ -155,7 +203,7 @@ class ClipTower:
         config = _read_config(folder, ("clip", "clip_vision_model"), "a CLIP model")
         config = config.get("vision_config", config)
         self.folder = folder
-        self.sha256 = hash_files(_weight_files(folder))
+        self.sha256 = hash_files(weight_files(folder))
         try:
             model: Any = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -281,7 +329,8 @@ def _read_config(folder: Path, model_type: str | tuple[str, ...], what: str) -> 
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a backbone's weights. Raises BackboneError where there are none."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")

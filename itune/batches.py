@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +26,38 @@ class TokenizedRecord:
 
     image: Path
     head: tuple[int, ...]
-    """What stands before a caption, and is not scored: begin [prompt]."""
+    """What stands before a caption, and is not scored: [prefix] [begin] [prompt]."""
     captions: tuple[tuple[int, ...], ...]
     """Each with its end token."""
     mirrorable: bool
     """No caption tells left from right."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a row holds one head and all captions of an image, so that the head is computed once for all of them.
+
+    [head, caption 1, caption 2, ...]: a caption sees the head and itself, and its positions go on from the head's, so
+    every token is computed from what it would be computed from in a row of its own.
+    """
+
+    positions: Tensor  # int64 [rows, T]
+    segments: Tensor  # int64 [rows, T]: 0 the head, j caption j, -1 padding
+    sources: Tensor  # int64 [rows, T]: the position from which a token is predicted
+
+    def to(self, device: torch.device) -> Packing:
+        """The same on a device."""
+        return Packing(self.positions.to(device), self.segments.to(device), self.sources.to(device))
+
+    def attention_mask(self) -> Tensor:
+        """What attention scores gain [rows, 1, T, T]: 0 where a query sees a key, the lowest float elsewhere."""
+        queries, keys = self.segments[:, :, None], self.segments[:, None, :]
+        length = self.segments.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
+        visible = causal & ((keys == 0) | (keys == queries))
+        # Of bfloat16, so that it is finite under autocast, too.
+        lowest = torch.finfo(torch.bfloat16).min
+        return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, lowest)[:, None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,8 @@ class Batch:
     flip: tuple[bool, ...]
     input_ids: Tensor  # int64 [rows, T], right-padded
     mask: Tensor  # bool [rows, T]: tokens to be predicted
+    packing: Packing | None = None
+    """Rows hold an image's captions one after the other; None: a row is a caption."""
 
     @property
     def targets(self) -> int:
@@ -70,10 +99,19 @@ def encode_caption(tokenizer: Tokenizer, text: TextSettings, caption: str) -> li
 
 
 def tokenize(
-    records: Sequence[Record], tokenizer: Tokenizer, text: TextSettings, max_caption_tokens: int
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    text: TextSettings,
+    max_caption_tokens: int,
+    prefix: Sequence[int] = (),
+    *,
+    heads: Mapping[Path, Sequence[int]] | None = None,
 ) -> list[TokenizedRecord]:
-    """Captions as token ids; one that is cut at `max_caption_tokens` has no end token."""
-    head = caption_head(tokenizer, text)
+    """Captions as token ids; one that is cut at `max_caption_tokens` has no end token.
+
+    `prefix`: see `caption_head`. `heads`: all that stands before the captions of each photo, where that differs.
+    """
+    head = caption_head(tokenizer, text, prefix)
     end = special_token(tokenizer, text.end, "end")
 
     def encode(caption: str) -> tuple[int, ...]:
@@ -83,7 +121,7 @@ def tokenize(
     return [
         TokenizedRecord(
             record.image,
-            tuple(head),
+            tuple(head if heads is None else heads[record.image]),
             tuple(encode(caption) for caption in record.captions),
             not any(_SIDED.search(caption) for caption in record.captions),
         )
@@ -91,9 +129,37 @@ def tokenize(
     ]
 
 
-def caption_head(tokenizer: Tokenizer, text: TextSettings) -> list[int]:
-    """The tokens before a caption: begin [prompt]."""
-    return [special_token(tokenizer, text.begin, "begin"), *encode_text(tokenizer, text.prompt)]
+def caption_head(tokenizer: Tokenizer, text: TextSettings, prefix: Sequence[int] = ()) -> list[int]:
+    """The ids before a caption: [prefix] [begin] [prompt]; `prefix` are `CaptionModel.prefix_ids`."""
+    begin = [] if text.begin is None else [special_token(tokenizer, text.begin, "begin")]
+    return [*prefix, *begin, *encode_text(tokenizer, text.prompt)]
+
+
+def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batch:
+    """One row for each image, with its head and all its captions (see `Packing`), padded to one length."""
+    shape = (len(records), max(map(_packed_length, records)))
+    input_ids, positions, sources = (np.zeros(shape, np.int64) for _ in range(3))
+    segments = np.full(shape, -1)
+    for row, record in enumerate(records):
+        start = len(record.head)
+        input_ids[row, :start] = record.head
+        positions[row, :start] = np.arange(start)
+        segments[row, :start] = 0
+        for j, caption in enumerate(record.captions, 1):
+            end = start + len(caption)
+            input_ids[row, start:end] = caption
+            positions[row, start:end] = len(record.head) + np.arange(len(caption))
+            positions[row, end - 1] -= 1  # nothing is predicted from the last token, and it may be one too many
+            segments[row, start:end] = j
+            sources[row, start:end] = (len(record.head) - 1, *range(start, end - 1))
+            start = end
+    packing = Packing(*map(torch.from_numpy, (positions, segments, sources)))
+    images = tuple(record.image for record in records)
+    return Batch(images, tuple(flip), torch.from_numpy(input_ids), packing.segments > 0, packing)
+
+
+def _packed_length(record: TokenizedRecord) -> int:
+    return len(record.head) + sum(map(len, record.captions))
 
 
 def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batch:
@@ -126,19 +192,23 @@ def images_per_step(records: Sequence[TokenizedRecord], batch_size: int) -> int:
     return max(1, min(len(records), round(batch_size / captions)))
 
 
-def epoch_steps(records: Sequence[TokenizedRecord], config: TrainConfig, epoch: int) -> Iterator[list[Batch]]:
+def epoch_steps(
+    records: Sequence[TokenizedRecord], config: TrainConfig, epoch: int, *, pack: bool = False
+) -> Iterator[list[Batch]]:
     """The optimiser steps of an epoch, each a list of batches; the same for the same seed and epoch.
 
-    Within a step images are sorted by the length of their captions, which saves padding and changes nothing.
+    Within a step images are sorted by the length of their captions, which saves padding and changes nothing; nor does
+    `pack` (see `Packing`), which is worth it where much stands before the captions.
     """
+    length, batch = (_packed_length, pack_batch) if pack else (_length, make_batch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(records))
     flips = rng.random(len(records)) < 0.5
     size = images_per_step(records, config.batch_size)
     for start in range(0, len(order), size):
-        chosen = sorted(order[start : start + size], key=lambda i: (_length(records[i]), i), reverse=True)
+        chosen = sorted(order[start : start + size], key=lambda i: (length(records[i]), i), reverse=True)
         yield [
-            make_batch(
+            batch(
                 [records[i] for i in part],
                 [config.flip and bool(flips[i]) and records[i].mirrorable for i in part],
             )

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
+from .batches import Packing
 from .checkpoint import CheckpointConfig, CheckpointError, atomic_path
 from .config import TrainConfig
-from .runtime.settings import Method
+from .runtime.settings import Method, TextSettings
 
 Visual = dict[str, Tensor]
 """What the language model is given of some images: tensors [images, ...] by name, the exported graphs' inputs
@@ -37,7 +38,7 @@ class CaptionModel(nn.Module, ABC):
     weights_prefix: ClassVar[str] = "layers."
     """What the names of `adapters` begin with in a checkpoint."""
     prefix_length: int = 0
-    """How many embeddings of the image stand before the begin token; their token ids follow the vocabulary's."""
+    """How many embeddings of the image stand before the caption's head; their token ids follow the vocabulary's."""
 
     def __init__(self, language_model: GPT2LMHeadModel, adapters: nn.Module) -> None:
         super().__init__()
@@ -55,6 +56,17 @@ class CaptionModel(nn.Module, ABC):
     @abstractmethod
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """The model that a checkpoint describes, its adapters not loaded yet."""
+
+    @classmethod
+    def text(cls, config: TrainConfig) -> TextSettings:
+        """How the captions of a model to be trained are written."""
+        return TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period, end=config.end)
+
+    @property
+    def prefix_ids(self) -> range:
+        """The token ids that stand for the image's `prefix_length` embeddings."""
+        vocab_size: int = self.language_model.config.vocab_size
+        return range(vocab_size, vocab_size + self.prefix_length)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -85,34 +97,52 @@ class CaptionModel(nn.Module, ABC):
             raise RuntimeError("call the language model within `looking_at(...)`: it has no image to see")
         return self.visual
 
-    def loss(self, input_ids: Tensor, mask: Tensor, visual: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        visual: Tensor,
+        label_smoothing: float = 0.0,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Sum of the next-token cross-entropies of the caption and end tokens.
 
         input_ids [rows, T]: begin [prompt] caption end, right-padded; mask [rows, T]: True at tokens that are
-        to be predicted; visual [images, N, d_v], rows grouped by image with equally many rows each.
+        to be predicted; visual [images, N, d_v], rows grouped by image with equally many rows each; packing: where a
+        row holds several captions.
         """
         with self.looking_at(self.project(visual)):
-            hidden = self.language_model.transformer(input_ids=input_ids[:, :-1], use_cache=False)[0]
-        targets = mask[:, 1:]
+            hidden = self._hidden(input_ids, packing)
         # The head is the dearest product: only positions that are scored go through it.
-        logits = self.language_model.lm_head(hidden[targets])
-        return F.cross_entropy(
-            logits.float(), input_ids[:, 1:][targets], label_smoothing=label_smoothing, reduction="sum"
-        )
+        logits = self.language_model.lm_head(hidden[_sources(mask, packing)])
+        return F.cross_entropy(logits.float(), input_ids[mask], label_smoothing=label_smoothing, reduction="sum")
 
-    def attention_entropy(self, input_ids: Tensor, mask: Tensor, visual: Tensor) -> float | None:
+    def _hidden(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
+        given: dict[str, Tensor] = {}
+        if packing is not None:
+            given = {
+                "position_ids": packing.positions[:, :-1],
+                "attention_mask": packing.attention_mask()[..., :-1, :-1],
+            }
+        hidden: Tensor = self.language_model.transformer(input_ids=input_ids[:, :-1], use_cache=False, **given)[0]
+        return hidden
+
+    def attention_entropy(
+        self, input_ids: Tensor, mask: Tensor, visual: Tensor, packing: Packing | None = None
+    ) -> float | None:
         """Mean entropy of the attention over the image at scored positions, as a fraction of its maximum log N.
 
         The arguments are those of `loss`. None for a method whose language model attends to no image.
         """
         weights: list[Tensor] = []
         with torch.no_grad(), self.looking_at(self.project(visual)), self.watched(weights):
-            self.language_model.transformer(input_ids=input_ids[:, :-1], use_cache=False)
+            self._hidden(input_ids, packing)
         if not weights:
             return None
         entropies = torch.stack([torch.special.entr(each).sum(-1).mean(1).flatten(1) for each in weights])
         rows, length = mask.shape[0], mask.shape[1] - 1
-        return float(entropies.reshape(len(weights), rows, length)[:, mask[:, 1:]].mean()) / math.log(visual.shape[1])
+        scored = entropies.reshape(len(weights), rows, length)[:, *_sources(mask, packing)]
+        return float(scored.mean()) / math.log(visual.shape[1])
 
     @contextmanager
     def watched(self, weights: list[Tensor]) -> Iterator[None]:  # noqa: ARG002 - what a method without any needs
@@ -147,6 +177,12 @@ class CaptionModel(nn.Module, ABC):
                     f"{list(expected[name].shape)}"
                 )
         self.adapters.load_state_dict({name.removeprefix(self.weights_prefix): t for name, t in tensors.items()})
+
+
+def _sources(mask: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """Rows and positions that the tokens of `mask` are predicted from."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows, columns - 1 if packing is None else packing.sources[rows, columns]
 
 
 def read_adapters(path: Path) -> dict[str, Tensor]:

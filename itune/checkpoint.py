@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from .runtime.errors import ItuneError
-from .runtime.settings import ImageSettings, Method, Settings, TextSettings
+from .runtime.settings import ImageSettings, Method, RetrievalSettings, Settings, TextSettings
 
 CONFIG_FILE = "itune.json"
 WEIGHTS_FILE = "adapters.safetensors"
@@ -53,6 +53,8 @@ class CheckpointConfig(Settings):
     vision: VisionSource
     image: ImageSettings
     text: TextSettings
+    retrieval: RetrievalSettings | None = None
+    """The retrieved captions that the training put before a caption; None where there were none."""
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -66,8 +68,52 @@ class ITuningCheckpoint(CheckpointConfig):
     score_scale: float
     first_adapter_layer: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _begins(self) -> Self:
+        if self.text.begin is None:
+            raise ValueError("text.begin is null: a caption needs a token to begin with")
+        return self
 
-CONFIGS: dict[Method, type[CheckpointConfig]] = {"i-tuning": ITuningCheckpoint}
+
+class SmallCapCheckpoint(CheckpointConfig):
+    """SmallCap's; its tensors are `layers.{i}.{norm,query,key,value,output}.{weight,bias}`."""
+
+    method: Literal["smallcap"] = "smallcap"
+    heads: int = Field(gt=0)
+    attention_width: int = Field(gt=0)
+    """Width of each head's queries, keys and values."""
+
+
+class ClipCapCheckpoint(CheckpointConfig):
+    """ClipCap's."""
+
+    method: Literal["clipcap"] = "clipcap"
+    mapper: Literal["transformer", "mlp"]
+    prefix_length: int = Field(gt=0)
+    clip_length: int | None = Field(default=None, gt=0)
+    mapper_layers: int | None = Field(default=None, gt=0)
+    mapper_heads: int | None = Field(default=None, gt=0)
+    pooling: Literal["projected", "cls", "mean"]
+    projected_width: int | None = Field(default=None, gt=0)
+    """Width of CLIP's projected embedding; with `pooling` projected only."""
+    layer_norm_eps: float = Field(default=1e-5, gt=0)
+    """Of the layer norm before CLIP's projection."""
+    normalize: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.mapper == "transformer" and None in (self.clip_length, self.mapper_layers, self.mapper_heads):
+            raise ValueError("mapper transformer needs clip_length, mapper_layers and mapper_heads")
+        if (self.pooling == "projected") != (self.projected_width is not None):
+            raise ValueError("pooling projected and projected_width: give both or neither")
+        return self
+
+
+CONFIGS: dict[Method, type[CheckpointConfig]] = {
+    "i-tuning": ITuningCheckpoint,
+    "clipcap": ClipCapCheckpoint,
+    "smallcap": SmallCapCheckpoint,
+}
 
 
 def parse_config(content: dict[str, Any]) -> CheckpointConfig:

@@ -6,7 +6,7 @@ warm-up, regularisation) the values are ours, and marked so.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from .runtime.errors import ItuneError
@@ -15,8 +15,17 @@ from .runtime.settings import Method
 METHODS: tuple[Method, ...] = get_args(Method)
 METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "i-tuning": ("bottleneck", "heads", "lambda_", "score_scale", "first_adapter_layer"),
+    "clipcap": ("mapper", "prefix_length", "clip_length", "mapper_layers", "mapper_heads", "pooling", "normalize"),
+    "smallcap": ("attention_width", "heads"),
 }
-"""The settings that only one method has."""
+"""The settings that not every method has."""
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"heads": None, "num_beams": 3}}
+"""What a method's authors do otherwise than a preset that was made for another."""
+TRANSFORMER_FIELDS = ("clip_length", "mapper_layers", "mapper_heads")
+"""Those that ClipCap's MLP mapper does without."""
+RETRIEVING: tuple[str, ...] = ("i-tuning", "smallcap")
+"""The methods that take captions of a datastore into the prompt."""
+DEFAULT_RETRIEVE = 4
 DEFAULT_VISION = "openai/clip-vit-base-patch16"
 
 
@@ -43,8 +52,17 @@ class TrainConfig:
     bottleneck: int | None = None
     """Adapter width r; None is half the language model's width (reproduces the paper's parameter counts)."""
 
-    heads: int = 1
-    """Attention heads of each adapter (paper: one)."""
+    heads: int | None = 1
+    """Attention heads of each adapter (paper: one); None, as of SmallCap, is as many as the language model has."""
+
+    attention_width: int = 16
+    """SmallCap: width of a head's queries, keys and values (its paper: 64, 32, 16, 8 or 4)."""
+
+    datastore: str | None = None
+    """Folder of the datastore whose captions are retrieved into the prompts; None retrieves nothing."""
+
+    retrieve: int | None = None
+    """How many captions are retrieved; None is 4 with a datastore, 0 without."""
 
     lambda_: float = 1.0
     """The paper's lambda >= 1, the scale of what an adapter retrieves."""
@@ -54,6 +72,29 @@ class TrainConfig:
 
     first_adapter_layer: int = 0
     """I-Tuning Dropping: decoder layers below this one carry no adapter and keep no activations."""
+
+    mapper: Literal["transformer", "mlp"] = "transformer"
+    """ClipCap: what makes the prefix of an image's embedding (its paper: the transformer where GPT-2 is frozen)."""
+
+    prefix_length: int = 10
+    """ClipCap: embeddings that stand before the caption (its paper: 10)."""
+
+    clip_length: int = 10
+    """ClipCap: vectors that the image's embedding becomes within the transformer mapper (its paper: 10)."""
+
+    mapper_layers: int = 8
+    """ClipCap: layers of the transformer mapper (its paper: 8)."""
+
+    mapper_heads: int = 8
+    """ClipCap: attention heads of the transformer mapper (its paper: 8)."""
+
+    pooling: Literal["projected", "cls", "mean"] | None = None
+    """ClipCap: which embedding of an image the mapper reads. `projected` is CLIP's embedding in the space that it
+    shares with text, as in the paper; `cls` the CLS position; `mean` the mean of all. None is the first that the
+    tower has: projected, then cls for a CLIP; mean for an ONNX tower, which need not have a CLS position."""
+
+    normalize: bool = False
+    """ClipCap: scale that embedding to length 1 (its code has the option, off by default)."""
 
     epochs: int = 30
     """Passes over the training photos (paper: 30; 10 for the Visual Genome stage)."""
@@ -100,6 +141,9 @@ class TrainConfig:
     prompt: str = ""
     """Text that stands before every caption, and is not scored."""
 
+    end: str = "<|endoftext|>"
+    """The token that ends a caption; a text token, such as ".", is none of the caption's."""
+
     max_caption_tokens: int = 64
     """Longer captions are cut (and then have no end token)."""
 
@@ -131,6 +175,11 @@ class TrainConfig:
             ("label_smoothing", 0.0, 0.99),
             ("ema_decay", 0.0, 0.99999),
             ("lambda_", 0.0, None),
+            ("attention_width", 1, None),
+            ("prefix_length", 1, None),
+            ("clip_length", 1, None),
+            ("mapper_layers", 1, None),
+            ("mapper_heads", 1, None),
             ("max_caption_tokens", 1, None),
             ("num_beams", 1, None),
             ("max_new_tokens", 1, None),
@@ -139,8 +188,39 @@ class TrainConfig:
             if not (value >= low and (high is None or value <= high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{flag(name)} must be {limits}, not {value}")
+        for name in ("heads", "retrieve"):
+            if (value := getattr(self, name)) is not None and value < (name == "heads"):
+                raise ConfigError(f"{flag(name)} must be at least {int(name == 'heads')}, not {value}")
+        self._check_retrieval()
+        for name, choices in (("mapper", ("transformer", "mlp")), ("pooling", (None, "projected", "cls", "mean"))):
+            if getattr(self, name) not in choices:
+                known = ", ".join(filter(None, choices))
+                raise ConfigError(f"{flag(name)} {getattr(self, name)} does not exist: choose one of {known}")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"--precision must be bf16 or fp32, not {self.precision}")
+
+    def _check_retrieval(self) -> None:
+        if self.datastore is None:
+            if self.retrieve:
+                raise ConfigError(f"--retrieve {self.retrieve} needs the captions to choose from: name a --datastore")
+            if self.method == "smallcap" and self.retrieve is None:
+                raise ConfigError(
+                    "--method smallcap retrieves captions: name a --datastore, or train without by --retrieve 0"
+                )
+            return
+        if self.method not in RETRIEVING:
+            raise ConfigError(f"--datastore belongs to --method {' and '.join(RETRIEVING)}, not to {self.method}")
+        if self.retrieve == 0:
+            raise ConfigError("--retrieve 0 takes nothing from the --datastore: leave one of them out")
+        if self.prompt:
+            raise ConfigError("--prompt contradicts --datastore: the retrieved captions are the prompt")
+
+    @property
+    def retrieved(self) -> int:
+        """How many captions are retrieved."""
+        if self.datastore is None:
+            return 0
+        return DEFAULT_RETRIEVE if self.retrieve is None else self.retrieve
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
@@ -156,6 +236,39 @@ PRESETS: dict[str, TrainConfig] = {
         language_model="openai-community/gpt2-large",
         images_per_forward=16,
         first_adapter_layer=18,
+    ),
+    # Ramos et al., section 4: AdamW, learning rate 1e-4, batch 64, 10 epochs, CLIP ViT-B/32, captions of 25 tokens.
+    # Their code decays no weight; its linear schedule is a cosine here, its dropout within the frozen GPT-2 left out.
+    # A preset names no datastore, without which `resolve` takes no --retrieve for granted.
+    "smallcap": TrainConfig(
+        preset="smallcap",
+        method="smallcap",
+        heads=None,
+        vision="openai/clip-vit-base-patch32",
+        epochs=10,
+        batch_size=64,
+        images_per_forward=16,
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        warmup=0.0,
+        dropout=0.1,
+        max_caption_tokens=25,
+        num_beams=3,
+        max_new_tokens=25,
+        retrieve=0,
+    ),
+    # Mokady et al., section 4: AdamW, learning rate 2e-5, 5,000 warm-up steps (of 141,700 on COCO), batch 40,
+    # 10 epochs, CLIP ViT-B/32. Their code decays no weight and clips no gradient; its linear schedule is a cosine here.
+    "clipcap": TrainConfig(
+        preset="clipcap",
+        method="clipcap",
+        vision="openai/clip-vit-base-patch32",
+        epochs=10,
+        batch_size=40,
+        learning_rate=2e-5,
+        weight_decay=0.0,
+        warmup=0.035,
+        max_grad_norm=0.0,
     ),
     "small-data": TrainConfig(
         preset="small-data",
@@ -185,10 +298,19 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset} does not exist: choose one of {', '.join(PRESETS)}")
     given = {name: value for name, value in overrides.items() if value is not None}
-    config = replace(PRESETS[preset], **given)
-    for method, names in METHOD_FIELDS.items():
-        if method != config.method and (odd := next((name for name in names if name in given), None)):
-            raise ConfigError(f"{flag(odd)} belongs to --method {method}, not to {config.method}: leave it out")
+    base = PRESETS[preset].to_json()
+    method = given.get("method", base["method"])
+    if method != base["method"]:
+        base |= METHOD_DEFAULTS.get(method, {})
+    if "retrieve" not in given:
+        base["retrieve"] = None
+    config = TrainConfig(**(base | given))
+    for other, names in METHOD_FIELDS.items():
+        own = METHOD_FIELDS[config.method]
+        if odd := next((name for name in names if name in given and name not in own), None):
+            raise ConfigError(f"{flag(odd)} belongs to --method {other}, not to {config.method}: leave it out")
+    if config.mapper == "mlp" and (odd := next((name for name in TRANSFORMER_FIELDS if name in given), None)):
+        raise ConfigError(f"{flag(odd)} belongs to --mapper transformer, not to mlp: leave it out")
     return config
 
 

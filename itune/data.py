@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .caption_files import DataError, Entry, find_caption_file, holds, read_entries, split_name
-from .runtime.settings import TextSettings
+from .runtime.prompts import clean_caption
 
 __all__ = ["DataError", "Record", "clean_caption", "load_records", "split_records"]
 
@@ -60,14 +60,6 @@ def load_records(
     if not entries:
         raise DataError(f"{file}: no photo{f' of the split {split!r}' if split else ''} has a caption")
     return _locate(entries, file, images, check_images)
-
-
-def clean_caption(text: str, settings: TextSettings) -> str:
-    """A caption as the language model learns it: white space collapsed, case and final period as the settings say."""
-    text = " ".join(text.split())
-    if settings.lower:
-        text = text.lower()
-    return text.rstrip(" .") if settings.strip_period else text
 
 
 def split_records(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from .eager import EagerEngine
 from .features import Features
 from .methods import LoadedCheckpoint
 from .metrics import Scores, score
+from .retrieval import EmbeddingEngine, load_head
 from .runtime import Captioner
 from .runtime.bundle import SearchDefaults, TokenSettings
 from .runtime.engines.base import Int64
 from .runtime.errors import ImageError
+from .runtime.retriever import Retriever
 from .runtime.search import SearchConfig, search
-from .runtime.settings import TextSettings
+from .runtime.settings import RetrievalSettings, TextSettings
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""
@@ -36,38 +38,68 @@ def caption_features(
     text: TextSettings,
     config: SearchConfig,
     *,
+    heads: Mapping[Path, Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Caption photos whose visual embeddings are at hand (during training)."""
-    prompt = caption_head(tokenizer, text)
+    """Caption photos whose visual embeddings are at hand (during training).
+
+    `heads`: what stands before the caption of each photo, where that differs.
+    """
+    head = caption_head(tokenizer, text, engine.model.prefix_ids)
     end = special_token(tokenizer, text.end, "end")
     captions: list[str] = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
         state = engine.encode_features(features.read(batch))
-        for hypotheses in search(engine, state, [prompt] * len(batch), config, end):
+        prompts = [head if heads is None else heads[image] for image in batch]
+        for hypotheses in search(engine, state, prompts, config, end):
             captions.append(tokenizer.decode(list(hypotheses[0].tokens), skip_special_tokens=True).strip())
         if progress:
             progress(len(captions), len(images))
     return captions
 
 
-def load_captioner(folder: Path, *, engine: str = "auto", threads: int | None = None) -> Captioner:
-    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`)."""
+def load_captioner(
+    folder: Path,
+    *,
+    engine: str = "auto",
+    threads: int | None = None,
+    datastore: Path | None = None,
+    retrieve: int | None = None,
+) -> Captioner:
+    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`).
+
+    `datastore` and `retrieve` as in `Captioner.load`; of a checkpoint that was trained without retrieval, too.
+    """
     checkpoint = find_checkpoint(folder)
     if not (checkpoint / CONFIG_FILE).is_file():
-        return Captioner.load(folder, engine=engine, threads=threads)
+        return Captioner.load(folder, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     loaded = LoadedCheckpoint.load(checkpoint)
-    return eager_captioner(loaded)
+    captioner = eager_captioner(loaded)
+    trained = loaded.config.retrieval
+    if datastore is not None or retrieve or trained is not None:
+        pooling = None if trained is None else trained.encoder.pooling
+        head = load_head(loaded.tower, loaded.config.vision.source, pooling)
+        captioner.retriever = Retriever.load(
+            trained or RetrievalSettings(k=0, encoder=head.encoder),
+            loaded.config.text,
+            loaded.language.tokenizer,
+            model=folder,
+            datastore=datastore,
+            k=retrieve,
+        )
+        captioner.engine = EmbeddingEngine(captioner.engine, head)
+    return captioner
 
 
 def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -> Captioner:
     """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` as in `EagerEngine`."""
     text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
     tokens = TokenSettings(
-        begin=special_token(tokenizer, text.begin, "begin"),
+        begin=None if text.begin is None else special_token(tokenizer, text.begin, "begin"),
         end=special_token(tokenizer, text.end, "end"),
         prompt=encode_text(tokenizer, text.prompt),
+        prefix=loaded.model.prefix_length,
         vocab_size=gpt2.vocab_size,
         shortlist=None if vocabulary is None else len(vocabulary),
         max_positions=gpt2.n_positions,

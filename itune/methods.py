@@ -14,10 +14,14 @@ from .checkpoint import (
     load_config,
     resolve_source,
 )
+from .clipcap import ClipCapModel
 from .model import ITuningModel
 from .runtime.settings import Method
+from .smallcap import SmallCapModel
 
-MODELS: dict[Method, type[CaptionModel]] = {model.method: model for model in (ITuningModel,)}
+MODELS: dict[Method, type[CaptionModel]] = {
+    model.method: model for model in (ITuningModel, ClipCapModel, SmallCapModel)
+}
 
 
 class LoadedCheckpoint:

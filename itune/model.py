@@ -49,7 +49,7 @@ class ITuningModel(CaptionModel):
             hidden_size=hidden_size,
             visual_width=width,
             bottleneck=config.bottleneck or hidden_size // 2,
-            heads=config.heads,
+            heads=config.heads or language_model.config.n_head,
             lambda_=config.lambda_,
             score_scale=config.score_scale,
             dropout=config.dropout,

@@ -42,8 +42,9 @@ from .evaluate import caption_features
 from .features import Features
 from .methods import MODELS
 from .metrics import CiderD
+from .prompting import Prompting
 from .runtime.search import SearchConfig
-from .runtime.settings import TextSettings
+from .runtime.settings import RetrievalSettings
 
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
@@ -93,12 +94,15 @@ class Trainer:
         dev: Sequence[Record],
         output: Path,
         device: torch.device | None = None,
+        prompting: Prompting | None = None,
     ) -> None:
+        """`prompting`: the retrieved captions, prepared for both splits."""
         self.config, self.language, self.tower, self.features = config, language, tower, features
         self.output, self.dev = output, list(dev)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.text = TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period)
-        self.records = tokenize(train, language.tokenizer, self.text, config.max_caption_tokens)
+        self.text = MODELS[config.method].text(config)
+        self.prompting = prompting
+        self.heads = None if prompting is None else prompting.heads
         if self.device.type == "cpu":
             # The fused kernel's bf16 backward is several times slower on CPUs at the length of captions.
             language.model.set_attn_implementation("eager")
@@ -106,7 +110,15 @@ class Trainer:
         self.model = (
             MODELS[config.method].create(config, language.model, features.tokens, features.width).to(self.device)
         )
-        self.weights = dict(self.model.adapters.named_parameters())
+        self.records = tokenize(
+            train,
+            language.tokenizer,
+            self.text,
+            config.max_caption_tokens,
+            self.model.prefix_ids,
+            heads=self.heads,
+        )
+        self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
         self.average = {name: w.detach().clone() for name, w in self.weights.items()}
         matrices = [w for w in self.weights.values() if w.ndim > 1]
         vectors = [w for w in self.weights.values() if w.ndim < 2]
@@ -155,7 +167,9 @@ class Trainer:
 
     def _epoch(self, reporter: Reporter, board: Any) -> None:
         self.model.train(True)
-        steps = epoch_steps(self.records, self.config, self.progress.epoch)
+        # A prompt of retrieved captions is several times as long as a caption.
+        pack = self.prompting is not None
+        steps = epoch_steps(self.records, self.config, self.progress.epoch, pack=pack)
         with ThreadPoolExecutor(1) as pool:
             for number, batches in enumerate(steps):
                 if number < self.progress.step_in_epoch:
@@ -187,10 +201,11 @@ class Trainer:
                 reading = pool.submit(self.features.read, batches[i + 1].images, batches[i + 1].flip)
             visual = self._drop_visual(visual)
             input_ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
+            packed = {} if batch.packing is None else {"packing": batch.packing.to(self.device)}
             with self._autocast():
                 if i == 0 and self.progress.step % 50 == 0:
-                    entropy = self.model.attention_entropy(input_ids, mask, visual)
-                loss = self.model.loss(input_ids, mask, visual, self.config.label_smoothing) / targets
+                    entropy = self.model.attention_entropy(input_ids, mask, visual, **packed)
+                loss = self.model.loss(input_ids, mask, visual, self.config.label_smoothing, **packed) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm or math.inf))
@@ -228,6 +243,7 @@ class Trainer:
                 self.language.tokenizer,
                 self.text,
                 SearchConfig(num_beams=self.config.num_beams, max_new_tokens=self.config.max_new_tokens),
+                heads=self.heads,
                 progress=reporter.evaluating,
             )
         return {"cider": self.cider.score(dict(zip((r.id for r in self.dev), captions, strict=True)))}
@@ -299,9 +315,11 @@ class Trainer:
                 ),
                 image=self.tower.image,
                 text=self.text,
+                retrieval=self._retrieval(home),
                 training={
                     # The frozen parts stand above, as paths that hold wherever the folders are moved together.
-                    **{k: v for k, v in config.to_json().items() if k not in ("language_model", "vision")},
+                    **{k: v for k, v in config.to_json().items() if k not in ("language_model", "vision", "datastore")},
+                    **({} if self.prompting is None else {"datastore": self.prompting.datastore}),
                     "epoch": self.progress.epoch + 1,
                     "step": self.progress.step,
                     **{f"dev_{name}": value for name, value in metrics.items()},
@@ -310,6 +328,13 @@ class Trainer:
             ),
             folder,
         )
+
+    def _retrieval(self, home: Path) -> RetrievalSettings | None:
+        if self.prompting is None:
+            return None
+        settings = self.prompting.settings
+        source = relative_source(self.config.vision, home)
+        return settings.model_copy(update={"encoder": settings.encoder.model_copy(update={"source": source})})
 
     @staticmethod
     def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .captioner import Candidate, Caption, Captioner
-    from .errors import BundleError, EngineError, ImageError, ItuneError, SearchError
+    from .datastore import Datastore
+    from .errors import BundleError, DatastoreError, EngineError, ImageError, ItuneError, SearchError
     from .explanation import Explanation
     from .heatmap import draw_heatmap
 
@@ -18,6 +19,8 @@ _MODULES = {
     "Candidate": ".captioner",
     "Caption": ".captioner",
     "Captioner": ".captioner",
+    "Datastore": ".datastore",
+    "DatastoreError": ".errors",
     "EngineError": ".errors",
     "Explanation": ".explanation",
     "ImageError": ".errors",
@@ -31,6 +34,8 @@ __all__ = [
     "Candidate",
     "Caption",
     "Captioner",
+    "Datastore",
+    "DatastoreError",
     "EngineError",
     "Explanation",
     "ImageError",

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import BundleError
-from .settings import ImageSettings, Method, Settings, Size, TextSettings
+from .settings import ImageSettings, Method, RetrievalSettings, Settings, Size, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -109,10 +109,13 @@ class Graph(Settings):
 class TokenSettings(Settings):
     """The token ids around a caption, and the decoder's limits."""
 
-    begin: Count
+    begin: Count | None
+    """None where the image's embeddings themselves begin."""
     end: Count
     prompt: list[Count] = Field(default_factory=list)
     """The ids of the prompt text, between `begin` and the caption."""
+    prefix: Count = 0
+    """How many embeddings of the image stand before all of that; their ids are those that follow the vocabulary's."""
     vocab_size: Positive
     shortlist: Positive | None = None
     """How many tokens of the vocabulary the decoder can read and write; None is all of them."""
@@ -120,8 +123,13 @@ class TokenSettings(Settings):
 
     @property
     def head(self) -> list[int]:
-        """What stands before a caption: begin, then the prompt."""
-        return [self.begin, *self.prompt]
+        """What stands before a caption: the image's prefix, begin, then the prompt."""
+        return [*range(self.vocab_size, self.vocab_size + self.prefix), *self.text_head]
+
+    @property
+    def text_head(self) -> list[int]:
+        """The same without the prefix: tokens of the vocabulary."""
+        return [*([] if self.begin is None else [self.begin]), *self.prompt]
 
     @property
     def room(self) -> int:
@@ -135,8 +143,10 @@ class TokenSettings(Settings):
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Self:
-        if max(self.begin, self.end, *self.prompt) >= self.vocab_size:
+        if max([self.end, *self.text_head]) >= self.vocab_size:
             raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        if not self.head:
+            raise ValueError("nothing stands before a caption: begin, prompt and prefix are all missing")
         return self
 
 
@@ -210,6 +220,8 @@ class Manifest(Settings):
     patches: Size | None = None
     """(rows, columns) of the image's patches, which the last visual tokens stand for, row by row; those before them
     (CLS, registers) have no place. None: not told by the export, see `patch_grid`."""
+    retrieval: RetrievalSettings | None = None
+    """How captions of a datastore are put before a caption; None where the vision graph gives no embedding."""
     files: dict[FileName, FileHash]
     """Every file of the bundle but the manifest itself."""
     provenance: dict[str, Any] = Field(default_factory=dict)

@@ -22,6 +22,7 @@ from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
+from .retriever import Retriever
 from .search import SearchConfig, search
 from .settings import ImageSettings
 
@@ -69,6 +70,8 @@ class Caption:
     candidates: tuple[Candidate, ...]
     """The captions of all beams, best first, or the samples in the order of drawing; the first is `caption`."""
     ms: Timings
+    retrieved: tuple[str, ...] | None = None
+    """The datastore's captions in the prompt, the most similar first; None where nothing is retrieved."""
 
 
 class SearchOptions(TypedDict, total=False):
@@ -121,6 +124,7 @@ class Captioner:
         workers: int = 1,
         engine_name: str = "",
         engine_notice: str | None = None,
+        retriever: Retriever | None = None,
         bundle: Bundle | None = None,
         threads: int | None = None,
     ) -> None:
@@ -134,6 +138,8 @@ class Captioner:
         """Which of ENGINES runs the model."""
         self.engine_notice = engine_notice
         """What is worth telling about how "auto" chose it, as a sentence; None if nothing is."""
+        self.retriever = retriever
+        """Where captions for the prompts come from; None where prompts have none."""
         self.bundle = bundle
         """What was loaded; None for a model that is no bundle, such as a checkpoint in PyTorch."""
         self.threads = threads
@@ -142,13 +148,24 @@ class Captioner:
         self._loading = threading.Lock()
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, *, engine: str = "auto", threads: int | None = None) -> Captioner:
+    def load(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        engine: str = "auto",
+        threads: int | None = None,
+        datastore: str | Path | None = None,
+        retrieve: int | None = None,
+    ) -> Captioner:
         """Load a bundle: `folder`, or the model that is installed with the package.
 
-        `engine` is one of ENGINES; `threads` None lets the engine choose.
+        `engine` is one of ENGINES; `threads` None lets the engine choose. A bundle that was made for retrieval takes
+        `retrieve` captions (None: as many as it was trained with; 0: none) of `datastore` into each prompt; left out,
+        of the folder `datastore` in the bundle.
 
         Raises:
-            BundleError: the bundle is missing, damaged or of another schema version.
+            BundleError: the bundle is missing, damaged or of another schema version, or not made for retrieval.
+            DatastoreError: the datastore is missing, damaged or of another encoder.
             EngineError: the engine cannot run here; with "auto", a bundle of TensorRT plans where there is no GPU.
         """
         if engine not in ENGINES:
@@ -161,6 +178,7 @@ class Captioner:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific
             raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from error
+        retriever = Retriever.of_bundle(bundle, tokenizer, None if datastore is None else Path(datastore), retrieve)
         # Slow to import: only once the bundle is good.
         from .engines.choice import load_engine
         from .engines.onnxruntime import available_cpus
@@ -178,6 +196,7 @@ class Captioner:
             workers,
             loaded.name,
             loaded.notice,
+            retriever,
             bundle,
             threads,
         )
@@ -305,12 +324,12 @@ class Captioner:
         start = perf_counter()
         state = self.engine.encode(np.stack([image.pixels for image in images]))
         encoded = perf_counter()
-        prompts = [self.tokens.head] * len(images)
+        prompts, retrieved = self._prompts(state, config)
         found = search(self.engine, state, prompts, config, self.tokens.end)
         encode_ms = 1000 * (encoded - start) / len(images)
         search_ms = 1000 * (perf_counter() - encoded) / len(images)
         captions = []
-        for image, hypotheses in zip(images, found, strict=True):
+        for image, hypotheses, similar in zip(images, found, retrieved, strict=True):
             candidates = tuple(Candidate(self._text(each.tokens), each.score) for each in hypotheses)
             captions.append(
                 Caption(
@@ -319,9 +338,20 @@ class Captioner:
                     tokens=hypotheses[0].tokens,
                     candidates=candidates,
                     ms=Timings(decode_image=image.ms, encode=encode_ms, search=search_ms),
+                    retrieved=similar,
                 )
             )
         return captions
+
+    def _prompts(self, state: Any, config: SearchConfig) -> tuple[list[list[int]], list[tuple[str, ...] | None]]:
+        """What comes before each image's caption, and the retrieved captions in it."""
+        if self.retriever is None:
+            return [self.tokens.head] * state.images, [None] * state.images
+        # In place of the prompt that the bundle has without retrieval.
+        tokens = self.tokens.model_copy(update={"prompt": []})
+        room = tokens.room - config.max_new_tokens
+        prompts, retrieved = self.retriever.prompts(getattr(state, "embedding", None), state.images, room)
+        return [[*tokens.head, *prompt] for prompt in prompts], [*retrieved]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return " ".join(self.tokenizer.decode(list(tokens), skip_special_tokens=True).split())
@@ -339,7 +369,10 @@ class Captioner:
         if given.get("do_sample"):
             given.setdefault("num_beams", 1)
         config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
+        # The last token is not fed back, so it needs no position.
         room = self.tokens.room
+        if self.retriever is not None:
+            room += len(self.tokens.prompt) - self.retriever.writer.shortest
         if config.max_new_tokens > room:
             plan = ", which itune-export --max-new-tokens sets" if self.engine_name == "tensorrt" else ""
             raise SearchError(

@@ -13,6 +13,10 @@ class BundleError(ItuneError):
     """A bundle is missing, incomplete, damaged, or of another schema version."""
 
 
+class DatastoreError(ItuneError):
+    """A datastore is missing, incomplete, damaged, or of another encoder than the one that asks."""
+
+
 class SearchError(ItuneError):
     """Search options contradict each other, or the engine's candidates cannot answer them exactly."""
 

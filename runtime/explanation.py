@@ -79,7 +79,7 @@ class Explainer:
 
     def __init__(self, reader: AttentionReader, tokenizer: Tokenizer, manifest: Manifest, grid: Size) -> None:
         self.reader, self.tokenizer, self.manifest, self.grid = reader, tokenizer, manifest, grid
-        self.prompt = [manifest.tokens.begin, *manifest.tokens.prompt]
+        self.prompt = manifest.tokens.head
 
     @classmethod
     def load(cls, bundle: Bundle, tokenizer: Tokenizer, threads: int | None = None) -> Explainer:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-Method = Literal["i-tuning"]
+Method = Literal["i-tuning", "clipcap", "smallcap"]
 """How a frozen language model is given the image."""
 Triple = tuple[float, float, float]
 
@@ -40,10 +40,54 @@ class ImageSettings(Settings):
 
 
 class TextSettings(Settings):
-    """How captions are written: `begin` [prompt] caption `end`, both ends being special tokens."""
+    """How captions are written: `begin` [prompt] caption `end`, both ends being single tokens."""
 
     prompt: str = ""
-    begin: str = "<|endoftext|>"
+    begin: str | None = "<|endoftext|>"
+    """None: nothing stands between the image's embeddings and the prompt."""
     end: str = "<|endoftext|>"
     lower: bool = False
     strip_period: bool = False
+
+
+class EncoderIdentity(Settings):
+    """What an embedding comes from: only those of one encoder can be compared.
+
+    `pooling` "mean" is the mean over an image's visual embeddings; "projection" is CLIP's own image or text feature
+    (for an image, post-layernorm of CLS and `visual_projection`).
+    """
+
+    source: str
+    """Where the encoder was loaded from; informational, `sha256` of its weight files identifies it."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    pooling: Literal["mean", "projection"]
+    dim: Annotated[int, Field(gt=0)]
+
+    def __str__(self) -> str:
+        return f"{self.source} (weights {self.sha256[:12]}, {self.pooling}, {self.dim} wide)"
+
+    def same_as(self, other: EncoderIdentity) -> bool:
+        """Whether embeddings of the two can be compared."""
+        return self.model_copy(update={"source": other.source}) == other
+
+
+class RetrievalSettings(Settings):
+    """How captions of similar images are put before a caption (SmallCap, Ramos et al. 2023, section 3.2)."""
+
+    k: Annotated[int, Field(ge=0)] = 4
+    """Captions in the prompt; 0 is none unless a caption asks for some."""
+    template: str = "Similar images show\n\n{captions}.\n\nThis image shows "
+    """`{captions}` stands for the retrieved captions, the most similar first."""
+    separator: str = "\n\n"
+    empty: str = "This image shows "
+    """The prompt where nothing was retrieved."""
+    max_caption_tokens: Annotated[int, Field(gt=0)] = 25
+    """What is longer is cut."""
+    encoder: EncoderIdentity
+
+    @field_validator("template")
+    @classmethod
+    def _has_place(cls, template: str) -> str:
+        if template.count("{captions}") != 1:
+            raise ValueError("must hold {captions} once")
+        return template

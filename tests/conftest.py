@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -109,6 +110,36 @@ def make_clip(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
+def make_full_clip(folder: Path, *, seed: int = 0) -> Path:
+    """A random CLIP with both towers, its projections 20 wide, and a tokenizer that knows letters only."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    text = {"vocab_size": len(words), "max_position_embeddings": 40, "bos_token_id": len(words) - 2}
+    text |= {"eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+    torch.manual_seed(seed)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**sizes, **text, "hidden_size": 32, "intermediate_size": 64},
+            vision_config={**sizes, "hidden_size": 24, "intermediate_size": 48, "image_size": 32, "patch_size": 8},
+            projection_dim=20,
+        )
+    )
+    with torch.no_grad():  # as they are, they are no test
+        for weight in model.vision_model.post_layernorm.parameters():
+            weight.add_(torch.randn(weight.shape) * 0.3)
+        for projection in (model.visual_projection, model.text_projection):
+            projection.weight.normal_()
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return folder
+
+
 def make_checkpoint(
     folder: Path,
     language_model: Path,
@@ -183,6 +214,12 @@ def language_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random CLIP vision tower."""
     return make_clip(tmp_path_factory.mktemp("models") / "vision")
+
+
+@pytest.fixture(scope="session")
+def full_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP with its text tower."""
+    return make_full_clip(tmp_path_factory.mktemp("models") / "clip")
 
 
 @pytest.fixture(scope="session")

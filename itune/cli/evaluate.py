@@ -13,10 +13,11 @@ from . import common
 
 if TYPE_CHECKING:
     from ..data import Record
+    from ..runtime import Captioner
 
 _ONLY_CAPTIONS = {"references"}
 _ONLY_MODEL = {"model", "data", "images", "limit", "num_beams", "max_new_tokens", "length_penalty", "batch_size"}
-_ONLY_MODEL |= {"engine", "threads", "output"}
+_ONLY_MODEL |= {"engine", "threads", "datastore", "retrieve", "output"}
 
 
 def evaluate(
@@ -43,6 +44,12 @@ def evaluate(
         str, typer.Option(help="Of a bundle: auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU).")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
+    datastore: Annotated[
+        Path | None, typer.Option(help="Folder of itune-datastore to retrieve captions from. Default: the bundle's.")
+    ] = None,
+    retrieve: Annotated[
+        int | None, typer.Option(min=0, help="Captions of similar images in the prompt. Default: the model's.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write the captions here, in COCO's results format (which EvalAI takes)."),
@@ -94,6 +101,8 @@ def evaluate(
             lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"
             raise ItuneError(f"{lacking} is missing: give a model and --data, or --captions and --references")
         common.require("train", "torch", "transformers", "safetensors")
+        from ..evaluate import load_captioner
+
         wanted = wanted or (None if split else "dev")
         records = load_records(data, images=images, split=wanted, captioned=False)[:limit]
         scored = any(record.captions for record in records)
@@ -104,7 +113,12 @@ def evaluate(
                 f"{data}: has no captions to score against; --output FILE writes the file that EvalAI takes"
             )
         options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
-        written, reasons = _caption(model, records, engine, threads, {**options, "batch_size": batch_size})
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        captioner = load_captioner(model, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
+        written, reasons = _caption(captioner, records, {**options, "batch_size": batch_size})
         failed = len(reasons)
         for reason in reasons:
             common.console().print(f"left out: {reason}", style="yellow", markup=False)
@@ -123,15 +137,10 @@ def evaluate(
 
 
 def _caption(
-    model: Path, records: list[Record], engine: str, threads: int | None, options: dict[str, object]
+    captioner: Captioner, records: list[Record], options: dict[str, object]
 ) -> tuple[dict[str, str], list[str]]:
-    from ..evaluate import caption_records, load_captioner
+    from ..evaluate import caption_records
 
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    captioner = load_captioner(model, engine=engine, threads=threads)
     if captioner.engine_notice:
         common.console().print(captioner.engine_notice, markup=False, highlight=False)
     with common.progress("photos") as update:

@@ -31,7 +31,9 @@ class Precision(StrEnum):
 
 
 def export(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: the bundle, or the restored parts.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: bundle, restored parts or checkpoint.")
+    ],
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Adapter checkpoint, or the output of itune-train.")
     ] = None,
@@ -100,6 +102,14 @@ def export(
             "with a word, phrase or caption a line. Smaller and faster, other words; cannot be restored.",
         ),
     ] = None,
+    retrieve: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Make a bundle that retrieves so many captions of similar images from a datastore of its vision tower "
+            "(itune-datastore); with 0, only where itune-run is told to.",
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Captions for --vocabulary N (their train split).")] = None,
     patch_grid: Annotated[
         str | None,
@@ -134,6 +144,25 @@ def export(
             metavar="BUNDLE", help="Write the parts of a bundle, or of `default`: language model, tower, adapters."
         ),
     ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="Write a published checkpoint (the state dict of ClipCap's or SmallCap's code) as one of ours.",
+        ),
+    ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(help="For --import: the GPT-2 that it was trained on, hub id or folder. [default: gpt2]"),
+    ] = None,
+    vision: Annotated[
+        str | None,
+        typer.Option(help="For --import: its vision tower, hub id or folder. [default: CLIP ViT-B/32]"),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="For --import: it was trained with --normalize_prefix.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output of an earlier run.")] = False,
     _compare: Annotated[
         bool,
@@ -141,7 +170,9 @@ def export(
     ] = False,
     _version: common.Version = False,
 ) -> None:
-    """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch; or restore a bundle's parts."""
+    """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch; or restore a bundle's parts;
+    or import a published checkpoint.
+    """
     given = dict(locals())
     _check_flags(given)
     common.require("export", "torch", "transformers", "safetensors", "onnx")
@@ -153,6 +184,15 @@ def export(
         with console.status("restoring"):
             restore_bundle(restore, output, force=force)
         console.print(f"{output}: language-model, vision and checkpoint", highlight=False)
+        return
+
+    if import_ is not None:
+        from ..export.importing import LANGUAGE_MODEL, VISION, ImportOptions, import_checkpoint
+
+        options = ImportOptions(language_model or LANGUAGE_MODEL, vision or VISION, normalize)
+        with console.status("importing"):
+            import_checkpoint(import_, output, options, force=force)
+        console.print(f"{output}: try itune-export {output} -o BUNDLE", highlight=False)
         return
 
     from ..data import load_records
@@ -196,6 +236,7 @@ def export(
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
             vocabulary=None if vocabulary is None else Vocabulary.read(vocabulary, data),
             patches=None if patch_grid is None else _parse_grid(patch_grid),
+            retrieve=retrieve,
             plans=plans,
             verify=not no_verify,
             images=images,
@@ -225,6 +266,7 @@ _ONLY_EXPORT = {
     "max_batch": "--max-batch",
     "calibration_data": "--calibration-data",
     "vocabulary": "--vocabulary",
+    "retrieve": "--retrieve",
     "data": "--data",
     "patch_grid": "--patch-grid",
     "images": "--images",
@@ -232,11 +274,18 @@ _ONLY_EXPORT = {
     "dev_images": "--dev-images",
     "no_verify": "--no-verify",
 }
+_ONLY_IMPORT = {"language_model": "--language-model", "vision": "--vision", "normalize": "--normalize"}
 _ONLY_TENSORRT = ("gpu", "max_beams", "max_batch", "calibration_data")
 
 
 def _check_flags(given: dict[str, object]) -> None:
-    if given["restore"] is None:
+    if given["import_"] is None:
+        for field, flag in _ONLY_IMPORT.items():
+            if given[field] not in (None, False):
+                raise ItuneError(f"{flag} is for a published checkpoint: give --import, too")
+    elif given["restore"] is not None:
+        raise ItuneError("--import contradicts --restore: one reads a published checkpoint, the other a bundle")
+    if given["restore"] is None and given["import_"] is None:
         if given["checkpoint"] is None:
             raise ItuneError("CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore")
         for field in ("images", "dev_data"):
@@ -252,6 +301,8 @@ def _check_flags(given: dict[str, object]) -> None:
         return
     for field, flag in _ONLY_EXPORT.items():
         if given[field] not in (None, False):
+            if given["restore"] is None:
+                raise ItuneError(f"{flag} contradicts --import, which writes a checkpoint: export that afterwards")
             raise ItuneError(f"{flag} contradicts --restore, which takes a bundle apart as it is")
 
 

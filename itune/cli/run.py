@@ -69,14 +69,22 @@ def run(
     heatmap_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the heatmap's numbers, one JSON object a line and image.")
     ] = None,
+    datastore: Annotated[
+        Path | None,
+        typer.Option(help="Folder of itune-datastore, for a bundle that retrieves. Default: datastore/ in the bundle."),
+    ] = None,
+    retrieve: Annotated[
+        int | None, typer.Option(help="Captions of similar images in the prompt; 0 is none. Default: the bundle's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     _version: common.Version = False,
 ) -> int:
     """Caption images.
 
     Prints the caption of a single image, and "path TAB caption" a line for several. With --json: image, caption,
-    score (length-normalised log-probability), tokens, candidates and milliseconds, or image and error. The exit
-    status is 1 if an image could not be read, after all others were captioned.
+    score (length-normalised log-probability), tokens, candidates, milliseconds and, with a datastore, the captions
+    retrieved from it; or image and error. The exit status is 1 if an image could not be read, after all others were
+    captioned.
     """
     sources = expand(images)
     from .heatmap import Heatmaps
@@ -86,7 +94,7 @@ def run(
     from ..runtime.errors import ImageError
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of its complaints is in the ImageErrors
-    captioner = Captioner.load(bundle, engine=engine, threads=threads)
+    captioner = Captioner.load(bundle, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     if captioner.engine_notice:
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if heatmaps:
@@ -118,6 +126,8 @@ def run(
             failures += isinstance(result, ImageError)
             if as_json:
                 record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
+                if record.get("retrieved") is None:
+                    record.pop("retrieved", None)
                 common.emit(json.dumps({"image": name, **record}), beside_progress=several)
             elif isinstance(result, ImageError):
                 print(f"itune-run: {result}", file=sys.stderr)

@@ -47,7 +47,9 @@ def train(
     language_model: Annotated[str | None, typer.Option(help="GPT-2 checkpoint: hub id or folder.")] = None,
     vision: Annotated[str | None, typer.Option(help="CLIP vision checkpoint or ONNX tower: hub id or folder.")] = None,
     bottleneck: Annotated[int | None, typer.Option(help="Adapter width; default: half the language model's.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads of an adapter.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads of an adapter; default: one, of SmallCap GPT-2's.")
+    ] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="Scale of what an adapter adds.")] = None,
     score_scale: Annotated[
         float | None,
@@ -56,6 +58,23 @@ def train(
     first_adapter_layer: Annotated[
         int | None, typer.Option(help="I-Tuning Dropping: no adapters below this decoder layer.")
     ] = None,
+    attention_width: Annotated[
+        int | None, typer.Option(help="SmallCap: width of a head's queries, keys and values.")
+    ] = None,
+    datastore: Annotated[
+        Path | None, typer.Option(help="Put captions of similar images, from this datastore, before every caption.")
+    ] = None,
+    retrieve: Annotated[int | None, typer.Option(help="How many captions; default 4 with a datastore.")] = None,
+    mapper: Annotated[str | None, typer.Option(help="ClipCap: transformer or mlp.")] = None,
+    prefix_length: Annotated[int | None, typer.Option(help="ClipCap: embeddings before the caption.")] = None,
+    clip_length: Annotated[int | None, typer.Option(help="ClipCap: vectors that the image becomes.")] = None,
+    mapper_layers: Annotated[int | None, typer.Option(help="ClipCap: layers of the transformer mapper.")] = None,
+    mapper_heads: Annotated[int | None, typer.Option(help="ClipCap: its attention heads.")] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="ClipCap: the image's embedding: projected, cls or mean; default: the first there is."),
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="ClipCap: scale that embedding to length 1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the photos.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Captions per optimiser step.")] = None,
     images_per_forward: Annotated[
@@ -73,6 +92,7 @@ def train(
     lower: Annotated[bool | None, typer.Option(help="Lower-case the captions.")] = None,
     strip_period: Annotated[bool | None, typer.Option(help="Drop the final period.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text before every caption.")] = None,
+    end: Annotated[str | None, typer.Option(help="The token that ends a caption.")] = None,
     max_caption_tokens: Annotated[int | None, typer.Option(help="Cut longer captions.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 (autocast) or fp32.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
@@ -83,10 +103,13 @@ def train(
     """Train a captioner's adapters between a frozen vision tower and a frozen GPT-2."""
     given = dict(locals())
     overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if name != "preset"}
+    overrides["datastore"] = None if datastore is None else str(datastore)
     config = _configuration(preset, overrides, output, resume, init_from)
     common.require("train", "torch", "transformers", "safetensors", "tensorboard")
     splits = Splits(data, images, dev_data, dev_fraction, dev_images)
-    trainer = _prepare(config, splits, output, cache_features)
+    # Prompts are worded as those of the checkpoint that the run goes on from.
+    worded = find_checkpoint(init_from) if init_from else output / "last" if resume else None
+    trainer = _prepare(config, splits, output, cache_features, worded)
     if init_from:
         trainer.init_from(init_from)
     if resume:
@@ -135,8 +158,18 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "lower": found.text.lower,
         "strip_period": found.text.strip_period,
         "prompt": found.text.prompt,
+        "end": found.text.end,
     }
     kept = {name: value if overrides[name] is None else overrides[name] for name, value in defaults.items()}
+    if found.retrieval is not None and overrides["datastore"] is None and overrides["retrieve"] is None:
+        raise ItuneError(
+            f"--init-from {checkpoint} retrieves {found.retrieval.k} captions: name a --datastore, or go without by "
+            "--retrieve 0"
+        )
+    if found.retrieval is not None and overrides["retrieve"] is None:
+        overrides["retrieve"] = found.retrieval.k
+    if overrides["datastore"] is not None and overrides["prompt"] is None:
+        kept["prompt"] = ""
     return overrides | shape | kept
 
 
@@ -166,9 +199,13 @@ class Splits:
         return train, dev[: self.dev_images]
 
 
-def _prepare(config: TrainConfig, splits: Splits, output: Path, cache: Path | None) -> Trainer:
+def _prepare(
+    config: TrainConfig, splits: Splits, output: Path, cache: Path | None, worded: Path | None = None
+) -> Trainer:
     from ..backbones import load_language_model, load_vision_tower
     from ..features import FeatureCache, LiveFeatures
+    from ..methods import MODELS
+    from ..prompting import prepare_prompts
     from ..train import Trainer, left_out
 
     console = common.console()
@@ -185,7 +222,29 @@ def _prepare(config: TrainConfig, splits: Splits, output: Path, cache: Path | No
     train, dev = left_out(train, unreadable), left_out(dev, unreadable)
     if not train:
         raise ItuneError(f"{splits.data}: no photo of the training split can be read")
-    trainer = Trainer(config, language, tower, features, train, dev, output)
+    prompting = None
+    if config.datastore is not None:
+        with common.progress("photos") as update:
+            prompting = prepare_prompts(
+                config,
+                MODELS[config.method].text(config),
+                language,
+                tower,
+                features,
+                train,
+                dev,
+                base=load_config(worded).retrieval if worded else None,
+                cache=cache,
+                progress=lambda _what, done, total: update(done, total),
+            )
+        assert prompting is not None
+        longest = max(map(len, prompting.heads.values()))
+        console.print(
+            f"{prompting.captions:.2f} of {config.retrieved} retrieved captions fit into a prompt on average; the "
+            f"longest takes {longest} of the language model's {language.model.config.n_positions} positions",
+            highlight=False,
+        )
+    trainer = Trainer(config, language, tower, features, train, dev, output, prompting=prompting)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     console.print(
         f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "

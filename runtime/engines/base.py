@@ -16,6 +16,10 @@ UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
 
 
+EMBEDDING = "visual.embedding"
+"""The output of a vision graph that a datastore is searched with: float32 [images, D] of length 1."""
+
+
 class Candidates(NamedTuple):
     """What a step hands to the search: the k best next tokens of each row, best first.
 
@@ -29,7 +33,10 @@ class Candidates(NamedTuple):
 
 
 class State(Protocol):
-    """Visual keys/values of some images and the key/value cache of their rows."""
+    """Visual keys/values of some images and the key/value cache of their rows.
+
+    Where the vision graph gives one, a state just encoded also has an `embedding`: the images' `EMBEDDING`.
+    """
 
     @property
     def images(self) -> int:

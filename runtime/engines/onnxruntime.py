@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from ..bundle import Bundle
 from ..errors import BundleError
-from .base import Bool, Candidates, Int64, UInt8
+from .base import EMBEDDING, Bool, Candidates, Float32, Int64, UInt8
 
 NAME = "onnxruntime"
 CPUINFO = Path("/proc/cpuinfo")
@@ -30,6 +30,8 @@ class OnnxRuntimeState:
 
     def __init__(self, visual: dict[str, ort.OrtValue], device: str = "cpu") -> None:
         """`device`: where the visual state is, as ONNX Runtime calls it."""
+        embedding = visual.pop(EMBEDDING, None)
+        self.embedding: Float32 | None = None if embedding is None else embedding.numpy()
         self.visual, self.device = visual, device
         self.rows = 0  # of the last step; the cache may hold a copy of the only one behind it
         self.past: dict[str, ort.OrtValue] = {}

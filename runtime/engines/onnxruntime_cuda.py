@@ -73,7 +73,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         state = self.encode(np.zeros((1, *bundle.manifest.image.output_size, 3), np.uint8))
         tokens = bundle.manifest.tokens
         for _ in range(2):  # without a past and with one
-            self.step(np.array([[tokens.begin]]), np.array([0]), state, 1)
+            self.step(np.array([[tokens.end]]), np.array([0]), state, 1)
 
     def _run(
         self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]

@@ -145,7 +145,7 @@ def test_checkpoint_errors_name_file_field_and_mend(checkpoint_folder: Path, tmp
             LoadedCheckpoint.load(broken)
 
     expect("bottleneck", bottleneck=-1)
-    expect("field method", method="clipcap")
+    expect("field method", method="telepathy")
     expect("field speed: Extra", speed=9)
     expect("first adapter layer 7 does not exist", first_adapter_layer=7)
     expect("is not the one", language_model={**config["language_model"], "sha256": "0" * 64})

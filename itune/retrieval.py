@@ -1,0 +1,251 @@
+"""Embeddings that captions are retrieved by, in PyTorch, and the captions retrieved for training.
+
+The exported vision graph computes the same embeddings (`export.retrieval_output`), so a datastore that was built here
+is searched there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from .backbones import BackboneError, ClipTower, VisionTower, fetch, load_vision_tower, weight_files
+from .checkpoint import atomic_path
+from .data import Record
+from .features import Features, identity
+from .runtime.datastore import Datastore
+from .runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
+from .runtime.settings import EncoderIdentity
+
+Progress = Callable[[int, int], None]
+"""Told (done, in all)."""
+EPSILON = 1e-12
+"""What a vector's length is at least, before it divides."""
+_BATCH = 64
+_TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class RetrievalHead:
+    """From a vision tower's embeddings to one of length 1 for an image.
+
+    "projection" is CLIP's image feature: post-layernorm of the CLS embedding, then `visual_projection`. "mean" is the
+    mean over all visual embeddings, for towers that were trained without such a feature.
+    """
+
+    encoder: EncoderIdentity
+    layer_norm: tuple[NDArray[np.float32], NDArray[np.float32], float] | None = None
+    """Weight [d_v], bias [d_v] and epsilon."""
+    projection: NDArray[np.float32] | None = None
+    """[D, d_v]."""
+
+    @torch.inference_mode()
+    def pool(self, visual: Tensor) -> Tensor:
+        """Embeddings float32 [images, D] of length 1, of visual embeddings [images, N, d_v]."""
+        visual = visual.float()
+        if self.layer_norm is None or self.projection is None:
+            x = visual.mean(dim=1)
+        else:
+            weight, bias, epsilon = self.layer_norm
+            x = F.layer_norm(visual[:, 0], bias.shape, _like(weight, visual), _like(bias, visual), epsilon)
+            x = x @ _like(self.projection, visual).T
+        pooled: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+        return pooled
+
+
+def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "projection"] | None = None) -> RetrievalHead:
+    """The retrieval head of a tower that was loaded from `source`.
+
+    `pooling` None is "projection" where the tower's folder has CLIP's projection, else "mean".
+
+    Raises:
+        BackboneError: there is no projection, and it is asked for.
+    """
+    found = _load_projection(tower) if isinstance(tower, ClipTower) and pooling != "mean" else None
+    if found is None:
+        if pooling == "projection":
+            raise BackboneError(
+                f"{source}: has no visual_projection, by which captions are found: give a full CLIP checkpoint"
+            )
+        encoder = EncoderIdentity(source=source, sha256=tower.sha256, pooling="mean", dim=tower.width)
+        return RetrievalHead(encoder)
+    layer_norm, projection = found
+    encoder = EncoderIdentity(source=source, sha256=tower.sha256, pooling="projection", dim=len(projection))
+    return RetrievalHead(encoder, layer_norm, projection)
+
+
+def _load_projection(
+    tower: ClipTower,
+) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32], float], NDArray[np.float32]] | None:
+    """Post-layernorm and projection, which the tower itself does without; None where there is no projection."""
+    names = [*(f"vision_model.post_layernorm.{part}" for part in ("weight", "bias")), "visual_projection.weight"]
+    found: dict[str, NDArray[np.float32]] = {}
+    for file in weight_files(tower.folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(name).float().numpy() for name in names if name in tensors.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found |= {name: state[name].float().numpy() for name in names if name in state}
+    if len(found) < len(names):
+        return None
+    weight, bias, projection = (found[name] for name in names)
+    return (weight, bias, float(tower.model.config.layer_norm_eps)), projection
+
+
+class EmbeddingEngine:
+    """An eager engine whose states also have the embedding that a datastore is searched with (see `State`)."""
+
+    def __init__(self, engine: Any, head: RetrievalHead) -> None:
+        """`engine` has a `tower` and `encode_features`, as `EagerEngine`."""
+        self.engine, self.head = engine, head
+
+    @property
+    def most_candidates(self) -> int:
+        """See `Engine.most_candidates`."""
+        return int(self.engine.most_candidates)
+
+    def encode(self, pixels: UInt8) -> Any:
+        """See `Engine.encode`."""
+        return self.encode_features(self.engine.tower.embed(pixels))
+
+    def encode_features(self, visual: Tensor) -> Any:
+        """Visual embeddings [images, N, d_v] to a state."""
+        state = self.engine.encode_features(visual)
+        state.embedding = self.head.pool(visual).cpu().numpy()
+        return state
+
+    def step(self, tokens: Int64, parents: Int64, state: Any, k: int, *, mask: Bool | None = None) -> Candidates:
+        """See `Engine.step`."""
+        found: Candidates = self.engine.step(tokens, parents, state, k, mask=mask)
+        return found
+
+
+class TextEncoder:
+    """CLIP's text tower: captions to projected text features of length 1."""
+
+    def __init__(self, source: str, revision: str | None = None) -> None:
+        """Load a full CLIP checkpoint (hub id or folder) with its tokenizer. Raises BackboneError."""
+        from transformers import AutoTokenizer, CLIPModel
+
+        folder = fetch(source, revision)
+        try:
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise BackboneError(f"{folder}: its text tower or tokenizer cannot be loaded: {reason}") from None
+        model, info = loaded
+        if missing := sorted(name for name in info["missing_keys"] if name.startswith("text_")):
+            raise BackboneError(
+                f"{folder}: has no text tower ({missing[0]} is missing); give a full CLIP checkpoint, or build by "
+                "images with --kind image"
+            )
+        self.model, self._project = model.text_model.train(False), model.text_projection
+
+    @torch.inference_mode()
+    def embed(self, captions: Sequence[str]) -> Float32:
+        """Text features [captions, D]; what is over CLIP's 77 tokens is cut."""
+        inputs = self._tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        pooled = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
+        features = self._project(pooled)
+        embedded: Float32 = (features / features.norm(dim=1, keepdim=True).clamp(min=EPSILON)).numpy()
+        return embedded
+
+
+def load_encoder(
+    source: str, revision: str | None = None, pooling: Literal["mean", "projection"] | None = None
+) -> tuple[VisionTower, RetrievalHead]:
+    """A vision tower and its retrieval head."""
+    tower = load_vision_tower(source, revision)
+    return tower, load_head(tower, source, pooling)
+
+
+def embed_photos(
+    head: RetrievalHead, features: Features, images: Sequence[Path], progress: Progress | None = None
+) -> Float32:
+    """Embeddings [images, D] of photos whose visual embeddings `features` can read."""
+    rows = np.empty((len(images), head.encoder.dim), np.float32)
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        rows[start : start + len(batch)] = head.pool(features.read(batch)).cpu().numpy()
+        if progress:
+            progress(start + len(batch), len(images))
+    return rows
+
+
+def retrieve_for(
+    records: Sequence[Record],
+    features: Features,
+    datastore: Datastore,
+    k: int,
+    head: RetrievalHead,
+    *,
+    leave_out_own: bool = True,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[str]]:
+    """For every record's id, the k captions of the datastore that are most similar to its photo.
+
+    The photo's own captions are left out, under whatever id they are in the datastore, as captions of other photos that
+    say the same are: else training would copy them. For photos of a dev split, of which the datastore holds none,
+    `leave_out_own=False` retrieves as the finished captioner will. With `cache`, a folder, the result is kept there and
+    read again for the same photos, captions, datastore and k. `features` have been prepared with the records' photos.
+
+    Raises:
+        DatastoreError: the datastore is of another encoder than `head`.
+    """
+    # Opened before, perhaps for no encoder in particular.
+    datastore.require(head.encoder)
+    path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out_own)}.json"
+    if path is not None and path.is_file():
+        content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    captions: dict[str, list[str]] = {}
+    for start in range(0, len(records), _BATCH):
+        batch = records[start : start + _BATCH]
+        embeddings = head.pool(features.read([record.image for record in batch])).cpu().numpy()
+        found = datastore.search(
+            embeddings,
+            k,
+            exclude_images=[{record.id} for record in batch] if leave_out_own else None,
+            exclude_captions=[record.captions for record in batch] if leave_out_own else None,
+        )
+        for record, nearest in zip(batch, found, strict=True):
+            captions[record.id] = [each.caption for each in nearest]
+        if progress:
+            progress(len(captions), len(records))
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
+    return captions
+
+
+def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out_own: bool) -> str:
+    digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k} {leave_out_own}\n".encode())
+    for record in records:
+        digest.update(f"{json.dumps([record.id, identity(record.image), record.captions])}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _like(array: NDArray[np.float32], other: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(other.device)
