@@ -122,8 +122,8 @@ def test_clipcap_has_a_baseline_and_peers(
     """`generate` reads the prefix ids through the model's hook; exporters write it down."""
     checkpoint = save_clipcap(tmp_path / "c", language_model_folder, clip_folder, **SHAPES["transformer"])
     names = [name for name in ("onnx-plain", "ctranslate2-int8") if not artifacts.PEERS[name].lacks("clip")]
-    result = latency(checkpoint, tmp_path / "work", names, "--batch-size", "2")
+    result = latency(checkpoint, tmp_path, names, "--batch-size", "2")
     photos = result["settings"]["photos"]
-    assert result["summary"]["eager"]["distinct_captions"] > 2
+    assert result["summary"]["eager"]["distinct_captions"] > 1
     for name in ("itune fp32", *(name for name in names if name in EXACT)):
         assert result["summary"][name]["identical_captions"] == photos
