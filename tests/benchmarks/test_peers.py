@@ -14,6 +14,7 @@ from itune.eager import candidates
 from itune.export.bundle import export_bundle
 from itune.runtime.engines.onnxruntime import has_vnni
 from tests.benchmarks.commands import BENCHMARKS, NEW_TOKENS, Contest, latency
+from tests.clipcap import SHAPES, save_clipcap
 
 EXACT = ("onnx-plain", "openvino-f32")
 ROUNDED = ("eager-bf16", "onnx-plain-int8", "openvino-bf16", "openvino-int8")
@@ -87,3 +88,21 @@ def test_an_onnx_tower_has_no_plain_export(artifacts: ModuleType, capsys: pytest
     assert not {"onnx-plain", "onnx-plain-int8"} & set(chosen)
     with pytest.raises(ItuneError, match="--contestants: onnx-plain needs a CLIP tower"):
         artifacts.choose_peers("onnx-plain", "onnx")
+
+
+@pytest.mark.slow
+def test_clipcap_has_a_baseline_and_peers(
+    artifacts: ModuleType, language_model_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    """`generate` reads the prefix ids through the model's hook; exporters write it down."""
+    checkpoint = save_clipcap(tmp_path / "c", language_model_folder, clip_folder, **SHAPES["transformer"])
+    names = [name for name in ("onnx-plain", "ctranslate2-int8") if not artifacts.PEERS[name].lacks("clip")]
+    options = ("--work-dir", tmp_path, "--repeats", 1, "--warmup", 1, "--threads", 1, "--precisions", "fp32")
+    options += ("--contestants", ",".join(names), "--new-tokens", NEW_TOKENS, "--json", tmp_path / "out.json")
+    done = latency("--checkpoint", checkpoint, "--batch-size", 2, *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    photos = result["settings"]["photos"]
+    assert result["summary"]["eager"]["distinct_captions"] > 1
+    for name in ("itune fp32", *(name for name in names if name in EXACT)):
+        assert result["summary"][name]["identical_captions"] == photos
