@@ -22,7 +22,7 @@ from .errors import BundleError, ImageError, ItuneError, SearchError
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
 from .retriever import Retriever
-from .search import SearchConfig, search
+from .search import PADDING, SearchConfig, search
 from .settings import ImageSettings
 
 ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
@@ -270,7 +270,8 @@ class Captioner:
         state = self.engine.encode(np.stack([image.pixels for image in images]))
         encoded = perf_counter()
         prompts, retrieved = self._prompts(state, config)
-        found = search(self.engine, state, prompts, config, self.tokens.end)
+        multiple = 1 if self.retriever is None else PADDING  # else all prompts are alike
+        found = search(self.engine, state, prompts, config, self.tokens.end, multiple=multiple)
         encode_ms = 1000 * (encoded - start) / len(images)
         search_ms = 1000 * (perf_counter() - encoded) / len(images)
         captions = []

@@ -51,9 +51,9 @@ def store(tmp_path_factory: pytest.TempPathFactory, photos: list[Path], clip_fol
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
     """Random cross-attention, its norm included, of heads that are neither GPT-2's in number nor in width."""
     folder = tmp_path_factory.mktemp("smallcap")
-    language_folder = make_language_model(folder / "language-model", n_positions=300)
+    language_folder = make_language_model(folder / "language-model", n_positions=300, width=128)
     language, tower = load_language_model(str(language_folder)), load_vision_tower(str(clip_folder))
-    model = SmallCapModel(language.model, CrossAttentionConfig(32, tower.width, heads=6, head_width=8))
+    model = SmallCapModel(language.model, CrossAttentionConfig(128, tower.width, heads=6, head_width=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.adapters.parameters():
@@ -128,7 +128,8 @@ def test_smaller_precisions_do_not_mix_a_batchs_images(
     alone, together = (captioner.caption(photos, batch_size=size) for size in (1, 8))
     for mine, theirs in zip(alone, together, strict=True):
         assert mine.tokens == theirs.tokens
-        assert mine.score == pytest.approx(theirs.score, abs=1e-4)
+        # Integers turn the last bit of a sum, which padding moves, into hundredths (see `search`).
+        assert mine.score == pytest.approx(theirs.score, abs=3e-6)
 
 
 def test_another_datastore_changes_the_captions_without_training(
