@@ -269,7 +269,7 @@ class Captioner:
         start = perf_counter()
         state = self.engine.encode(np.stack([image.pixels for image in images]))
         encoded = perf_counter()
-        prompts, retrieved = self._prompts(state, config)
+        prompts, retrieved = self.prompts(state, config)
         multiple = 1 if self.retriever is None else PADDING  # else all prompts are alike
         found = search(self.engine, state, prompts, config, self.tokens.end, multiple=multiple)
         encode_ms = 1000 * (encoded - start) / len(images)
@@ -289,7 +289,7 @@ class Captioner:
             )
         return captions
 
-    def _prompts(self, state: Any, config: SearchConfig) -> tuple[list[list[int]], list[tuple[str, ...] | None]]:
+    def prompts(self, state: Any, config: SearchConfig) -> tuple[list[list[int]], list[tuple[str, ...] | None]]:
         """What comes before each image's caption, and the retrieved captions in it."""
         if self.retriever is None:
             return [self.tokens.head] * state.images, [None] * state.images
