@@ -28,19 +28,29 @@ from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from itune import ItuneError
 from itune.checkpoint import atomic_path, find_checkpoint, load_config
 from itune.cli.common import require
+from itune.runtime.bundle import TOKENIZER
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8
 from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.engines.onnxruntime import available_cpus
 from itune.runtime.image import SUFFIXES, decode, preprocess
+from itune.runtime.prompts import PromptWriter
 from itune.runtime.settings import ImageSettings
 
 PHOTOS = 8  # captions are compared on at least so many
 PRECISIONS = {"onnxruntime": "fp32,int8", "onnxruntime-cuda": "fp32,fp16", "tensorrt": "fp16,int8"}
+RETRIEVED = (
+    "a brown dog runs through the tall grass",
+    "two children are playing with a ball in a park",
+    "a man in a blue shirt rides a bicycle down the street",
+    "people sit at a table outside of a small cafe",
+)
+"""Stand for what a datastore would give, so that prompts are as long as they are in use."""
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -63,11 +73,23 @@ def preprocessed(image: ImageSettings, folder: Path | None) -> UInt8:
 
 def make_task(bundle: Path, num_beams: int, new_tokens: int) -> Task:
     """What everybody is to do, with the tokens of the checkpoint that a bundle was made of."""
-    tokens = BundleFolder.load(bundle, verify=False).manifest.tokens
-    room = tokens.room
-    if new_tokens > room:
-        raise ItuneError(f"--new-tokens must be at most {room}, the language model's positions after the prompt")
-    return Task(num_beams, new_tokens, tuple(tokens.head), tokens.end)
+    loaded = BundleFolder.load(bundle, verify=False)
+    tokens = loaded.manifest.tokens
+    if new_tokens > tokens.room:
+        raise ItuneError(f"--new-tokens must be at most {tokens.room}, the language model's positions after the prompt")
+    return Task(num_beams, new_tokens, tuple(caption_head(loaded, new_tokens)), tokens.end)
+
+
+def caption_head(bundle: BundleFolder, new_tokens: int) -> list[int]:
+    """The tokens before a caption; of a model that retrieves, with captions of usual length in the prompt."""
+    manifest = bundle.manifest
+    retrieval = manifest.retrieval
+    if retrieval is None or not retrieval.k:
+        return manifest.tokens.head
+    tokens = manifest.tokens.model_copy(update={"prompt": []})
+    writer = PromptWriter(Tokenizer.from_file(str(bundle.path(TOKENIZER))), manifest.text, retrieval)
+    similar = [RETRIEVED[i % len(RETRIEVED)] for i in range(retrieval.k)]
+    return [*tokens.head, *writer.write(similar, tokens.room - new_tokens)[0]]
 
 
 def plan_options(arguments: argparse.Namespace) -> Callable[[str], list[Any]]:

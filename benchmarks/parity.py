@@ -1,6 +1,6 @@
 """Does a bundle write the captions that eager PyTorch writes? Token for token, on real photos.
 
-    python benchmarks/parity.py CHECKPOINT BUNDLE --images FOLDER --limit 200 --num-beams 1 3 5
+    python benchmarks/parity.py CHECKPOINT BUNDLE --images FOLDER --limit 200 --num-beams 1 3 5 [--datastore STORE]
 
 For every number of beams: how many captions are identical, how many are distinct (a model that ignores its image
 would agree with anything), and whether exchanging the visual states of two photos exchanges their captions.
@@ -21,29 +21,41 @@ from rich.progress import track
 from itune import Captioner, ItuneError
 from itune.evaluate import load_captioner
 from itune.runtime.image import SUFFIXES, decode, preprocess
-from itune.runtime.search import SearchConfig, search
+from itune.runtime.search import PADDING, SearchConfig, search
 
 BATCH = 4
 
 
 def captions(captioner: Captioner, photos: Sequence[Path], config: SearchConfig, *, swap: bool) -> list[list[int]]:
     """Token ids of every photo's caption; with `swap`, of the next photo in its pair instead."""
-    tokens, prompt = captioner.tokens, captioner.tokens.head
     found: list[list[int]] = []
     for start in range(0, len(photos), BATCH):
         pixels = np.stack([preprocess(decode(photo), captioner.image) for photo in photos[start : start + BATCH]])
         state: Any = captioner.engine.encode(pixels)
+        prompts, _ = captioner.prompts(state, config)
         if swap:
             order = np.arange(len(pixels)) ^ 1
-            state.keep(np.where(order < len(pixels), order, order - 1))
-        hypotheses = search(captioner.engine, state, [prompt] * len(pixels), config, tokens.end)
+            order = np.where(order < len(pixels), order, order - 1)
+            state.keep(order)
+            prompts = [prompts[i] for i in order]
+        multiple = 1 if captioner.retriever is None else PADDING
+        hypotheses = search(captioner.engine, state, prompts, config, captioner.tokens.end, multiple=multiple)
         found += [list(best[0].tokens) for best in hypotheses]
     return found
 
 
-def compare(checkpoint: Path, bundle: Path, photos: Sequence[Path], beams: Sequence[int], new_tokens: int) -> list[Any]:
-    """A row of figures for every number of beams."""
-    eager, exported = load_captioner(checkpoint), Captioner.load(bundle)
+def compare(
+    checkpoint: Path,
+    bundle: Path,
+    photos: Sequence[Path],
+    beams: Sequence[int],
+    new_tokens: int,
+    datastore: Path | None = None,
+) -> list[Any]:
+    """A row of figures for every number of beams; prompts hold captions of `datastore`, or none."""
+    retrieve = 0 if datastore is None else None
+    eager = load_captioner(checkpoint, datastore=datastore, retrieve=retrieve)
+    exported = Captioner.load(bundle, datastore=datastore, retrieve=retrieve)
     rows = []
     for num_beams in beams:
         config = SearchConfig(num_beams=num_beams, max_new_tokens=new_tokens)
@@ -78,6 +90,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=200, help="photos")
     parser.add_argument("--num-beams", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--new-tokens", type=int, default=24, help="longest caption")
+    parser.add_argument("--datastore", type=Path, help="of a model that retrieves captions; left out, it gets none")
     arguments = parser.parse_args()
     if arguments.images.is_dir():
         photos = sorted(p for p in arguments.images.iterdir() if p.suffix.lower() in SUFFIXES)
@@ -85,7 +98,12 @@ def main() -> int:
         photos = [arguments.images.parent / name for name in arguments.images.read_text(encoding="utf-8").split()]
     try:
         rows = compare(
-            arguments.checkpoint, arguments.bundle, photos[: arguments.limit], arguments.num_beams, arguments.new_tokens
+            arguments.checkpoint,
+            arguments.bundle,
+            photos[: arguments.limit],
+            arguments.num_beams,
+            arguments.new_tokens,
+            arguments.datastore,
         )
     except ItuneError as error:
         print(f"parity: error: {error}", file=sys.stderr)

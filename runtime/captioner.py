@@ -23,7 +23,7 @@ from .errors import BundleError, ImageError, ItuneError, SearchError
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
 from .retriever import Retriever
-from .search import SearchConfig, search
+from .search import PADDING, SearchConfig, search
 from .settings import ImageSettings
 
 if TYPE_CHECKING:
@@ -324,8 +324,9 @@ class Captioner:
         start = perf_counter()
         state = self.engine.encode(np.stack([image.pixels for image in images]))
         encoded = perf_counter()
-        prompts, retrieved = self._prompts(state, config)
-        found = search(self.engine, state, prompts, config, self.tokens.end)
+        prompts, retrieved = self.prompts(state, config)
+        multiple = 1 if self.retriever is None else PADDING  # else all prompts are alike
+        found = search(self.engine, state, prompts, config, self.tokens.end, multiple=multiple)
         encode_ms = 1000 * (encoded - start) / len(images)
         search_ms = 1000 * (perf_counter() - encoded) / len(images)
         captions = []
@@ -343,7 +344,7 @@ class Captioner:
             )
         return captions
 
-    def _prompts(self, state: Any, config: SearchConfig) -> tuple[list[list[int]], list[tuple[str, ...] | None]]:
+    def prompts(self, state: Any, config: SearchConfig) -> tuple[list[list[int]], list[tuple[str, ...] | None]]:
         """What comes before each image's caption, and the retrieved captions in it."""
         if self.retriever is None:
             return [self.tokens.head] * state.images, [None] * state.images

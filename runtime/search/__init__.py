@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from .config import Hypothesis, SearchConfig
 from .core import NATIVE, top_k
-from .loop import search
+from .loop import PADDING, search
 
-__all__ = ["NATIVE", "Hypothesis", "SearchConfig", "search", "top_k"]
+__all__ = ["NATIVE", "PADDING", "Hypothesis", "SearchConfig", "search", "top_k"]

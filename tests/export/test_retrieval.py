@@ -135,7 +135,7 @@ def test_swapping_the_datastore_changes_what_is_retrieved(
 def test_room_for_the_prompt(tmp_path: Path, bundle: Path, store: Path, photos: list[Path]) -> None:
     few = shutil.copytree(bundle, tmp_path / "few")
     manifest = Manifest.model_validate_json((few / MANIFEST).read_bytes())
-    shortest = len(Captioner.load(bundle, retrieve=0)._prompts(_State(), _Config())[0][0]) - 1
+    shortest = len(Captioner.load(bundle, retrieve=0).prompts(_State(), _Config())[0][0]) - 1
     tokens = manifest.tokens.model_copy(update={"max_positions": shortest + 60})
     (few / MANIFEST).write_text(manifest.model_copy(update={"tokens": tokens}).to_json())
     captioner = Captioner.load(few, datastore=store)
