@@ -115,7 +115,13 @@ class Workplace:
             **({"--datastore": self.datastore, "--retrieve": RETRIEVE} if run.retrieves else {}),
         }
         switches = ["--lower", "--strip-period", *(["--resume"] if (output / "last").exists() else [])]
-        command = [sys.executable, "-m", "itune.cli.train", *(str(part) for pair in flags.items() for part in pair)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "itune.cli.train",
+            *(str(part) for pair in flags.items() for part in pair),
+        ]
         start = time.monotonic()
         process = subprocess.Popen([*command, *switches])
         try:

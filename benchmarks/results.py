@@ -86,7 +86,7 @@ def train(workplace: Workplace, runs: list[Run]) -> None:
         workplace.train(run)
 
 
-def score(workplace: Workplace, runs: list[Run]) -> None:
+def score(workplace: Workplace, runs: list[Run], java: bool = True) -> None:
     """Export every captioner and caption the dev split with it: WORK/methods/NAME.scores.json and .captions.json."""
     for condition in conditions(runs):
         stem = workplace.folder / "methods" / condition.name
@@ -95,19 +95,18 @@ def score(workplace: Workplace, runs: list[Run]) -> None:
             continue
         bundle = _bundle(workplace, condition.run)
         flags = ["--num-beams", NUM_BEAMS, "--output", captions, "--json", scores, *condition.flags(workplace)]
+        flags += [] if java else ["--no-java"]
         _itune("evaluate", bundle, "--data", workplace.folder / "dev.jsonl", "--split", "all", *flags)
+        if condition.name != BASE:
+            _compare(workplace, condition, java)
 
 
-def compare(workplace: Workplace, condition: Condition) -> dict[str, Any] | None:
-    """The paired test of a captioner's captions against I-Tuning's, by score; None for I-Tuning itself."""
-    if condition.name == BASE:
-        return None
+def _compare(workplace: Workplace, condition: Condition, java: bool) -> None:
+    """Test a captioner's captions against I-Tuning's, photo by photo: WORK/methods/NAME.against.json."""
     base, other = (workplace.folder / "methods" / f"{name}.captions.json" for name in (BASE, condition.name))
-    written = other.with_name(f"{condition.name}.against.json")
     files = ["--captions", base, "--captions", other, "--references", workplace.folder / "dev.jsonl"]
-    _itune("evaluate", *files, "--json", written)
-    found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))["comparison"]["overall"]
-    return found
+    written = other.with_name(f"{condition.name}.against.json")
+    _itune("evaluate", *files, "--json", written, *([] if java else ["--no-java"]))
 
 
 def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
@@ -146,7 +145,10 @@ def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
     rows = []
     for condition in conditions(runs):
         run, stem = condition.run, workplace.folder / "methods" / condition.name
-        scores = json.loads(stem.with_name(f"{stem.name}.scores.json").read_text(encoding="utf-8"))
+        scores = _read_json(stem.with_name(f"{stem.name}.scores.json"))
+        against = None
+        if condition.name != BASE:
+            against = _read_json(stem.with_name(f"{stem.name}.against.json"))["comparison"]["overall"]
         checkpoint = workplace.checkpoint(run) / "best"
         rows.append(
             {
@@ -156,10 +158,10 @@ def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
                 "epoch": load_config(checkpoint).training["epoch"],
                 "resources": vars(workplace.resources(run)),
                 "scores": scores,
-                "against": compare(workplace, condition),
+                "against": against,
             }
         )
-    timing = json.loads((workplace.folder / "methods" / "latency.json").read_text(encoding="utf-8"))
+    timing = _read_json(workplace.folder / "methods" / "latency.json")
     content = {"budget": _budget(workplace), "rows": rows, "latency": timing}
     _write_json(output.with_suffix(".json"), content)
     write_results(content, output)
@@ -192,6 +194,13 @@ def _itune(command: str, *arguments: Any) -> None:
         raise ItuneError(f"itune {command} stopped; start again to go on")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ItuneError(f"{path} is missing: run the stages train, score and latency first, of the same methods")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -204,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(run.name for run in RUNS), help="a comma list of rows")
     parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--no-java", action="store_true", help="score without METEOR and SPICE")
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="what `write` writes")
     options = parser.parse_args(arguments)
     require("benchmark", "torch", "transformers", "onnx", "matplotlib")
@@ -216,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ItuneError(f"--work-dir {workplace.folder} has no train.jsonl: see recipes/flickr8k/README.md")
     stages: dict[str, Callable[[], None]] = {
         "train": lambda: train(workplace, runs),
-        "score": lambda: score(workplace, runs),
+        "score": lambda: score(workplace, runs, not options.no_java),
         "latency": lambda: latency(workplace, runs, options.threads),
         "write": lambda: write(workplace, runs, options.output),
     }

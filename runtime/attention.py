@@ -19,9 +19,9 @@ from .errors import BundleError, ItuneError
 
 Layer = str | int
 """An adapted decoder layer, "last" of them, or their "mean"."""
-_SOFTMAX = {"i-tuning": "h.{}/mlp/adapter/Softmax"}
+_SOFTMAX = {"i-tuning": "h.{}/mlp/adapter/Softmax", "smallcap": "h.{}/cross_attn/Softmax"}
 """By method: the decoder's value that is a layer's attention S over the image [images, heads, rows / images * T, N]
-(without the axis of the heads where there is one head)."""
+(without the axis of the heads where I-Tuning has one head)."""
 _MODEL_GRAPH, _GRAPH_OUTPUT, _VALUE_NAME = 7, 12, 1  # field numbers in onnx.proto
 
 

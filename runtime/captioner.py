@@ -295,11 +295,13 @@ class Captioner:
         """
         explainer = self.explainer
         explainer.reader.choose(layer)
-        photo = decode(image)
+        photo, config = decode(image), self._config(options)
         if caption is None:
             caption = self.caption(photo, **options)
         tokens = explainer.encode(caption) if isinstance(caption, str) else caption.tokens
-        return explainer.explain(photo, tokens, layer)
+        if self.retriever is None:
+            return explainer.explain(photo, tokens, layer)
+        return explainer.explain(photo, tokens, layer, lambda state: self.prompts(state, config)[0][0])
 
     def _stream(
         self, images: Iterable[T], batch_size: int, workers: int, config: SearchConfig

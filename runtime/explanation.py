@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from .attention import AttentionReader, Layer
 from .bundle import MANIFEST, Bundle, Manifest
 from .engines.base import Float32
+from .engines.onnxruntime import OnnxRuntimeState
 from .errors import BundleError, ItuneError
 from .image import preprocess, seen_box
 from .settings import Size
@@ -110,19 +111,29 @@ class Explainer:
         ids: list[int] = self.tokenizer.encode(cleaned, add_special_tokens=False).ids
         return ids
 
-    def explain(self, photo: Image.Image, tokens: Sequence[int], layer: Layer = "last") -> Explanation:
-        """What is looked at in an RGB photo for each of `tokens`, in one step of the decoder."""
+    def explain(
+        self,
+        photo: Image.Image,
+        tokens: Sequence[int],
+        layer: Layer = "last",
+        prompt: Callable[[OnnxRuntimeState], Sequence[int]] | None = None,
+    ) -> Explanation:
+        """What is looked at in an RGB photo for each of `tokens`, in one step of the decoder.
+
+        `prompt` gives what stands before the caption, for a captioner that retrieves; None: it is the same for all.
+        """
         layers, most = self.reader.choose(layer), self.manifest.tokens.max_positions
+        state = self.reader.encode(preprocess(photo, self.manifest.image)[None])
+        head = self.prompt if prompt is None else prompt(state)
         # A token is written at the position that reads the one before it; nothing reads the last one.
-        read = [*self.prompt, *tokens[:-1]]
+        read = [*head, *tokens[:-1]]
         if len(read) > most:
             raise ItuneError(
-                f"the caption has {len(tokens)} tokens, for {most - len(self.prompt) + 1} of which the decoder has "
+                f"the caption has {len(tokens)} tokens, for {most - len(head) + 1} of which the decoder has "
                 f"positions: give a shorter one"
             )
-        state = self.reader.encode(preprocess(photo, self.manifest.image)[None])
         try:
-            attention = self.reader.attention(read, state, layer)[len(self.prompt) - 1 :][: len(tokens)]
+            attention = self.reader.attention(read, state, layer)[len(head) - 1 :][: len(tokens)]
         except Exception as error:
             if self.manifest.tokens.shortlist is None:
                 raise

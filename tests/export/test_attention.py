@@ -37,7 +37,7 @@ def eager_attention(checkpoint: Path, photo: Path, tokens: tuple[int, ...]) -> N
 
     def record(layer):
         def hook(_module, inputs):
-            seen[layer] = model._adapter(layer).attention(inputs[0], keys_values[layer][0])[0].mean(0)
+            seen[layer] = model.adapter(layer).attention(inputs[0], keys_values[f"{layer}.keys"])[0].mean(0)
 
         return hook
 
