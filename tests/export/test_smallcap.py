@@ -24,6 +24,7 @@ from itune.methods import LoadedCheckpoint
 from itune.retrieval import load_head
 from itune.runtime import Captioner, ItuneError
 from itune.runtime.errors import DatastoreError
+from itune.runtime.image import decode, preprocess
 from itune.runtime.search import SearchConfig
 from itune.runtime.settings import RetrievalSettings, TextSettings
 from itune.smallcap import CrossAttentionConfig, SmallCapModel
@@ -150,6 +151,25 @@ def test_another_datastore_changes_the_captions_without_training(
     shutil.copytree(bundles["fp32"], tmp_path / "bundle")
     shutil.copytree(store, tmp_path / "bundle" / "datastore")
     assert [each.tokens for each in Captioner.load(tmp_path / "bundle").caption(photos)] == found[0]
+
+
+def test_heatmaps_are_those_of_the_retrieved_prompt(
+    bundles: dict[str, Path], checkpoint: Path, store: Path, photos: list[Path]
+) -> None:
+    captioner, loaded = Captioner.load(bundles["fp32"], datastore=store, threads=1), LoadedCheckpoint.load(checkpoint)
+    model, writer = loaded.model, captioner.retriever.writer  # type: ignore[union-attr]
+    for photo in photos[:2]:
+        own = captioner.caption(photo)
+        head = [captioner.tokens.begin, *writer.write(own.retrieved or (), 200)[0]]
+        visual = loaded.tower.embed(preprocess(decode(photo), loaded.config.image)[None])
+        weights: list[torch.Tensor] = []
+        with torch.inference_mode(), model.looking_at(model.project(visual)), model.watched(weights):
+            model.language_model(torch.tensor([[*head, *own.tokens]]))
+        for layer in (0, 2):
+            expected = weights[layer][0].mean(0)[len(head) - 1 : -1]
+            found = captioner.explain(photo, layer=layer)
+            assert found.token_ids == own.tokens
+            np.testing.assert_allclose(found.attention, expected, atol=1e-5)
 
 
 def test_every_weight_comes_back(tmp_path: Path, bundles: dict[str, Path], checkpoint: Path) -> None:
