@@ -176,7 +176,9 @@ def _trainable(path: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
-        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+        # SmallCap's layer norms and CLIP's projection are in the file, and frozen.
+        names = [name for name in file.keys() if ".norm." not in name and not name.startswith("projection.")]  # noqa: SIM118
+        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
 
 
 def _bundle(workplace: Workplace, run: Run) -> Path:
