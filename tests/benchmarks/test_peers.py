@@ -15,6 +15,7 @@ import pytest
 from itune import ItuneError
 from itune.eager import candidates
 from itune.runtime.engines.onnxruntime import has_vnni
+from tests.clipcap import SHAPES, save_clipcap
 from tests.conftest import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -112,3 +113,17 @@ def test_an_onnx_tower_has_no_plain_export(artifacts: ModuleType, capsys: pytest
     assert not {"onnx-plain", "onnx-plain-int8"} & set(chosen)
     with pytest.raises(ItuneError, match="--contestants: onnx-plain needs a CLIP tower"):
         artifacts.choose_peers("onnx-plain", "onnx")
+
+
+@pytest.mark.slow
+def test_clipcap_has_a_baseline_and_peers(
+    artifacts: ModuleType, language_model_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    """`generate` reads the prefix ids through the model's hook; exporters write it down."""
+    checkpoint = save_clipcap(tmp_path / "c", language_model_folder, clip_folder, **SHAPES["transformer"])
+    names = [name for name in ("onnx-plain", "ctranslate2-int8") if not artifacts.PEERS[name].lacks("clip")]
+    result = latency(checkpoint, tmp_path, names, "--batch-size", "2")
+    photos = result["settings"]["photos"]
+    assert result["summary"]["eager"]["distinct_captions"] > 1
+    for name in ("itune fp32", *(name for name in names if name in EXACT)):
+        assert result["summary"][name]["identical_captions"] == photos
