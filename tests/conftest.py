@@ -26,13 +26,14 @@ CAPTIONS = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Where several processes share the tests (`pytest -n 2 --dist loadgroup`), a file's stay together, as its fixtures
-    are dear, and so do the folders' that share one run of a benchmark.
+    are dear and some build on the ones before them, and so do the folders' that share one run of a benchmark.
+
+    By the time of `pytest_collection_modifyitems`, pytest-xdist has read the groups.
     """
-    for item in items:
-        place = item.path.parent if item.path.parent.name == "benchmarks" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(place.relative_to(REPOSITORY))))
+    place = item.path.parent if item.path.parent.name == "benchmarks" else item.path
+    item.add_marker(pytest.mark.xdist_group(str(place.relative_to(REPOSITORY))))
 
 
 @pytest.fixture(scope="session")
