@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,14 +27,21 @@ CAPTIONS = [
 ]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Where several processes share the tests (`pytest -n 2 --dist loadgroup`), a file's stay together, as its fixtures
-    are dear and some build on the ones before them, and so do the folders' that share one run of a benchmark.
-
-    By the time of `pytest_collection_modifyitems`, pytest-xdist has read the groups.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n 2 --dist loadfile` a file's tests stay in one process, as its fixtures are dear and some build on
+    the ones before them; here so do those of the folder whose files share one run of a benchmark.
     """
-    place = item.path.parent if item.path.parent.name == "benchmarks" else item.path
-    item.add_marker(pytest.mark.xdist_group(str(place.relative_to(REPOSITORY))))
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "tests/benchmarks" if file.startswith("tests/benchmarks/") else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
