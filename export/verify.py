@@ -284,7 +284,7 @@ def _caption_checks(expected: Any, found: Any, limits: Limits) -> Iterator[Check
         ]
         different = len({tuple(tokens) for tokens, _ in theirs})
         value, name = sum(same) / len(same), f"captions, {beams} beam{'s' if beams > 1 else ''}"
-        case = f"{different} different, {len(same)} images"
+        case = f"{different} different of {len(same)}"
         yield Check(name, case, None, value, limits.captions, value >= limits.captions)
 
 

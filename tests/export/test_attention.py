@@ -182,7 +182,7 @@ def test_bundles_without_attention(clip_bundle, onnx_bundle, clip_checkpoint, ph
     manifest = json.loads((clip_bundle / MANIFEST).read_text())
     plain = replaced(clip_bundle, tmp_path / "plain", decoder=manifest["decoder"] | {"adapter_layers": []})
     with pytest.raises(
-        BundleError, match=r"has no adapters whose attention could be shown; heatmaps are for i-tuning$"
+        BundleError, match=r"has no adapters whose attention could be shown; heatmaps are for i-tuning, smallcap$"
     ):
         explain(plain, photos[0])
     foreign = replaced(clip_bundle, tmp_path / "foreign", decoder=manifest["decoder"] | {"adapter_layers": [1, 40]})
