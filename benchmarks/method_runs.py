@@ -51,6 +51,7 @@ RUNS = (
             "--mapper": "transformer",
             "--clip-length": "4",
             "--mapper-layers": "3",
+            "--pooling": "mean",
             "--learning-rate": "5e-4",
         },
     ),
@@ -129,9 +130,10 @@ class Workplace:
         except KeyboardInterrupt:  # the training saves itself and stops
             _, status, usage = os.wait4(process.pid, 0)
         took = Resources(usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024)
+        process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
         with atomic_path(self._resources(run)) as temporary:
             temporary.write_text(json.dumps(vars(self.resources(run).plus(took))) + "\n", encoding="utf-8")
-        if status:
+        if process.returncode:
             raise ItuneError(f"{run.title}: the training stopped; start again to go on")
 
     def _resources(self, run: Run) -> Path:
