@@ -9,7 +9,8 @@ from ..captioning import CaptionModel
 from ..clipcap import ClipCapModel
 from ..model import ITuningModel
 from ..retrieval import RetrievalHead
-from ..runtime.bundle import Manifest
+from ..runtime.bundle import MANIFEST, Manifest
+from ..runtime.errors import BundleError
 from ..smallcap import SmallCapModel
 from .clipcap import ClipCapDecoder, append_prefix, tower_weights, unfold_mapper
 from .graph import Array, Graph
@@ -60,21 +61,24 @@ def build_decoder(model: CaptionModel, vocabulary: Array | None = None, *, fused
 
 def decoder_settings(model: CaptionModel) -> dict[str, Any]:
     """The fields of the manifest's `decoder` that tell how the language model attends to the image."""
+    if isinstance(model, ITuningModel):
+        layers, width, scale = model.adapter_layers, model.config.bottleneck, model.config.score_scale
+        return _attention(layers, width, model.config.heads, scale, model.config.lambda_)
     if isinstance(model, SmallCapModel):
-        return {
-            "adapter_layers": list(range(len(model.layers))),
-            "bottleneck": model.config.width,
-            "adapter_heads": model.config.heads,
-            "score_scale": model.config.head_width**-0.5,
-        }
-    if not isinstance(model, ITuningModel):
-        return {}  # ClipCap's attends to nothing but the embeddings before the caption
+        shape = model.config
+        return _attention(list(range(len(model.layers))), shape.width, shape.heads, shape.head_width**-0.5, None)
+    return _attention([], None, None, None, None)  # ClipCap's attends to nothing but the embeddings before the caption
+
+
+def _attention(
+    layers: list[int], width: int | None, heads: int | None, score_scale: float | None, lambda_: float | None
+) -> dict[str, Any]:
     return {
-        "adapter_layers": model.adapter_layers,
-        "bottleneck": model.config.bottleneck,
-        "adapter_heads": model.config.heads,
-        "lambda_": model.config.lambda_,
-        "score_scale": model.config.score_scale,
+        "adapter_layers": layers,
+        "bottleneck": width,
+        "adapter_heads": heads,
+        "lambda_": lambda_,
+        "score_scale": score_scale,
     }
 
 
@@ -82,11 +86,17 @@ def split_decoder(manifest: Manifest, weights: Weights) -> tuple[dict[str, Array
     """The language model's weights and the adapters', under their own names, of a decoder graph."""
     if manifest.method == "clipcap":
         return dict(weights), {}
-    decoder = manifest.decoder
-    if manifest.method == "smallcap":
-        return unfold_cross_attention(weights, decoder.score_scale)
-    assert decoder.bottleneck is not None
-    return unmerge(weights, bottleneck=decoder.bottleneck, score_scale=decoder.score_scale, lambda_=decoder.lambda_)
+    bottleneck, score_scale, lambda_ = (
+        getattr(manifest.decoder, name) for name in ("bottleneck", "score_scale", "lambda_")
+    )
+    if score_scale is not None and manifest.method == "smallcap":
+        return unfold_cross_attention(weights, score_scale)
+    if None in (bottleneck, score_scale, lambda_):
+        raise BundleError(
+            f"{MANIFEST}: decoder: bottleneck, score_scale or lambda is null, without which this bundle "
+            "cannot be restored: export it again"
+        )
+    return unmerge(weights, bottleneck=bottleneck, score_scale=score_scale, lambda_=lambda_)
 
 
 def split_vision(manifest: Manifest, weights: Weights) -> dict[str, Array]:

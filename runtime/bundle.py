@@ -157,14 +157,15 @@ class DecoderSettings(Settings):
     heads: Positive
     head_dim: Positive
     hidden_size: Positive
-    adapter_layers: list[Count] = Field(default_factory=list)
-    """The layers that attend to the image."""
-    bottleneck: Positive | None = None
+    adapter_layers: list[Count]
+    """The layers that attend to the image; none for ClipCap, whose fields below are None, too."""
+    bottleneck: Positive | None
     """The width of their queries, keys and values, all heads together."""
-    adapter_heads: Positive | None = None
-    lambda_: Finite = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
-    score_scale: Finite = 1.0
-    """I-Tuning's factor on Q K^T, already folded into the graph's weights, as lambda is."""
+    adapter_heads: Positive | None
+    lambda_: Finite | None = Field(validation_alias="lambda", serialization_alias="lambda")
+    """I-Tuning's alone."""
+    score_scale: Finite | None
+    """The factor on Q K^T, already folded into the graph's weights, as lambda is."""
     visual_tokens: Positive
     visual_width: Positive
 

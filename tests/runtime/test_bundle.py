@@ -126,6 +126,7 @@ def test_another_schema_version(copy: Path, version: object) -> None:
         (lambda content: content["image"].update(resize="stretch"), "image.resize"),
         (lambda content: content["tokens"].update(begin=-1), "tokens.begin"),
         (lambda content: content["tokens"].update(end=10**6), "tokens"),
+        (lambda content: content["decoder"].pop("lambda"), "decoder.lambda"),
         (lambda content: content["decoder"].pop("visual_tokens"), "decoder.visual_tokens"),
         (lambda content: content["search"].update(num_beams=0), "search.num_beams"),
         (lambda content: content["search"].update(beams=5), "search.beams"),
