@@ -29,7 +29,6 @@ from itune.checkpoint import (
     VisionSource,
     atomic_folder,
     load_config,
-    relative_source,
     save_config,
 )
 from itune.model import ITuningModel
@@ -181,16 +180,8 @@ def _write_adapters(geometry: Geometry, folder: Path, recipe: dict[str, Any], ge
     with atomic_folder(folder / CHECKPOINT) as staging:
         model.save_adapters(staging / WEIGHTS_FILE)
         config = ITuningCheckpoint(
-            language_model=Source(
-                source=relative_source(str(language.folder), folder / CHECKPOINT), sha256=language.sha256
-            ),
-            vision=VisionSource(
-                source=relative_source(str(tower.folder), folder / CHECKPOINT),
-                sha256=tower.sha256,
-                kind=tower.kind,
-                tokens=tower.tokens,
-                width=tower.width,
-            ),
+            language_model=Source.of_language_model(language, str(language.folder), folder / CHECKPOINT),
+            vision=VisionSource.of_tower(tower, str(tower.folder), folder / CHECKPOINT),
             bottleneck=adapters.bottleneck,
             lambda_=adapters.lambda_,
             score_scale=adapters.score_scale,

@@ -28,7 +28,6 @@ from ..checkpoint import (
     Source,
     VisionSource,
     hash_files,
-    relative_source,
     save_config,
 )
 from ..clipcap import ClipCapConfig, ClipCapModel, Pooling
@@ -93,7 +92,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)
         imported = read(file, state, language, tower, options)
-        source = Source(source=relative_source(options.language_model, output), sha256=language.sha256)
+        source = Source.of_language_model(language, options.language_model, output)
         if imported.fine_tuned:
             language.model.save_pretrained(folder / _FINE_TUNED)
             language.tokenizer.save(str(folder / _FINE_TUNED / TOKENIZER))
@@ -102,13 +101,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
         imported.model.save_adapters(folder / WEIGHTS_FILE)
         config = CONFIGS[imported.model.method](
             language_model=source,
-            vision=VisionSource(
-                source=relative_source(options.vision, output),
-                sha256=tower.sha256,
-                kind=tower.kind,
-                tokens=tower.tokens,
-                width=tower.width,
-            ),
+            vision=VisionSource.of_tower(tower, options.vision, output),
             image=tower.image,
             text=imported.text,
             retrieval=imported.retrieval,

@@ -13,12 +13,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from .runtime.errors import ItuneError
 from .runtime.settings import ImageSettings, Method, RetrievalSettings, Settings, TextSettings
+
+if TYPE_CHECKING:
+    from .backbones import LanguageModel, VisionTower
 
 CONFIG_FILE = "itune.json"
 WEIGHTS_FILE = "adapters.safetensors"
@@ -35,6 +38,11 @@ class Source(Settings):
     revision: str | None = None
     sha256: str | None = None
 
+    @staticmethod
+    def of_language_model(language: LanguageModel, source: str, folder: Path) -> Source:
+        """The language model that was loaded from `source`, as a checkpoint in `folder` names it."""
+        return Source(source=relative_source(source, folder), sha256=language.sha256)
+
 
 class VisionSource(Source):
     """The vision tower, with the shape of its embeddings: `tokens` = N, `width` = d_v."""
@@ -42,6 +50,17 @@ class VisionSource(Source):
     kind: Literal["clip", "onnx"]
     tokens: int = Field(gt=0)
     width: int = Field(gt=0)
+
+    @staticmethod
+    def of_tower(tower: VisionTower, source: str, folder: Path) -> VisionSource:
+        """The tower that was loaded from `source`, as a checkpoint in `folder` names it."""
+        return VisionSource(
+            source=relative_source(source, folder),
+            sha256=tower.sha256,
+            kind=tower.kind,
+            tokens=tower.tokens,
+            width=tower.width,
+        )
 
 
 class CheckpointConfig(Settings):

@@ -305,14 +305,8 @@ class Trainer:
         config = self.config
         save_config(
             CONFIGS[config.method](
-                language_model=Source(source=relative_source(config.language_model, home), sha256=self.language.sha256),
-                vision=VisionSource(
-                    source=relative_source(config.vision, home),
-                    sha256=self.tower.sha256,
-                    kind=self.tower.kind,
-                    tokens=self.features.tokens,
-                    width=self.features.width,
-                ),
+                language_model=Source.of_language_model(self.language, config.language_model, home),
+                vision=VisionSource.of_tower(self.tower, config.vision, home),
                 image=self.tower.image,
                 text=self.text,
                 retrieval=self._retrieval(home),

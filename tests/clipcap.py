@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, ClipCapCheckpoint, Source, VisionSource, relative_source, save_config
+from itune.checkpoint import WEIGHTS_FILE, ClipCapCheckpoint, Source, VisionSource, save_config
 from itune.clipcap import ClipCapConfig, ClipCapModel
 from itune.runtime.settings import TextSettings
 
@@ -36,14 +36,8 @@ def save_clipcap(folder: Path, language_model: Path, tower: Path, prompt: str = 
                 weight.normal_(float("norm" in name and name.endswith("weight")), 0.2)
     model.save_adapters(folder / WEIGHTS_FILE)
     checkpoint = ClipCapCheckpoint(
-        language_model=Source(source=relative_source(str(language_model), folder), sha256=language.sha256),
-        vision=VisionSource(
-            source=relative_source(str(tower), folder),
-            sha256=vision.sha256,
-            kind=vision.kind,
-            tokens=vision.tokens,
-            width=vision.width,
-        ),
+        language_model=Source.of_language_model(language, str(language_model), folder),
+        vision=VisionSource.of_tower(vision, str(tower), folder),
         image=vision.image,
         text=TextSettings(begin=None, prompt=prompt),
         training={"epochs": 3},

@@ -169,7 +169,6 @@ def make_checkpoint(
         ITuningCheckpoint,
         Source,
         VisionSource,
-        relative_source,
         save_config,
     )
     from itune.model import ITuningModel
@@ -186,14 +185,8 @@ def make_checkpoint(
     assert config.score_scale is not None
     save_config(
         ITuningCheckpoint(
-            language_model=Source(source=relative_source(str(language_model), folder), sha256=language.sha256),
-            vision=VisionSource(
-                source=relative_source(str(vision), folder),
-                sha256=tower.sha256,
-                kind=tower.kind,
-                tokens=tower.tokens,
-                width=tower.width,
-            ),
+            language_model=Source.of_language_model(language, str(language_model), folder),
+            vision=VisionSource.of_tower(tower, str(vision), folder),
             bottleneck=bottleneck,
             heads=heads,
             lambda_=lambda_,

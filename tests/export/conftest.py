@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHe
 
 from itune.adapter import AdapterConfig
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import ITuningCheckpoint, Source, VisionSource, relative_source, save_config
+from itune.checkpoint import ITuningCheckpoint, Source, VisionSource, save_config
 from itune.export import verify
 from itune.export.graph import Graph
 from itune.model import ITuningModel
@@ -166,14 +166,8 @@ def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str
     randomize(model.adapters)
     model.save_adapters(folder / "adapters.safetensors")
     config = ITuningCheckpoint(
-        language_model=Source(source=relative_source(str(language_model), folder), sha256=language.sha256),
-        vision=VisionSource(
-            source=relative_source(str(tower), folder),
-            sha256=vision.sha256,
-            kind=vision.kind,
-            tokens=vision.tokens,
-            width=vision.width,
-        ),
+        language_model=Source.of_language_model(language, str(language_model), folder),
+        vision=VisionSource.of_tower(vision, str(tower), folder),
         bottleneck=adapters.bottleneck,
         heads=adapters.heads,
         lambda_=adapters.lambda_,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, SmallCapCheckpoint, Source, VisionSource, relative_source, save_config
+from itune.checkpoint import WEIGHTS_FILE, SmallCapCheckpoint, Source, VisionSource, save_config
 from itune.datastore import Source as Captions
 from itune.datastore import build_datastore
 from itune.evaluate import load_captioner
@@ -63,16 +63,8 @@ def save_smallcap(folder: Path, clip_folder: Path, **language_model: Any) -> Pat
             layer.norm.weight.add_(1)
     model.save_adapters(folder / "checkpoint" / WEIGHTS_FILE)
     config = SmallCapCheckpoint(
-        language_model=Source(
-            source=relative_source(str(language_folder), folder / "checkpoint"), sha256=language.sha256
-        ),
-        vision=VisionSource(
-            source=relative_source(str(clip_folder), folder / "checkpoint"),
-            sha256=tower.sha256,
-            kind=tower.kind,
-            tokens=tower.tokens,
-            width=tower.width,
-        ),
+        language_model=Source.of_language_model(language, str(language_folder), folder / "checkpoint"),
+        vision=VisionSource.of_tower(tower, str(clip_folder), folder / "checkpoint"),
         heads=6,
         attention_width=8,
         image=tower.image,
