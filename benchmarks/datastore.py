@@ -27,8 +27,8 @@ from rich.table import Table
 
 from itune import datastore as building
 from itune.faiss_index import write_index
-from itune.runtime.bundle import FileHash
 from itune.runtime.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
+from itune.runtime.manifest import FileHash
 from itune.runtime.nearest import FlatRanking
 from itune.runtime.settings import EncoderIdentity
 

@@ -24,7 +24,6 @@ from ..runtime.bundle import (
     MANIFEST,
     TOKENIZER,
     DecoderSettings,
-    FileHash,
     Manifest,
     RestoreSettings,
     SearchDefaults,
@@ -34,6 +33,7 @@ from ..runtime.bundle import (
 from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
+from ..runtime.manifest import FileHash
 from ..runtime.settings import RetrievalSettings, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph import Graph

@@ -25,7 +25,6 @@ from .checkpoint import atomic_folder, hash_files, relative_source
 from .data import Record, load_records
 from .features import FeatureCache, LiveFeatures
 from .retrieval import RetrievalHead, TextEncoder, load_encoder
-from .runtime.bundle import FileHash
 from .runtime.datastore import (
     CAPTIONS,
     EMBEDDINGS,
@@ -36,10 +35,10 @@ from .runtime.datastore import (
     Datastore,
     DatastoreManifest,
     centre,
-    read_manifest,
 )
 from .runtime.engines.base import Float32
 from .runtime.errors import DatastoreError
+from .runtime.manifest import FileHash
 from .runtime.settings import EncoderIdentity
 
 Kind = Literal["text", "image"]
@@ -349,4 +348,4 @@ class _TextWriter:
             np.save(self._path, np.frombuffer(self._offsets, np.int64))
 
 
-__all__ = ["FLAT_ENTRIES", "Source", "add_to_datastore", "build_datastore", "read_manifest"]
+__all__ = ["FLAT_ENTRIES", "Source", "add_to_datastore", "build_datastore"]

@@ -1,46 +1,26 @@
 """The bundle: a folder that holds everything a captioner needs at run time, described by its `bundle.json`.
 
-A bundle comes from anywhere, so nothing in it is believed: the manifest is parsed strictly, every file it
-names must lie inside the folder and have the size and SHA-256 that the manifest gives, and whatever is wrong
-becomes one sentence.
+A bundle comes from anywhere, so nothing in it is believed: see `manifest.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from math import isqrt
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import Field, model_validator
 
 from .errors import BundleError
+from .manifest import Count, FileHash, FileName, ManifestFolder, Positive, Sha256
 from .settings import ImageSettings, Method, RetrievalSettings, Settings, Size, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 DEFAULT = Path("default")
-
-_MEND = "copy the bundle again, or export it again"
-
-
-def _inside(name: str) -> str:
-    path = PurePosixPath(name)
-    elsewhere = path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or "\\" in name
-    if elsewhere or not path.parts or not name.isprintable():
-        raise ValueError(f"{name!r} names no file inside the bundle's folder")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_inside)]
-"""A path relative to the bundle's folder, with forward slashes, that does not leave it."""
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class TensorSpec(Settings):
@@ -193,19 +173,6 @@ class RestoreSettings(Settings):
     """The adapters' `itune.json`."""
 
 
-class FileHash(Settings):
-    """What a file of the bundle must be."""
-
-    sha256: Sha256
-    bytes: Count
-
-    @classmethod
-    def of(cls, path: Path) -> FileHash:
-        """Hash a file without reading it into memory at once."""
-        with path.open("rb") as file:
-            return cls(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
-
-
 class Manifest(Settings):
     """The content of `bundle.json`."""
 
@@ -246,6 +213,18 @@ class Manifest(Settings):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
+FOLDER = ManifestFolder(
+    noun="bundle",
+    manifest=MANIFEST,
+    model=Manifest,
+    version_field="schema_version",
+    version=SCHEMA_VERSION,
+    error=BundleError,
+    maker="itune-export",
+    rebuild="export the bundle again",
+)
+
+
 def square_grid(visual_tokens: int) -> Size | None:
     """The grid of a tower that gives a square of patches, alone or behind a CLS; None if it does not."""
     for patches in (visual_tokens, visual_tokens - 1):
@@ -274,14 +253,14 @@ class Bundle:
         """
         if folder == DEFAULT and not folder.exists():
             folder = default_bundle()
-        bundle = cls(folder, _read_manifest(folder))
+        bundle = cls(folder, FOLDER.read(folder))
         files = bundle.manifest.files
         graphs = bundle.manifest.graphs
         used = {TOKENIZER} | {name for graph in graphs for name in (graph.file, *graph.external_data)}
         if unlisted := sorted(used - files.keys()):
             raise BundleError(f"{folder / MANIFEST}: files: {unlisted[0]!r} is not listed; export the bundle again")
         for name, expected in files.items():
-            bundle._check(name, expected, verify)
+            FOLDER.check(folder, name, expected, verify=verify)
         return bundle
 
     def path(self, name: str) -> Path:
@@ -303,21 +282,6 @@ class Bundle:
             f"{self.folder / MANIFEST}: graphs: no {role!r} graph for engine {engine!r} (there are: {there})"
         )
 
-    def _check(self, name: str, expected: FileHash, verify: bool) -> None:
-        path = self.path(name)
-        try:
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                raise BundleError(f"{path} leads out of the bundle's folder; put a copy of the file there")
-            if not path.is_file():
-                raise BundleError(f"{path} is missing; {_MEND}")
-            size = path.stat().st_size
-            if size != expected.bytes:
-                raise BundleError(f"{path} is damaged ({size} bytes instead of {expected.bytes}); {_MEND}")
-            if verify and FileHash.of(path) != expected:
-                raise BundleError(f"{path} is damaged (wrong SHA-256); {_MEND}")
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
-            raise BundleError(f"{path} cannot be read: {error}") from error
-
 
 def default_bundle() -> Path:
     """The folder of the model that is installed with the package.
@@ -330,31 +294,3 @@ def default_bundle() -> Path:
     if len(found) != 1:
         raise BundleError(f"{models} holds {len(found)} models instead of one; give the folder of a bundle instead")
     return found[0]
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder; a bundle is the folder that itune-export writes")
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        content = from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON ({error}); {_MEND}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{path}: schema_version is {version!r}, but this itune reads version {SCHEMA_VERSION}; "
-            f"export the bundle again with this itune"
-        )
-    try:
-        return Manifest.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
-        raise BundleError(f"{path}: {field}: {first['msg']}; export the bundle again") from error

@@ -2,7 +2,7 @@
 
 An entry is a caption with its text embedding (kind "text": image-to-text retrieval, as SmallCap does), or a photo's
 embedding with all its captions (kind "image": image-to-image). Everything but the manifest is memory-mapped. Like a
-bundle, a datastore comes from anywhere, and nothing in it is believed.
+bundle, a datastore comes from anywhere, and nothing in it is believed: see `manifest.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import Field, model_validator
 
-from .bundle import Count, FileHash, FileName, Positive
 from .consensus import NGramWeights, consensus
 from .engines.base import Float32, Int64
 from .errors import DatastoreError
+from .manifest import Count, FileHash, FileName, ManifestFolder, Positive
 from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
 from .settings import EncoderIdentity, Settings
 
@@ -34,7 +33,6 @@ _SHARPNESS = 5.0
 """A photo votes with exp of so many times its similarity, in deciding which captions are typical."""
 _SAMPLED = 2000  # captions that tell which words are common
 _HASHED_BYTES = 64 << 20
-_MEND = "copy the datastore again, or build it again"
 
 
 class DatastoreManifest(Settings):
@@ -69,6 +67,18 @@ class DatastoreManifest(Settings):
         return self.model_dump_json(indent=2) + "\n"
 
 
+STORE = ManifestFolder(
+    noun="datastore",
+    manifest=MANIFEST,
+    model=DatastoreManifest,
+    version_field="format",
+    version=FORMAT,
+    error=DatastoreError,
+    maker="itune-datastore build",
+    rebuild="build the datastore again",
+)
+
+
 class Retrieved(NamedTuple):
     """A caption that was found."""
 
@@ -87,7 +97,7 @@ class Texts:
         self._offsets = _load_array(offsets, np.int64, 1)
         size = text.stat().st_size
         if self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
-            raise DatastoreError(f"{offsets} does not fit {text.name}; {_MEND}")
+            raise DatastoreError(f"{offsets} does not fit {text.name}; {STORE.mend}")
         self._text = np.asarray(np.memmap(text, np.uint8, "r"))
 
     def __len__(self) -> int:
@@ -120,10 +130,10 @@ class Datastore:
         }
         for name, (found, expected) in shapes.items():
             if found != expected:
-                raise DatastoreError(f"{folder}: {name} has shape {found} instead of {expected}; {_MEND}")
+                raise DatastoreError(f"{folder}: {name} has shape {found} instead of {expected}; {STORE.mend}")
         most = self.entries.max(axis=0)
         if self.entries.min() < 0 or most[0] >= manifest.images or most[1:].max() > manifest.captions:
-            raise DatastoreError(f"{folder / ENTRIES}: names captions or photos that are not there; {_MEND}")
+            raise DatastoreError(f"{folder / ENTRIES}: names captions or photos that are not there; {STORE.mend}")
         self._index = (
             load_ivf(folder / INDEX, manifest.entries, manifest.encoder.dim, manifest.nprobe)
             if manifest.index == "ivf"
@@ -143,11 +153,12 @@ class Datastore:
             DatastoreError: not a datastore, damaged, of another format or encoder, or faiss is needed and missing.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest = STORE.read(folder)
         if encoder is not None:
             _require(folder, manifest, encoder)
         for name, expected in manifest.files.items():
-            _check(folder, name, expected, verify)
+            hashed = expected.bytes < _HASHED_BYTES if verify is None else verify
+            STORE.check(folder, name, expected, verify=hashed)
         return cls(folder, manifest)
 
     def require(self, encoder: EncoderIdentity) -> None:
@@ -255,31 +266,6 @@ def _words(caption: str) -> list[str]:
     return caption_key(caption).split()
 
 
-def read_manifest(folder: Path) -> DatastoreManifest:
-    """Read and check `datastore.json`. Raises DatastoreError."""
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise DatastoreError(f"{folder} is not a folder; a datastore is the folder that itune-datastore build writes")
-    try:
-        text = path.read_bytes()
-        content = from_json(text, allow_inf_nan=False)
-    except FileNotFoundError:
-        raise DatastoreError(f"{folder} is not a datastore: it has no {MANIFEST}") from None
-    except OSError as error:
-        raise DatastoreError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise DatastoreError(f"{path} is not JSON ({error}); {_MEND}") from None
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        raise DatastoreError(f"{path}: format is {version!r}, but this itune reads {FORMAT}; build the datastore again")
-    try:
-        return DatastoreManifest.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
-        raise DatastoreError(f"{path}: {field or 'content'}: {first['msg']}; build the datastore again") from None
-
-
 def _require(folder: Path, manifest: DatastoreManifest, encoder: EncoderIdentity) -> None:
     if not manifest.encoder.same_as(encoder):
         raise DatastoreError(
@@ -296,29 +282,12 @@ def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
     return list(first.values())
 
 
-def _check(folder: Path, name: str, expected: FileHash, verify: bool | None) -> None:
-    path = folder / name
-    try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise DatastoreError(f"{path} leads out of the datastore's folder; put a copy of the file there")
-        if not path.is_file():
-            raise DatastoreError(f"{path} is missing; {_MEND}")
-        size = path.stat().st_size
-        if size != expected.bytes:
-            raise DatastoreError(f"{path} is damaged ({size} bytes instead of {expected.bytes}); {_MEND}")
-        hashed = size < _HASHED_BYTES if verify is None else verify
-        if hashed and FileHash.of(path) != expected:
-            raise DatastoreError(f"{path} is damaged (wrong SHA-256); {_MEND}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
-        raise DatastoreError(f"{path} cannot be read: {error}") from None
-
-
 def _load_array(path: Path, dtype: Any, ndim: int) -> NDArray[Any]:
     try:
         # Still mapped, but without the bookkeeping that NumPy's memmap does at every access.
         array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
-        raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {_MEND}") from None
+        raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {STORE.mend}") from None
     if array.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)) or array.ndim != ndim or not len(array):
-        raise DatastoreError(f"{path} holds {array.dtype} {list(array.shape)}, which is not expected; {_MEND}")
+        raise DatastoreError(f"{path} holds {array.dtype} {list(array.shape)}, which is not expected; {STORE.mend}")
     return array

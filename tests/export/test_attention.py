@@ -19,8 +19,9 @@ from itune.export.graph import Graph
 from itune.export.typed_graph import FLOAT, HALF, cast_outputs, type_graph
 from itune.methods import LoadedCheckpoint
 from itune.runtime import BundleError, Captioner, Explanation, ItuneError
-from itune.runtime.bundle import MANIFEST, FileHash
+from itune.runtime.bundle import MANIFEST
 from itune.runtime.image import decode, preprocess
+from itune.runtime.manifest import FileHash
 from tests.export.conftest import save_checkpoint
 
 CAPTION = "a dog runs through the green grass"

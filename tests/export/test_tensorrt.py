@@ -22,8 +22,9 @@ from itune.export.profiles import PlanLimits
 from itune.export.restore import restore_bundle
 from itune.export.tensorrt import Library, Plan, PlanRequest, TensorRTError, build_plan, layer_table
 from itune.runtime import Captioner
-from itune.runtime.bundle import Bundle, FileHash, ProfileRange, default_bundle
+from itune.runtime.bundle import Bundle, ProfileRange, default_bundle
 from itune.runtime.errors import ItuneError
+from itune.runtime.manifest import FileHash
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(

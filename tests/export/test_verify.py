@@ -18,8 +18,9 @@ from itune.export.graph import Graph
 from itune.export.scenarios import Scenario, beside_loud_image, pick_images
 from itune.export.verify import LIMITS, Check, VerificationError, compare, report_table, write_reference
 from itune.methods import LoadedCheckpoint
-from itune.runtime.bundle import MANIFEST, FileHash, SearchDefaults
+from itune.runtime.bundle import MANIFEST, SearchDefaults
 from itune.runtime.errors import ItuneError
+from itune.runtime.manifest import FileHash
 from itune.runtime.settings import ImageSettings
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])

@@ -17,12 +17,12 @@ from itune.runtime.bundle import (
     MANIFEST,
     TOKENIZER,
     DecoderSettings,
-    FileHash,
     Graph,
     Manifest,
     TensorSpec,
     TokenSettings,
 )
+from itune.runtime.manifest import FileHash
 from itune.runtime.search import NATIVE
 from itune.runtime.search import search as search_captions
 from itune.runtime.search.core import native_search

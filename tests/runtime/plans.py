@@ -12,7 +12,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from itune.export.bundle import export_bundle
-from itune.runtime.bundle import MANIFEST, Bundle, FileHash, Graph, PlanSettings, ProfileRange, TensorSpec
+from itune.runtime.bundle import MANIFEST, Bundle, Graph, PlanSettings, ProfileRange, TensorSpec
+from itune.runtime.manifest import FileHash
 
 BATCH, BEAMS, PROMPT, POSITIONS, K = 3, 5, 4, 14, 40
 VERSION = "1.7.1.116"

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from itune.runtime import BundleError, Caption, Captioner, ImageError, ItuneError, SearchError
-from itune.runtime.bundle import MANIFEST, TOKENIZER, FileHash, Manifest
+from itune.runtime.bundle import MANIFEST, TOKENIZER, Manifest
 from itune.runtime.captioner import ENGINES
+from itune.runtime.manifest import FileHash
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
 

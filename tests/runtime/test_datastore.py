@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from itune.runtime.bundle import FileHash
 from itune.runtime.consensus import NGramWeights, consensus
 from itune.runtime.datastore import MANIFEST, Datastore, DatastoreManifest, caption_key
 from itune.runtime.errors import DatastoreError
+from itune.runtime.manifest import FileHash
 from itune.runtime.nearest import FlatRanking
 from itune.runtime.settings import EncoderIdentity
 
@@ -171,7 +171,7 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / MANIFEST).unlink(), "is not a datastore: it has no datastore.json"),
     (lambda folder: (folder / MANIFEST).write_text("{"), "is not JSON"),
     (lambda folder: (folder / MANIFEST).write_text("[]"), "format is None"),
-    (lambda folder: edit(folder, format=2), "format is 2, but this itune reads 1"),
+    (lambda folder: edit(folder, format=2), "format is 2, but this itune reads version 1; build the datastore again"),
     (lambda folder: edit(folder, kind="video"), "kind: Input should be 'text' or 'image'"),
     (lambda folder: edit(folder, files={}), "is not listed"),
     (lambda folder: edit(folder, files={"../x": {"sha256": "a" * 64, "bytes": 1}}), "files"),

@@ -19,10 +19,11 @@ from itune.export.methods import build_decoder, build_vision
 from itune.export.products import Blocks, Rows
 from itune.export.quantize_graph import quantize_graph
 from itune.model import ITuningModel
-from itune.runtime.bundle import MANIFEST, Bundle, FileHash
+from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.engines import onnxruntime as onnxruntime_engine
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
 from itune.runtime.errors import BundleError
+from itune.runtime.manifest import FileHash
 
 VOCABULARY, WIDTH, TWINS = 60, 32, (11, 40)
 PRECISIONS = ("fp32", "int8", "int4")
