@@ -1,16 +1,20 @@
-"""Tiny random ClipCap checkpoints."""
+"""Tiny random ClipCap checkpoints, and the paper's mapper to compare with."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import WEIGHTS_FILE, ClipCapCheckpoint, Source, VisionSource, save_config
 from itune.clipcap import ClipCapConfig, ClipCapModel
 from itune.runtime.settings import TextSettings
+from tests.conftest import make_clip
 
 SHAPES: dict[str, dict[str, Any]] = {
     "transformer": {"mapper": "transformer", "prefix_length": 4, "clip_length": 3, "mapper_layers": 2},
@@ -45,3 +49,40 @@ def save_clipcap(folder: Path, language_model: Path, tower: Path, prompt: str = 
     )
     save_config(checkpoint, folder)
     return folder
+
+
+def make_projecting_clip(folder: Path) -> Path:
+    """A CLIP that has its projection, to 20."""
+    make_clip(folder)
+    config = CLIPVisionConfig.from_pretrained(folder)
+    config.projection_dim, config.layer_norm_eps = 20, 1e-3
+    torch.manual_seed(3)
+    model = CLIPVisionModelWithProjection(config)
+    with torch.no_grad():
+        norm = model.vision_model.post_layernorm
+        norm.weight.normal_(1, 0.2), norm.bias.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def papers_transformer(w: dict[str, Tensor], x: Tensor, heads: int, clip_length: int) -> Tensor:
+    """The mapper, position by position and head by head, from the paper's description and its code's conventions."""
+    d = w["prefix_const"].shape[1]
+    positions = [*(x @ w["linear.weight"].T + w["linear.bias"]).split(d), *w["prefix_const"]]
+    h = torch.stack(positions)
+
+    def norm(name: str, t: Tensor) -> Tensor:
+        centred = t - t.mean(-1, keepdim=True)
+        return w[f"{name}.weight"] * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() + w[f"{name}.bias"]
+
+    for i in range(1 + max(int(n.split(".")[2]) for n in w if n.startswith("transformer."))):
+        name, n = f"transformer.layers.{i}", len(h)
+        a = norm(f"{name}.norm1", h)
+        q = (a @ w[f"{name}.attn.to_queries.weight"].T).reshape(n, heads, -1)
+        both = (a @ w[f"{name}.attn.to_keys_values.weight"].T).reshape(n, 2, heads, -1)
+        scores = torch.einsum("qhc,khc->qkh", q, both[:, 0]) / math.sqrt(d // heads)
+        mixed = torch.einsum("qkh,khc->qhc", scores.softmax(1), both[:, 1]).reshape(n, d)
+        h = h + mixed @ w[f"{name}.attn.project.weight"].T + w[f"{name}.attn.project.bias"]
+        a = norm(f"{name}.norm2", h) @ w[f"{name}.mlp.fc1.weight"].T + w[f"{name}.mlp.fc1.bias"]
+        h = h + a.clamp(min=0) @ w[f"{name}.mlp.fc2.weight"].T + w[f"{name}.mlp.fc2.bias"]
+    return h[clip_length:]
