@@ -92,6 +92,11 @@ class Workplace:
         """The training captions."""
         return self.folder / "datastore"
 
+    @property
+    def features(self) -> Path:
+        """The photos' embeddings."""
+        return self.folder / "features"
+
     def checkpoint(self, run: Run) -> Path:
         """What a run's training wrote."""
         return self.folder / "methods" / run.name
@@ -109,7 +114,7 @@ class Workplace:
             "--dev-data": self.folder / "dev.jsonl",
             "--language-model": self.folder / "language-model",
             "--vision": self.folder / "vision",
-            "--cache-features": self.folder / "features",
+            "--cache-features": self.features,
             "--output": output,
             **BUDGET,
             **run.flags,

@@ -31,7 +31,7 @@ from rich.progress import Progress
 
 from itune import Captioner, ItuneError
 from itune.checkpoint import WEIGHTS_FILE, atomic_path, load_config
-from itune.cli.common import require
+from itune.cli.common import progress, require
 from itune.data import load_records
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.engines.onnxruntime import available_cpus
@@ -75,15 +75,28 @@ def conditions(runs: list[Run]) -> Iterator[Condition]:
 
 
 def train(workplace: Workplace, runs: list[Run]) -> None:
-    """Train what is not trained yet, one after the other."""
+    """Train what is not trained yet, one after the other, all on the same stored embeddings."""
+    _embed(workplace)
     if any(run.retrieves for run in runs) and not workplace.datastore.exists():
-        cache = ["--cache-features", workplace.folder / "features"]
+        cache = ["--cache-features", workplace.features]
         _itune(
             "datastore", "build", "--captions", workplace.folder / "train.jsonl", "--split", "all",
             "--encoder", workplace.folder / "vision", *cache, "-o", workplace.datastore,
         )  # fmt: skip
     for run in runs:
         workplace.train(run)
+
+
+def _embed(workplace: Workplace) -> None:
+    """Store the photos' embeddings: their time is no training's own."""
+    from itune.backbones import load_vision_tower
+    from itune.features import FeatureCache
+
+    cache = FeatureCache(workplace.features, load_vision_tower(str(workplace.folder / "vision")))
+    for split in ("train", "dev"):
+        photos = [record.image for record in load_records(workplace.folder / f"{split}.jsonl", split=None)]
+        with progress(f"{split} photos") as update:
+            cache.prepare(photos, flip=split == "train", progress=update)
 
 
 def score(workplace: Workplace, runs: list[Run], java: bool = True) -> None:
@@ -117,8 +130,8 @@ def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
         captioners[run.name] = Captioner.load(_bundle(workplace, run), threads=threads, **store)
     photos = [record.image for record in load_records(workplace.folder / "dev.jsonl", split=None)[: _PHOTOS + _WARMUP]]
     taken: dict[str, list[float]] = {name: [] for name in captioners}
-    with Progress(console=console, transient=True) as progress:
-        for number, photo in enumerate(progress.track(photos, description="captioning")):
+    with Progress(console=console, transient=True) as bar:
+        for number, photo in enumerate(bar.track(photos, description="captioning")):
             for name, captioner in captioners.items():
                 start = time.perf_counter()
                 captioner.caption(photo, num_beams=NUM_BEAMS)

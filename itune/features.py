@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -96,7 +97,8 @@ class FeatureCache:
     """Embeddings in one fp16 file per tower, preprocessing and mirroring; grows, and survives interruption.
 
     `features.f16` holds rows [tokens, width]; line i of `index.jsonl` names the photo of row i by path, size and
-    time of change. A row counts once its line is complete, so a build that was cut off goes on where it was.
+    time of change. A row counts once its line is complete, so a build that was cut off goes on where it was. Of several
+    processes with one cache, one adds to it while the others wait.
     """
 
     def __init__(self, folder: Path, tower: VisionTower) -> None:
@@ -128,14 +130,25 @@ class FeatureCache:
     def _build(self, images: Sequence[Path], mirrored: bool, progress: Progress | None) -> dict[Path, str]:
         folder = self._folders[mirrored]
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "tower.json") as temporary:
-            temporary.write_text(json.dumps(cache_identity(self.tower, mirrored), indent=2) + "\n")
         data, index = folder / "features.f16", folder / "index.jsonl"
-        rows = self._rows[mirrored] = self._recover(data, index)
+        with FileLock(folder / "lock"):
+            with atomic_path(folder / "tower.json") as temporary:
+                temporary.write_text(json.dumps(cache_identity(self.tower, mirrored), indent=2) + "\n")
+            rows = self._rows[mirrored] = self._recover(data, index)
+            unreadable = self._add(images, mirrored, rows, progress)
+        self._maps[mirrored] = np.memmap(data, np.float16, mode="r", shape=(len(rows), self.tokens, self.width))
+        return unreadable
+
+    def _add(
+        self, images: Sequence[Path], mirrored: bool, rows: dict[str, int], progress: Progress | None
+    ) -> dict[Path, str]:
+        """Append the photos that are not among `rows`, and enter them there."""
+        folder = self._folders[mirrored]
         missing = [path for path in dict.fromkeys(images) if identity(path) not in rows]
         unreadable: dict[Path, str] = {}
         live = LiveFeatures(self.tower)
         done = len(images) - len(missing)
+        data, index = folder / "features.f16", folder / "index.jsonl"
         with data.open("ab") as features, index.open("a", encoding="utf-8") as names:
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
@@ -150,7 +163,6 @@ class FeatureCache:
                 done += len(batch)
                 if progress:
                     progress(done, len(images))
-        self._maps[mirrored] = np.memmap(data, np.float16, mode="r", shape=(len(rows), self.tokens, self.width))
         return unreadable
 
     def _recover(self, data: Path, index: Path) -> dict[str, int]:

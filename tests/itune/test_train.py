@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +143,29 @@ def test_cache_survives_interruption_and_skips_bad_photos(
     assert again.prepare(photos) == {}
     assert len(index.read_text().splitlines()) == len(photos)
     torch.testing.assert_close(again.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
+
+
+def test_two_trainings_may_fill_one_cache_at_a_time(
+    live: LiveFeatures, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = LiveFeatures.embed
+
+    def slow(self: LiveFeatures, *arguments: Any) -> Any:
+        time.sleep(0.2)  # time enough for the other one to begin
+        return embed(self, *arguments)
+
+    monkeypatch.setattr(LiveFeatures, "embed", slow)
+    with ThreadPoolExecutor(2) as pool:
+        caches = [FeatureCache(tmp_path / "cache", live.tower) for _ in range(2)]
+        orders = (photos, photos[::-1])
+        running = [pool.submit(cache.prepare, order) for cache, order in zip(caches, orders, strict=True)]
+        assert [each.result() for each in running] == [{}, {}]
+    monkeypatch.undo()
+    index = next((tmp_path / "cache").glob("*/index.jsonl"))
+    assert len(index.read_text().splitlines()) == len(photos)
+    for cache in (*caches, FeatureCache(tmp_path / "cache", live.tower)):
+        assert cache.prepare(photos) == {}
+        torch.testing.assert_close(cache.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
 
 
 def test_mirrored_embeddings_are_those_of_the_mirrored_photo(live: LiveFeatures, photos: list[Path]) -> None:
