@@ -40,21 +40,24 @@ def consensus(
     captions: Sequence[Sequence[str]], votes: NDArray[np.float64], rarity: NGramWeights
 ) -> NDArray[np.float64]:
     """How much each caption, given as words, agrees with all the others, whose `votes` [captions] count so much."""
-    total = np.zeros(len(captions))
+    count = len(captions)
+    total = np.zeros(count)
     for order in range(1, MAX_ORDER + 1):
         columns: dict[NGram, int] = {}
-        places = [
-            (row, columns.setdefault(ngram, len(columns)))
+        cells = [
+            (row, columns.setdefault(ngram, len(columns)), times)
             for row, words in enumerate(captions)
-            for ngram in _ngrams(words, order)
+            for ngram, times in Counter(_ngrams(words, order)).items()
         ]
-        if not places:
+        if not cells:
             break
-        vectors = np.zeros((len(captions), len(columns)))
-        np.add.at(vectors, tuple(np.array(places).T), 1)
-        vectors *= rarity.of(columns)
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        total += vectors @ (votes @ vectors) - votes * np.square(vectors).sum(axis=1)
+        # The captions' vectors, one a row of a sparse matrix: what is not here is 0.
+        rows, places, times = np.array(cells).T
+        values = times * rarity.of(columns)[places]
+        values /= np.maximum(np.sqrt(np.bincount(rows, np.square(values), count)), 1e-12)[rows]
+        electorate = np.bincount(places, votes[rows] * values)
+        total += np.bincount(rows, values * electorate[places], count)
+        total -= votes * np.bincount(rows, np.square(values), count)
     return total / MAX_ORDER
 
 

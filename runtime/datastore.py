@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from .consensus import NGramWeights, consensus
 from .engines.base import Float32, Int64
 from .errors import DatastoreError
-from .manifest import Count, FileHash, FileName, ManifestFolder, Positive
+from .manifest import FileHash, FileName, ManifestFolder, Positive
 from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
 from .settings import EncoderIdentity, Settings
 
@@ -28,7 +29,7 @@ MANIFEST = "datastore.json"
 EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", "index.faiss"
 CAPTIONS, IMAGES = "captions", "images"
 NEIGHBOURS = 20
-"""The photos of an "image" datastore among whose captions is chosen."""
+"""The photos of an "image" datastore among whose captions is chosen; more where these have too few."""
 _SHARPNESS = 5.0
 """A photo votes with exp of so many times its similarity, in deciding which captions are typical."""
 _SAMPLED = 2000  # captions that tell which words are common
@@ -47,12 +48,13 @@ class DatastoreManifest(Settings):
     images: Positive
     index: Literal["flat", "ivf"]
     """How it is searched: exactly, or through faiss's inverted lists."""
-    nprobe: Count = 0
-    """Inverted lists that a query looks through."""
+    nprobe: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    """Inverted lists that a query looks through; 0 where there are none."""
     centered: bool
     """Whether the mean of the embeddings (`mean.npy`) was subtracted from entries, and has to be from queries."""
     files: dict[FileName, FileHash]
     provenance: dict[str, Any] = Field(default_factory=dict)
+    """`itune`, the version that wrote it, and `sources`."""
 
     @model_validator(mode="after")
     def _all_files(self) -> DatastoreManifest:
@@ -60,7 +62,17 @@ class DatastoreManifest(Settings):
         needed |= ({MEAN} if self.centered else set()) | ({INDEX} if self.index == "ivf" else set())
         if missing := sorted(needed - self.files.keys()):
             raise ValueError(f"files: {missing[0]} is not listed")
+        if (self.index == "ivf") != (self.nprobe > 0):
+            raise ValueError(
+                f"index {self.index} and nprobe {self.nprobe}: inverted lists are looked through, and only they"
+            )
         return self
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The caption files that it was made of, as far as its maker has told."""
+        sources = self.provenance.get("sources")
+        return [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
 
     def to_json(self) -> str:
         """The text of `datastore.json`."""
@@ -96,7 +108,7 @@ class Texts:
     def __init__(self, text: Path, offsets: Path) -> None:
         self._offsets = _load_array(offsets, np.int64, 1)
         size = text.stat().st_size
-        if self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
+        if not size or self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
             raise DatastoreError(f"{offsets} does not fit {text.name}; {STORE.mend}")
         self._text = np.asarray(np.memmap(text, np.uint8, "r"))
 
@@ -131,8 +143,9 @@ class Datastore:
         for name, (found, expected) in shapes.items():
             if found != expected:
                 raise DatastoreError(f"{folder}: {name} has shape {found} instead of {expected}; {STORE.mend}")
-        most = self.entries.max(axis=0)
-        if self.entries.min() < 0 or most[0] >= manifest.images or most[1:].max() > manifest.captions:
+        most, lengths = self.entries.max(axis=0), self.entries[:, 2] - self.entries[:, 1]
+        outside = self.entries.min() < 0 or most[0] >= manifest.images or most[1:].max() > manifest.captions
+        if outside or lengths.min() < 1 or lengths.sum() > manifest.captions:  # a caption is of one entry
             raise DatastoreError(f"{folder / ENTRIES}: names captions or photos that are not there; {STORE.mend}")
         self._index = (
             load_ivf(folder / INDEX, manifest.entries, manifest.encoder.dim, manifest.nprobe)
@@ -175,9 +188,10 @@ class Datastore:
     ) -> list[list[Retrieved]]:
         """The `k` best captions for each of `embeddings` [B, D], best first.
 
-        Of a "text" datastore, those that are nearest. Of an "image" datastore, the captions of the `NEIGHBOURS` nearest
-        photos that agree most with the others among them (see `consensus`). No caption comes twice, whatever its case,
-        spaces and final period. Ties stand in order of the entry. An approximate index may find fewer than k.
+        Of a "text" datastore, those that are nearest. Of an "image" datastore, those captions of the `NEIGHBOURS`
+        nearest photos (of more, where these have fewer than k) that agree most with the others (see `consensus`). No
+        caption comes twice, whatever its case, spaces and final period. Ties stand in order of the entry. An
+        approximate index may find fewer than k.
 
         `exclude_images`: for each query, ids of photos whose captions are left out; `exclude_captions`: captions that
         are, however often and of whatever photo they are in the datastore.
@@ -210,16 +224,18 @@ class Datastore:
         if k < 1:
             return []
         is_text = self.manifest.kind == "text"
-        wanted = k if is_text else max(k, NEIGHBOURS)
+        wanted = k if is_text else NEIGHBOURS
         count = 4 * wanted
         while True:
             entries, scores = ranking.best(query, count)
             photos = self._captions(entries, scores, len(entries) if is_text else wanted, images, taken)
-            found = _distinct(each for captions in photos for each in captions) if is_text else []
+            found = _distinct(each for captions in photos for each in captions)
             # Those left out, and the ones that say the same, may leave too few: look further.
-            enough = len(found if is_text else photos) >= wanted
-            if enough or len(entries) < count or count >= len(self.entries):
+            all_seen = len(photos) < wanted and (len(entries) < count or count >= len(self.entries))
+            if all_seen or (len(found) >= k and (is_text or len(photos) >= wanted)):
                 return (found if is_text else self._most_typical(photos))[:k]
+            if len(photos) >= wanted:
+                wanted *= 4
             count *= 4
 
     def _captions(
@@ -285,8 +301,8 @@ def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
 def _load_array(path: Path, dtype: Any, ndim: int) -> NDArray[Any]:
     try:
         # Still mapped, but without the bookkeeping that NumPy's memmap does at every access.
-        array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
+        array: NDArray[Any] = np.asarray(open_memmap(path, mode="r"))
+    except Exception as error:  # of a header that is none NumPy raises much: ValueError, TokenError, OverflowError...
         raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {STORE.mend}") from None
     if array.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)) or array.ndim != ndim or not len(array):
         raise DatastoreError(f"{path} holds {array.dtype} {list(array.shape)}, which is not expected; {STORE.mend}")

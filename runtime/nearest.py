@@ -65,7 +65,8 @@ class IvfRanking:
         # One by one, since faiss computes a batch's distances to the clusters in another order.
         wanted = min(_RERANKED * count, len(self.embeddings))
         _, found = self.index.search(self.queries[query : query + 1], wanted)
-        entries = np.sort(found[0][found[0] >= 0])
+        known = (found[0] >= 0) & (found[0] < len(self.embeddings))  # -1 where a cluster has no more
+        entries = np.sort(found[0][known])
         return _exact(self.embeddings, self.queries[query], entries, count)
 
 
@@ -83,13 +84,15 @@ def load_ivf(path: Path, entries: int, dim: int, nprobe: int) -> Any:
         ) from None
     try:
         index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        shape = (index.ntotal, index.d)
+        index.nprobe = nprobe  # which an index without inverted lists lacks
+        index.search(np.zeros((1, index.d), np.float32), 1)
     except Exception as error:  # RuntimeError, with a trace of faiss's own
         raise DatastoreError(f"{path}: faiss cannot read it ({str(error).strip()[-120:]}); build it again") from None
-    if (index.ntotal, index.d) != (entries, dim):
+    if shape != (entries, dim):
         raise DatastoreError(
-            f"{path}: holds {index.ntotal} vectors of {index.d} instead of {entries} of {dim}; build it again"
+            f"{path}: holds {shape[0]} vectors of {shape[1]} instead of {entries} of {dim}; build it again"
         )
-    index.nprobe = nprobe
     return index
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,29 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: resave(folder, "entries", np.full((5, 3), 9)), "names captions or photos that are not there"),
     (lambda folder: resave(folder, "captions", np.arange(6)), "captions.npy does not fit captions.txt"),
     (lambda folder: resave(folder, "captions", np.zeros((2, 2))), "captions.npy holds float64 [2, 2]"),
+    (lambda folder: resave(folder, "entries", np.tile([0, 0, 5], (5, 1))), "names captions or photos that are not"),
+    (lambda folder: resave(folder, "entries", np.tile([0, 1, 1], (5, 1))), "names captions or photos that are not"),
+    (lambda folder: rewrite(folder, "entries.npy", b"PK\x03\x04 no archive"), "entries.npy is not a NumPy array"),
+    (lambda folder: rewrite(folder, "entries.npy", header("{'descr': '<f4', (((")), "entries.npy is not a NumPy array"),
+    (
+        lambda folder: rewrite(
+            folder, "entries.npy", header("{'descr': '<i8', 'fortran_order': False, 'shape': (9223372036854775808, 3)}")
+        ),
+        "entries.npy is not a NumPy array",
+    ),
+    (
+        lambda folder: (resave(folder, "captions", np.zeros(1, int)), rewrite(folder, "captions.txt", b"")),
+        "captions.npy does not fit captions.txt",
+    ),
+    (lambda folder: edit(folder, index="ivf"), "is not listed"),
+    (lambda folder: edit(folder, nprobe=3), "index flat and nprobe 3"),
+    (lambda folder: edit(folder, nprobe=1 << 70), "nprobe: Input should be less than or equal to"),
 ]
+
+
+def header(text: str) -> bytes:
+    """A .npy file that is one."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 def flip(path: Path) -> None:
@@ -194,8 +217,19 @@ def flip(path: Path) -> None:
 def resave(folder: Path, name: str, array: Any) -> None:
     """As somebody would who also corrects the hash."""
     np.save(folder / f"{name}.npy", array)
+    list_file(folder, f"{name}.npy")
+
+
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    """The same with any content."""
+    (folder / name).write_bytes(content)
+    list_file(folder, name)
+
+
+def list_file(folder: Path, name: str, **fields: Any) -> None:
+    """Put a file's hash into the manifest."""
     files = json.loads((folder / MANIFEST).read_text())["files"]
-    edit(folder, files=files | {f"{name}.npy": FileHash.of(folder / f"{name}.npy").model_dump()})
+    edit(folder, files=files | {name: FileHash.of(folder / name).model_dump()}, **fields)
 
 
 @pytest.mark.parametrize(("breakage", "reason"), BREAKAGES, ids=[reason[:30] for _, reason in BREAKAGES])
@@ -220,8 +254,7 @@ def test_another_encoders_datastore_is_refused_with_both_names(words: Path) -> N
 
 def test_a_large_datastore_without_faiss_says_what_to_install(words: Path, tmp_path: Path) -> None:
     (words / "index.faiss").write_bytes(b"no index")
-    files = json.loads((words / MANIFEST).read_text())["files"]
-    edit(words, index="ivf", nprobe=1, files=files | {"index.faiss": FileHash.of(words / "index.faiss").model_dump()})
+    list_file(words, "index.faiss", index="ivf", nprobe=1)
     code = (
         "import sys; sys.modules['faiss'] = None\n"
         "from itune.runtime import Datastore, DatastoreError\n"
@@ -233,3 +266,39 @@ def test_a_large_datastore_without_faiss_says_what_to_install(words: Path, tmp_p
     pytest.importorskip("faiss")
     with pytest.raises(DatastoreError, match=r"index\.faiss: faiss cannot read it"):
         Datastore.load(words)
+
+
+def test_indices_that_are_not_as_they_should_be(words: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    rows = np.load(words / "embeddings.npy")
+    faiss.write_index(faiss.IndexFlatIP(DIM), str(words / "index.faiss"))
+    list_file(words, "index.faiss", index="ivf", nprobe=1)
+    with pytest.raises(DatastoreError, match=r"index\.faiss: (faiss cannot read it|holds 0 vectors)"):
+        Datastore.load(words)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(DIM), DIM, 1, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    index.add_with_ids(rows, np.array([0, 1, 2, 3, 1 << 40]))
+    faiss.write_index(index, str(words / "index.faiss"))
+    list_file(words, "index.faiss")
+    assert len(Datastore.load(words).search(query(1), 4)[0]) <= 4  # what the last id names is left out
+
+
+def test_photos_that_say_the_same_do_not_hide_the_others(tmp_path: Path) -> None:
+    rows = [[1, 0.01 * i, 0, 0, 0, 0, 0, 0] for i in range(40)]
+    captions = [["Normal chest."]] * 25 + [[f"Chest {i}."] for i in range(15)]
+    store = Datastore.load(make_store(tmp_path / "photos", "image", rows, captions))
+    (found,) = store.search(query(1), 4)
+    assert found[0].caption == "Normal chest."
+    assert len({caption_key(each.caption) for each in found}) == 4
+    (found,) = store.search(query(1), 100)
+    assert len(found) == 16
+
+
+def test_consensus_of_many_captions_takes_little_memory() -> None:
+    words = [[f"w{(7 * i + j) % 5000}" for j in range(10)] for i in range(4000)]
+    rarity = NGramWeights(words[::10])
+    tracemalloc.start()
+    agreement = consensus(words, np.ones(len(words)), rarity)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert np.isfinite(agreement).all()
