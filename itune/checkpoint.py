@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,10 +202,15 @@ def hash_files(paths: list[Path]) -> str:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, or vanishes."""
+    """A temporary folder that takes the place of `folder` when the block ends well, or vanishes.
+
+    Where `folder` is a symbolic link, of what it leads to.
+    """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    # Not by the process id, which is the same every time in a container, where a killed run may have left its own.
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old")
     temporary.mkdir()
     try:
         yield temporary

@@ -5,24 +5,24 @@ A datastore appears whole or not at all, and one that is added to stays as it wa
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.lib import format as npy
-from numpy.typing import DTypeLike, NDArray
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from . import __version__
 from .backbones import VisionTower
 from .caption_files import find_caption_file, holds
 from .checkpoint import atomic_folder, hash_files, relative_source
 from .data import Record, load_records
+from .datastore_files import ArrayWriter, TextWriter
+from .faiss_index import require_faiss, write_index
 from .features import FeatureCache, LiveFeatures
 from .retrieval import RetrievalHead, TextEncoder, load_encoder
 from .runtime.datastore import (
@@ -34,6 +34,8 @@ from .runtime.datastore import (
     MEAN,
     Datastore,
     DatastoreManifest,
+    Texts,
+    caption_key,
     centre,
 )
 from .runtime.engines.base import Float32
@@ -118,19 +120,41 @@ def add_to_datastore(
     encoder: str | None = None,
     report: Report = lambda _what, _done, _total: None,
 ) -> DatastoreManifest:
-    """Add a caption file's photos to a datastore, but for those whose id it has already.
+    """Add a caption file's photos to a datastore, but for those that it has already: the same id and caption.
 
-    `encoder` None is the one that the datastore names. The mean that was subtracted when it was built stays.
+    A photo whose id is another photo's there is added as FILE:ID. `encoder` None is the one that the datastore names.
+    The mean that was subtracted when it was built stays.
 
     Raises:
-        DatastoreError: not a datastore, damaged, or of another encoder; there is nothing new to add.
+        DatastoreError: not a datastore, damaged, of another encoder, or somebody else is adding to it; there is nothing
+            new to add.
     """
-    base = Datastore.load(store, verify=True)
-    manifest = base.manifest
-    embedder = _Embedder.load(encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling)
-    base.require(embedder.head.encoder)
-    with atomic_folder(store) as folder:
-        return _write(folder, base, manifest.encoder, source, embedder, manifest.centered, report)
+    with _only_writer(store):
+        base = Datastore.load(store, verify=True)
+        manifest = base.manifest
+        embedder = _Embedder.load(encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling)
+        base.require(embedder.head.encoder)
+        with atomic_folder(store) as folder:
+            return _write(folder, base, manifest.encoder, source, embedder, manifest.centered, report)
+
+
+@contextmanager
+def _only_writer(store: Path) -> Iterator[None]:
+    """Two additions at a time would start from the same datastore, and one of them be lost."""
+    if not store.is_dir():
+        Datastore.load(store)  # says what is wrong
+    path = store.resolve()
+    path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DatastoreError(f"{store}: another command is adding to it; add again when that has ended") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def find_encoder(store: Datastore) -> str:
@@ -219,31 +243,34 @@ def _write(
     report: Report,
 ) -> DatastoreManifest:
     records = source.records(embedder.kind)
-    known = set() if base is None else {base.images[i] for i in range(len(base.images))}
-    new = [record for record in records if record.id not in known]
+    names = _names(records, base, source.captions.stem)
+    new = [record for record in records if record.id in names]
     source.known = len(records) - len(new)
     if not new:
         raise DatastoreError(f"{source.captions}: all of its {len(records)} photos are in the datastore already")
+    coming = len(new) if embedder.kind == "image" else sum(len(record.captions) for record in new)
+    if (0 if base is None else base.manifest.entries) + coming > FLAT_ENTRIES:
+        require_faiss()  # rather now than after hours of embedding
     raw = folder / "raw.npy"
     photos: dict[str, int] = {}
     added = 0
     with ExitStack() as stack:
-        entries = stack.enter_context(_ArrayWriter(folder / ENTRIES, np.int64, (3,)))
-        captions = stack.enter_context(_TextWriter(folder, CAPTIONS))
-        images = stack.enter_context(_TextWriter(folder, IMAGES))
-        embeddings = stack.enter_context(_ArrayWriter(raw, np.float32, (identity.dim,)))
+        entries = stack.enter_context(ArrayWriter(folder / ENTRIES, np.int64, (3,)))
+        captions = stack.enter_context(TextWriter(folder, CAPTIONS))
+        images = stack.enter_context(TextWriter(folder, IMAGES))
+        embeddings = stack.enter_context(ArrayWriter(raw, np.float32, (identity.dim,)))
         if base is not None:
             entries.append(base.entries)
             for texts, there in ((captions, base.captions), (images, base.images)):
-                texts.extend(there[i] for i in range(len(there)))
+                texts.extend(_each(there))
         for rows, batch in embedder.entries(new, source, report):
             embeddings.append(rows)
             for record, texts_of in batch:
                 if record.id not in photos:
                     photos[record.id] = images.count
-                    images.extend([record.id])
+                    images.extend([names[record.id]])
                 start = captions.count
-                captions.extend(texts_of)
+                captions.extend(" ".join(text.split()) for text in texts_of)
                 added += len(texts_of)
                 entries.append(np.array([[photos[record.id], start, captions.count]]))
         if not photos:
@@ -254,10 +281,8 @@ def _write(
     raw.unlink()
     nprobe = 0
     if total > FLAT_ENTRIES:
-        from .faiss_index import write_index
-
         nprobe = write_index(folder, base, report)
-    sources = [] if base is None else list(base.manifest.provenance.get("sources", []))
+    sources = [] if base is None else base.manifest.sources
     manifest = DatastoreManifest(
         kind=embedder.kind,
         encoder=identity,
@@ -274,6 +299,51 @@ def _write(
     return manifest
 
 
+def photos_in(store: Datastore, records: Sequence[Record]) -> int:
+    """How many photos are in a datastore with a caption of their own."""
+    there = _captions_of(store, {record.id for record in records})
+    return sum(
+        any(caption_key(caption) in there.get(record.id, ()) for caption in record.captions) for record in records
+    )
+
+
+def _names(records: Sequence[Record], base: Datastore | None, file: str) -> dict[str, str]:
+    """What new photos are called in the datastore, by their id: that is theirs, unless another photo there has it.
+
+    Files number their photos from 0, each for itself: the same photo has one of its captions there.
+    """
+    own: dict[str, str] = {record.id: record.id for record in records}
+    if base is None:
+        return own
+    again = {record.id: f"{file}:{record.id}" for record in records}
+    there = _captions_of(base, {*own, *again.values()})
+    names = {}
+    for record in records:
+        captions = {caption_key(caption) for caption in record.captions}
+        places = [name for name in (record.id, again[record.id]) if name in there]
+        if any(captions & there[name] for name in places):
+            continue
+        if len(places) == 2:
+            raise DatastoreError(
+                f"{base.folder}: has other photos of the ids {places[0]!r} and {places[1]!r} already; rename the file"
+            )
+        names[record.id] = again[record.id] if record.id in there else record.id
+    return names
+
+
+def _captions_of(base: Datastore, images: set[str]) -> Mapping[str, set[str]]:
+    """The captions, as `caption_key` has them, of those of `images` that the datastore holds."""
+    found = {i: name for i, name in enumerate(_each(base.images)) if name in images}
+    captions: dict[str, set[str]] = {name: set() for name in found.values()}
+    for image, start, end in base.entries[np.isin(base.entries[:, 0], list(found))].tolist():
+        captions[found[image]].update(caption_key(base.captions[i]) for i in range(start, end))
+    return captions
+
+
+def _each(texts: Texts) -> Iterator[str]:
+    return (texts[i] for i in range(len(texts)))
+
+
 def _write_embeddings(folder: Path, raw: Path, base: Datastore | None, dim: int, centered: bool, total: int) -> None:
     """`embeddings.npy`, and `mean.npy` where they are centred: float16 where only few of them are read for a query."""
     new: NDArray[np.float32] = np.load(raw, mmap_mode="r")
@@ -283,7 +353,7 @@ def _write_embeddings(folder: Path, raw: Path, base: Datastore | None, dim: int,
         mean = base.mean if base is not None else np.asarray(new.mean(axis=0, dtype=np.float64), np.float32)
         np.save(folder / MEAN, np.asarray(mean))
     dtype = np.float16 if total > FLAT_ENTRIES else np.float32
-    with _ArrayWriter(folder / EMBEDDINGS, dtype, (dim,)) as writer:
+    with ArrayWriter(folder / EMBEDDINGS, dtype, (dim,)) as writer:
         for start in range(0, 0 if base is None else base.manifest.entries, _CHUNK):
             assert base is not None
             writer.append(base.embeddings[start : start + _CHUNK])
@@ -291,61 +361,4 @@ def _write_embeddings(folder: Path, raw: Path, base: Datastore | None, dim: int,
             writer.append(centre(new[start : start + _CHUNK], mean))
 
 
-class _ArrayWriter:
-    """A .npy file that grows; its length is written at the end, into the room that NumPy leaves for it."""
-
-    def __init__(self, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape, self.count = np.dtype(dtype), shape, 0
-        self._file = path.open("wb")
-        self._begin = self._header()
-
-    def append(self, rows: NDArray[Any]) -> None:
-        """Add `rows` [n, *shape]."""
-        self._file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
-        self.count += len(rows)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
-        if kind is None:
-            self._file.seek(0)
-            assert self._header() == self._begin
-        self._file.close()
-
-    def _header(self) -> int:
-        content = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count, *self.shape)}
-        npy.write_array_header_1_0(self._file, content)
-        return self._file.tell()
-
-
-class _TextWriter:
-    """NAME.txt, a text a line, and NAME.npy, where each begins."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._file = (folder / f"{name}.txt").open("wb")
-        self._path = folder / f"{name}.npy"
-        self._offsets = array("q", [0])
-
-    @property
-    def count(self) -> int:
-        """How many texts there are."""
-        return len(self._offsets) - 1
-
-    def extend(self, texts: Iterator[str] | Sequence[str]) -> None:
-        """Add texts, their white space collapsed."""
-        for text in texts:
-            line = f"{' '.join(text.split())}\n".encode()
-            self._file.write(line)
-            self._offsets.append(self._offsets[-1] + len(line))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
-        self._file.close()
-        if kind is None:
-            np.save(self._path, np.frombuffer(self._offsets, np.int64))
-
-
-__all__ = ["FLAT_ENTRIES", "Source", "add_to_datastore", "build_datastore"]
+__all__ = ["FLAT_ENTRIES", "Source", "add_to_datastore", "build_datastore", "photos_in"]

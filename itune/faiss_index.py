@@ -27,6 +27,17 @@ def clusters(entries: int) -> int:
     return int(2 ** round(np.log2(min(4 * np.sqrt(entries), entries / _TRAINING))))
 
 
+def require_faiss() -> Any:
+    """The module. Raises DatastoreError where it is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        raise DatastoreError(
+            "faiss not installed, and more than 100,000 entries need it: pip install 'itune[retrieval]'"
+        ) from None
+    return faiss
+
+
 def write_index(folder: Path, base: Datastore | None, report: Callable[[str, int, int], None]) -> int:
     """Index the embeddings of `folder`; returns how many clusters a query has to look through.
 
@@ -35,12 +46,7 @@ def write_index(folder: Path, base: Datastore | None, report: Callable[[str, int
     Raises:
         DatastoreError: faiss is not installed.
     """
-    try:
-        import faiss
-    except ImportError:
-        raise DatastoreError(
-            "faiss not installed, and more than 100,000 entries need it: pip install 'itune[retrieval]'"
-        ) from None
+    faiss = require_faiss()
     embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r")
     count, dim = embeddings.shape
     lists = clusters(count)

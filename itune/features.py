@@ -136,7 +136,10 @@ class FeatureCache:
                 temporary.write_text(json.dumps(cache_identity(self.tower, mirrored), indent=2) + "\n")
             rows = self._rows[mirrored] = self._recover(data, index)
             unreadable = self._add(images, mirrored, rows, progress)
-        self._maps[mirrored] = np.memmap(data, np.float16, mode="r", shape=(len(rows), self.tokens, self.width))
+        shape = (len(rows), self.tokens, self.width)  # an empty file cannot be mapped
+        self._maps[mirrored] = (
+            np.memmap(data, np.float16, mode="r", shape=shape) if rows else np.empty(shape, np.float16)
+        )
         return unreadable
 
     def _add(

@@ -12,7 +12,7 @@ from .batches import caption_head, encode_caption
 from .config import TrainConfig
 from .data import Record
 from .features import Features
-from .retrieval import load_head, retrieve_for
+from .retrieval import Own, load_head, retrieve_for
 from .runtime.datastore import Datastore
 from .runtime.errors import ItuneError
 from .runtime.prompts import PromptWriter
@@ -50,9 +50,9 @@ def prepare_prompts(
 ) -> Prompting | None:
     """Retrieve for every photo of the training and dev splits, as `config` says; None where it retrieves nothing.
 
-    Of training photos, their own captions are left out (SmallCap, section 3.3). `features` have been prepared with all
-    photos; `base` are the settings of the checkpoint that a training starts from; `cache` is a folder that keeps what
-    was retrieved.
+    Photos' own captions are left out (SmallCap, section 3.3), of dev photos, too: a datastore may hold both splits.
+    `features` have been prepared with all photos; `base` are the settings of the checkpoint that a training starts
+    from; `cache` is a folder that keeps what was retrieved.
 
     Raises:
         DatastoreError: the datastore cannot be read, or is of another encoder than `tower`.
@@ -77,14 +77,14 @@ def prepare_prompts(
             store,
             settings.k,
             head,
-            leave_out_own=what == "train",
+            leave_out=Own.CAPTIONS if what == "train" else Own.PHOTO,
             cache=cache,
             progress=lambda done, total, what=what: progress(f"retrieving for {what} photos", done, total),  # type: ignore[misc]
         )
         for record in records:
             room = _room(config, text, language, record if what == "train" else None)
             ids, written = writer.write(found[record.id], room + 1 - len(begin))
-            heads[record.image] = (*begin, *ids)
+            heads.setdefault(record.image, (*begin, *ids))  # of a photo in both splits, that without its captions
             captions += len(written)
     manifest = store.manifest
     origin = {"kind": manifest.kind, "entries": manifest.entries, "captions": manifest.captions}

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,6 +194,15 @@ def embed_photos(
     return rows
 
 
+class Own(StrEnum):
+    """What counts as a photo's own captions, in a datastore."""
+
+    PHOTO = "photo"
+    """Those of the photo with its id: of a dev split, which otherwise retrieves as the finished captioner will."""
+    CAPTIONS = "captions"
+    """Those, and whatever says the same, under any id: in training."""
+
+
 def retrieve_for(
     records: Sequence[Record],
     features: Features,
@@ -200,23 +210,22 @@ def retrieve_for(
     k: int,
     head: RetrievalHead,
     *,
-    leave_out_own: bool = True,
+    leave_out: Own = Own.CAPTIONS,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[str]]:
     """For every record's id, the k captions of the datastore that are most similar to its photo.
 
-    The photo's own captions are left out, under whatever id they are in the datastore, as captions of other photos that
-    say the same are: else training would copy them. For photos of a dev split, of which the datastore holds none,
-    `leave_out_own=False` retrieves as the finished captioner will. With `cache`, a folder, the result is kept there and
-    read again for the same photos, captions, datastore and k. `features` have been prepared with the records' photos.
+    The photo's own captions are left out: else training would copy them, and a dev split's score would be of captions
+    that were shown. With `cache`, a folder, the result is kept there and read again for the same photos, captions,
+    datastore and k. `features` have been prepared with the records' photos.
 
     Raises:
         DatastoreError: the datastore is of another encoder than `head`.
     """
     # Opened before, perhaps for no encoder in particular.
     datastore.require(head.encoder)
-    path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out_own)}.json"
+    path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out)}.json"
     if path is not None and path.is_file():
         content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
         return content
@@ -227,8 +236,8 @@ def retrieve_for(
         found = datastore.search(
             embeddings,
             k,
-            exclude_images=[{record.id} for record in batch] if leave_out_own else None,
-            exclude_captions=[record.captions for record in batch] if leave_out_own else None,
+            exclude_images=[{record.id} for record in batch],
+            exclude_captions=[record.captions for record in batch] if leave_out is Own.CAPTIONS else None,
         )
         for record, nearest in zip(batch, found, strict=True):
             captions[record.id] = [each.caption for each in nearest]
@@ -240,8 +249,8 @@ def retrieve_for(
     return captions
 
 
-def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out_own: bool) -> str:
-    digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k} {leave_out_own}\n".encode())
+def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: Own) -> str:
+    digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k} {leave_out}\n".encode())
     for record in records:
         digest.update(f"{json.dumps([record.id, identity(record.image), record.captions])}\n".encode())
     return digest.hexdigest()[:16]

@@ -127,8 +127,9 @@ def info(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(store), show_header=False)
+    table = Table(title=Text(str(store)), show_header=False)
     size = sum(file.bytes for file in manifest.files.values())
     rows = {
         "found by": "captions (image to text)" if manifest.kind == "text" else "photos (image to image)",
@@ -139,9 +140,10 @@ def info(
         "size": f"{size / 1e6:,.1f} MB",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
-    for each in manifest.provenance.get("sources", []):
-        table.add_row("from", f"{each['file']} ({each['split']}): {each['captions']:,} captions, {each['sha256'][:12]}")
+        table.add_row(name, Text(value))
+    for source in manifest.sources:
+        file, split, captions, sha256 = (str(source.get(key, "?")) for key in ("file", "split", "captions", "sha256"))
+        table.add_row("from", Text(f"{file} ({split}): {captions} captions, {sha256[:12]}"))
     Console().print(table)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from itune import datastore as building
 from itune.backbones import BackboneError
 from itune.cli.datastore import main
 from itune.data import load_records
-from itune.datastore import Source, add_to_datastore, build_datastore
+from itune.datastore import Source, add_to_datastore, build_datastore, photos_in
 from itune.features import LiveFeatures
-from itune.retrieval import TextEncoder, load_encoder, retrieve_for
+from itune.retrieval import Own, TextEncoder, load_encoder, retrieve_for
 from itune.runtime.datastore import Datastore
 from itune.runtime.errors import DatastoreError
 from itune.runtime.image import decode, preprocess
@@ -122,8 +123,11 @@ def test_training_never_sees_a_photos_own_captions(
     assert retrieve_for(records, None, store, 3, head, cache=tmp_path) == found  # type: ignore[arg-type]
     renamed = [type(record)(record.image, record.captions, f"other{record.id}") for record in records]
     assert list(retrieve_for(renamed, features, store, 3, head).values()) == list(found.values())
-    own = retrieve_for(records, features, store, 3, head, leave_out_own=False, cache=tmp_path)
-    assert any(set(own[record.id]) & set(record.captions) for record in records)
+    shown = retrieve_for(renamed, features, store, 3, head, leave_out=Own.PHOTO, cache=tmp_path)
+    assert any(set(shown[record.id]) & set(record.captions) for record in renamed)
+    dev = retrieve_for(records, features, store, 3, head, leave_out=Own.PHOTO, cache=tmp_path)
+    for record in records:
+        assert record.captions[0] not in dev[record.id]  # which no other photo has
 
 
 def test_adding_in_two_steps_is_building_at_once(
@@ -197,6 +201,78 @@ def test_many_entries_are_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [ivf.search(query[None], 4)[0] for query in queries] == found
 
 
+def test_two_additions_do_not_lose_one(
+    tmp_path: Path, captions: Path, clip_folder: Path, image_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = shutil.copytree(image_store, tmp_path / "store")
+    more = captions.with_name("two.jsonl")
+    more.write_text('{"image": "0.png", "captions": ["new"], "id": "new"}', encoding="utf-8")
+    write = building._write_embeddings
+
+    def meanwhile(*arguments: Any) -> None:
+        with pytest.raises(DatastoreError, match="another command is adding to it; add again when"):
+            add_to_datastore(store, Source(more), encoder=str(clip_folder))
+        write(*arguments)
+
+    monkeypatch.setattr(building, "_write_embeddings", meanwhile)
+    add_to_datastore(store, Source(more), encoder=str(clip_folder))
+    assert Datastore.load(store, verify=True).manifest.images == PHOTOS + 1
+    assert list(tmp_path.iterdir()) == [store]
+
+
+def test_photos_of_the_datastore_are_told_apart_from_new_ones(image_store: Path, captions: Path) -> None:
+    store, records = Datastore.load(image_store), load_records(captions)
+    assert photos_in(store, records) == PHOTOS
+    others = [replace(record, captions=("nothing of the kind",)) for record in records[:3]]
+    renamed = [replace(record, id=f"x{record.id}") for record in records[:3]]
+    assert photos_in(store, [*others, *renamed, *records[3:5]]) == 2
+
+
+def test_files_that_number_their_photos_alike(tmp_path: Path, clip_folder: Path, captions: Path) -> None:
+    """Karpathy's files all count from 0; ids with spaces stay what they are."""
+    files = []
+    for name, texts in (("here", ["a dog", "a  cat"]), ("there", ["a bus", "A dog."])):
+        images = [
+            {"image": str(captions.parent / f"{i}.png"), "captions": [text], "id": f"no  {i}"}
+            for i, text in enumerate(texts)
+        ]
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("\n".join(map(json.dumps, images)), encoding="utf-8")
+    store = tmp_path / "store"
+    build_datastore(Source(files[0]), str(clip_folder), store)
+    second = Source(files[1])
+    add_to_datastore(store, second)
+    whole = Datastore.load(store, verify=True)
+    assert second.known == 0
+    assert [whole.images[i] for i in range(4)] == ["no  0", "no  1", "there:no  0", "there:no  1"]
+    assert [whole.captions[i] for i in range(4)] == ["a dog", "a cat", "a bus", "A dog."]
+    for file in files:
+        with pytest.raises(DatastoreError, match="all of its 2 photos are in the datastore already"):
+            add_to_datastore(store, Source(file))
+
+
+def test_faiss_is_missed_before_anything_is_embedded(
+    tmp_path: Path, captions: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "FLAT_ENTRIES", 10)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    done: list[str] = []
+    with pytest.raises(DatastoreError, match=r"faiss not installed, .* pip install 'itune\[retrieval\]'"):
+        build_datastore(Source(captions), str(clip_folder), tmp_path / "s", report=lambda what, *_: done.append(what))
+    assert done == []
+
+
+def test_a_link_to_a_datastore_stays_one(tmp_path: Path, captions: Path, clip_folder: Path, image_store: Path) -> None:
+    shutil.copytree(image_store, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    more = captions.with_name("three.jsonl")
+    more.write_text('{"image": "0.png", "captions": ["new"], "id": "new"}', encoding="utf-8")
+    add_to_datastore(tmp_path / "link", Source(more), encoder=str(clip_folder))
+    assert (tmp_path / "link").is_symlink()
+    assert Datastore.load(tmp_path / "real").manifest.images == PHOTOS + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_refusals(tmp_path: Path, captions: Path, clip_folder: Path, full_clip_folder: Path, image_store: Path) -> None:
     with pytest.raises(BackboneError, match="no visual_projection"):
         build_datastore(Source(captions), str(clip_folder), tmp_path / "s", kind="text")
@@ -217,6 +293,9 @@ def test_refusals(tmp_path: Path, captions: Path, clip_folder: Path, full_clip_f
     broken.write_text('{"image": "bad.png", "captions": ["nothing"]}', encoding="utf-8")
     with pytest.raises(DatastoreError, match="none of its photos can be read"):
         build_datastore(Source(broken), str(clip_folder), tmp_path / "s")
+    with pytest.raises(DatastoreError, match="none of its photos can be read"):
+        build_datastore(Source(broken, cache=tmp_path / "f"), str(clip_folder), tmp_path / "s")
+    shutil.rmtree(tmp_path / "f")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "other"]
 
 
@@ -243,6 +322,11 @@ def test_command_line(
     assert "24 captions of 12 photos, 12 entries" in told
     assert json.loads(run("info", store, "--json")[1])["encoder"]["pooling"] == "mean"
     assert "photos (image to image)" in run("info", store)[1]
+    content = json.loads((store / "datastore.json").read_text())
+    for sources in (5, [3], [{"file": "[/x]"}]):
+        (store / "datastore.json").write_text(json.dumps(content | {"provenance": {"sources": sources}}))
+        assert run("info", store)[0] == 0
+    (store / "datastore.json").write_text(json.dumps(content))
     status, printed, _ = run("search", store, photo, bad, "-k", 2, "--json")
     first, second = map(json.loads, printed.splitlines())
     assert (status, len(first["retrieved"]), set(second)) == (1, 2, {"image", "error"})

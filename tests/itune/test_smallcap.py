@@ -118,8 +118,9 @@ def test_packed_captions_have_the_loss_and_gradients_of_rows_of_their_own(
 ) -> None:
     gpt2 = copy.deepcopy(language.model)
     gpt2.set_attn_implementation(attention)
-    model = randomise(make(gpt2))
-    visual = torch.randn(3, 17, 24)
+    model = randomise(make(gpt2.double()))  # in single precision the order of the sums is seen
+    model.adapters.double()
+    visual = torch.randn(3, 17, 24, dtype=torch.float64)
 
     def measure(batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], float | None]:
         model.zero_grad()
@@ -286,7 +287,8 @@ def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
         assert prompt.startswith("Similar images show\n\n")
         assert prompt.endswith(".\n\nThis image shows ")
         own = [caption for caption in record.captions if f"\n\n{caption.rstrip(' .')}" in prompt]
-        assert not own or record in records[8:]
+        # What another photo says as well is left out in training only.
+        assert own == [] if record in records[:8] else record.captions[1] not in own
     few = prepare(retrieve=4, max_new_tokens=260)
     longest = max(map(len, few.heads.values()))
     assert longest <= 320 - 260 + 1 < max(map(len, everything.heads.values()))
