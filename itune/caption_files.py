@@ -29,7 +29,11 @@ class Entry:
 
 
 _SPLIT_NAMES = {"restval": "train", "training": "train", "val": "dev", "valid": "dev", "validation": "dev"}
-_LIST_NAMES = {"train": re.compile("train"), "dev": re.compile("dev|val"), "test": re.compile("test")}
+_LIST_NAMES = {
+    # val2014, captions_test, trainImages: words of their own, and no parts of latest, retrieval or constraints.
+    split: re.compile(rf"(?<![a-z])(?:{names})(?:set|split)?(?![a-z])")
+    for split, names in (("train", "train|training"), ("dev", "dev|val|valid|validation"), ("test", "test|testing"))
+}
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t\n]+)#\d+\t(?P<caption>.*)")
 _COCO_NAME = re.compile("captions|nocaps")
 _TEXT_SUFFIXES = {".txt", ".token", ".json", ".jsonl"}
@@ -53,12 +57,18 @@ def split_name(name: str) -> str:
     return _SPLIT_NAMES.get(name.lower(), name.lower())
 
 
+def _named_split(file_name: str) -> str | None:
+    """The split that a file's name tells."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", file_name).lower()
+    return next((split for split, pattern in _LIST_NAMES.items() if pattern.search(words)), None)
+
+
 def find_caption_file(folder: Path) -> Path:
     """The one caption file of a folder; split lists and other texts may lie beside it."""
     try:
         names = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
         # Flickr8k.lemma.token.txt lies beside the captions and holds dictionary forms: no text to learn from.
-        found = [path for path in names if "lemma" not in path.name and _looks_like_captions(path)]
+        found = [path for path in names if ".lemma." not in path.name and _looks_like_captions(path)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
     if len(found) == 1:
@@ -232,7 +242,7 @@ def _read_split_lists(token_file: Path, known: set[str]) -> dict[str, str]:
     lists: dict[str, Path] = {}
     splits: dict[str, str] = {}
     for path in sorted(token_file.parent.glob("*.txt")):
-        split = next((name for name, pattern in _LIST_NAMES.items() if pattern.search(path.name.lower())), None)
+        split = _named_split(path.name)
         if split is None or path == token_file or not path.is_file():
             continue
         names = [line.strip() for _, line in _lines(_read_text(path))]
@@ -289,7 +299,7 @@ def _read_coco(document: dict[str, Any], file: Path) -> list[Entry]:
 
     The file's name says which split it is. Reference files without file names are read, too: to score, none are needed.
     """
-    split = next((name for name, pattern in _LIST_NAMES.items() if pattern.search(file.stem.lower())), None)
+    split = _named_split(file.stem)
     entries: dict[str, Entry] = {}
     captions: dict[str, list[str]] = {}
     for where, image in _objects(document, "images", ("id",), file):

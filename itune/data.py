@@ -97,7 +97,9 @@ def _select(entries: list[Entry], split: str | None, file: Path, undivided: bool
         )
     if wanted not in sizes:
         found = ", ".join(f"{name} ({size} photos)" for name, size in sizes.items() if name)
-        raise DataError(f"{file}: has no {wanted} split, only {found}")
+        raise DataError(
+            f"{file}: has no {wanted} split, only {found}: ask for that (of a COCO file, its name says which it is)"
+        )
     return [entry for entry in entries if entry.split == wanted]
 
 

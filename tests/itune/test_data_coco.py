@@ -30,7 +30,17 @@ def write(path: Path, value: object) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("captions_val2014", "dev"), ("nocaps_val_4500_captions", "dev"), ("captions_train2014", "train"), ("x", "train")],
+    [
+        ("captions_val2014", "dev"),
+        ("nocaps_val_4500_captions", "dev"),
+        ("captions_train2014", "train"),
+        ("myTestSet", "test"),
+        ("x", "train"),
+        ("latest", "train"),
+        ("retrieval_captions", "train"),
+        ("festival", "train"),
+        ("retrieval_test", "test"),
+    ],
 )
 def test_annotations(tmp_path: Path, name: str, split: str) -> None:
     file = write(tmp_path / f"{name}.json", {"info": {}, "images": IMAGES, "annotations": ANNOTATIONS})
