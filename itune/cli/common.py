@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -66,6 +68,15 @@ def run(command: Callable[..., int | None], name: str | None = None) -> NoReturn
 def _fail(name: str, message: str) -> NoReturn:
     print(f"{name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ItuneError, before hours of work, where no file of that name can be written."""
+    if path.is_dir():
+        raise ItuneError(f"{path} is a folder; give the name of a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ItuneError(f"{path} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'a file'}")
 
 
 def require(extra: str, *modules: str) -> None:

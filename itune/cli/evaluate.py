@@ -79,9 +79,9 @@ def evaluate(
             flag = "CHECKPOINT_OR_BUNDLE" if parameter.name == "model" else parameter.opts[0]
             reason = "contradicts --captions, which come from a file" if captions else "is for --captions: give both"
             raise ItuneError(f"{flag} {reason}")
-    for path in (per_image, None if json_output in (None, "-") else Path(json_output)):
-        if path is not None and path.is_dir():
-            raise ItuneError(f"{path} is a folder; give the name of a file to write (--json alone prints)")
+    for path in (output, per_image, None if json_output in (None, "-") else Path(json_output)):
+        if path is not None:
+            common.check_writable(path)
     from ..caption_files import read_results
     from ..data import load_records
     from .scores import Captioned, report
@@ -101,6 +101,7 @@ def evaluate(
             lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"
             raise ItuneError(f"{lacking} is missing: give a model and --data, or --captions and --references")
         common.require("train", "torch", "transformers", "safetensors")
+        from ..datastore import photos_in
         from ..evaluate import load_captioner
 
         wanted = wanted or (None if split else "dev")
@@ -118,6 +119,15 @@ def evaluate(
 
             torch.set_num_threads(threads)
         captioner = load_captioner(model, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
+        store = None if captioner.retriever is None else captioner.retriever.datastore
+        if scored and store and (shown := photos_in(store, records)):
+            common.console().print(
+                f"{shown} of these {len(records)} photos are in {store.folder} with their own captions, which prompts "
+                "may hold: these are not the scores of new photos",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
         written, reasons = _caption(captioner, records, {**options, "batch_size": batch_size})
         failed = len(reasons)
         for reason in reasons:
@@ -149,7 +159,9 @@ def _caption(
 
 
 def _say_unscored(output: Path | None, count: int, failed: int) -> None:
-    common.console().print(f"{output}: {count} captions; there are no references to score against", highlight=False)
+    common.console().print(
+        f"{output}: {count} captions; there are no references to score against", markup=False, highlight=False
+    )
     if failed:
         common.console().print(
             f"EvalAI wants a caption of every photo: {failed} could not be read", style="yellow", highlight=False

@@ -119,6 +119,8 @@ def _score(
     present = {domains[image] for image in captions} - {None}
     names = [name for name in _DOMAINS if name in present] + sorted(str(name) for name in present - set(_DOMAINS))
     groups = {name: overall.select([image for image in captions if domains[image] == name]) for name in names}
+    if OVERALL in groups:
+        raise ItuneError(f"a domain of the references is called {OVERALL!r}, as the whole set is: give it another name")
     groups[OVERALL] = overall
     return _Scored(captioner.name, groups, {name: group.intervals() for name, group in groups.items()})
 
@@ -170,6 +172,7 @@ def _print_tables(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     overall = scored[0].overall
     names = [name for name in SCORES if all(name in own.overall.names for own in scored)]
@@ -178,7 +181,7 @@ def _print_tables(
         labels = [own.name for own in scored]
     title = " against ".join(labels)
     table = Table(
-        title=f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)",
+        title=Text(f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)"),
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -190,7 +193,7 @@ def _print_tables(
         for own, name in zip(scored, labels, strict=True):
             row = _score_cells(own.groups[group], own.intervals[group], names)
             head = " ".join(part for part in (label, name if len(scored) > 1 else "") if part)
-            table.add_row(*([head] if several else []), *row)
+            table.add_row(*([Text(head)] if several else []), *row)
         if comparison is not None:
             table.add_row("difference", *(_difference_cell(comparison[group][name]) for name in names), style="bold")
             table.add_section()

@@ -187,6 +187,8 @@ def test_mistakes(tmp_path: Path, references: Path, refused: Callable[..., str])
     assert "CHECKPOINT_OR_BUNDLE is missing" in refused("--data", references)
     assert "--data is missing" in refused("default")
     assert "is a folder; give the name of a file" in refused(*both, "--json", tmp_path)
+    assert "is a folder; give the name of a file" in refused("default", "--data", references, "--output", tmp_path)
+    assert "cannot be written: " in refused(*both, "--json", file / "scores.json")
     assert "has no test split" in refused(*both, "--split", "test")
     other = results(tmp_path / "other.json", GOOD | {99: "a dog"})
     sentence = refused("--captions", other, "--references", references)
@@ -197,6 +199,26 @@ def test_mistakes(tmp_path: Path, references: Path, refused: Callable[..., str])
     assert "only captions of the same images can be compared" in sentence
     write_json(fewer, {"7": "a dog"})
     assert "fewer.json: must be a list of" in refused("--captions", fewer, "--references", references)
+
+
+@pytest.mark.parametrize("domain", ["[/x]", "[indoor]"])
+def test_names_are_no_markup(tmp_path: Path, domain: str) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "domain": domain} for i in TRUTH]
+    annotations = [{"image_id": i, "caption": text} for i, texts in TRUTH.items() for text in texts]
+    references = write_json(tmp_path / "refs.json", {"images": images, "annotations": annotations})
+    file = results(tmp_path / "run[v2].json", GOOD)
+    done = run("--captions", file, "--references", references, "--no-java")
+    assert done.returncode == 0, done.stderr
+    assert f"{domain} (60)" in done.stdout
+    assert "run[v2].json" in done.stdout
+
+
+def test_no_domain_is_called_as_the_whole(tmp_path: Path, refused: Callable[..., str]) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "domain": "overall"} for i in TRUTH]
+    annotations = [{"image_id": i, "caption": text} for i, texts in TRUTH.items() for text in texts]
+    references = write_json(tmp_path / "refs.json", {"images": images, "annotations": annotations})
+    file = results(tmp_path / "r.json", GOOD)
+    assert "is called 'overall'" in refused("--captions", file, "--references", references, "--no-java")
 
 
 def test_empty_captions_score_nothing(tmp_path: Path, references: Path) -> None:
