@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from itune import ItuneError
 from itune.checkpoint import atomic_path
@@ -71,6 +74,7 @@ class Resources:
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     peak_mib: float = 0.0
+    """Of memory that is its own: the stored embeddings, which are mapped from a file, are not."""
 
     def plus(self, other: Resources) -> Resources:
         """Both one after the other."""
@@ -109,6 +113,8 @@ class Workplace:
     def train(self, run: Run) -> None:
         """Train, or go on; done runs are left alone."""
         output = self.checkpoint(run)
+        if self.is_trained(run):
+            return
         flags = {
             "--data": self.folder / "train.jsonl",
             "--dev-data": self.folder / "dev.jsonl",
@@ -130,16 +136,32 @@ class Workplace:
         ]
         start = time.monotonic()
         process = subprocess.Popen([*command, *switches])
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except KeyboardInterrupt:  # the training saves itself and stops
-            _, status, usage = os.wait4(process.pid, 0)
-        took = Resources(usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1024)
+        pid, peak = 0, 0.0
+        while not pid:
+            peak = max(peak, _own_mib(process.pid))
+            with suppress(KeyboardInterrupt):  # the training saves itself and stops
+                time.sleep(0.2)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        took = Resources(usage.ru_utime + usage.ru_stime, time.monotonic() - start, peak)
         process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
         with atomic_path(self._resources(run)) as temporary:
             temporary.write_text(json.dumps(vars(self.resources(run).plus(took))) + "\n", encoding="utf-8")
         if process.returncode:
             raise ItuneError(f"{run.title}: the training stopped; start again to go on")
 
+    def is_trained(self, run: Run) -> bool:
+        """Whether a run has come to its last epoch."""
+        progress = self.checkpoint(run) / "last" / "trainer.json"
+        return progress.exists() and json.loads(progress.read_text("utf-8"))["epoch"] >= int(BUDGET["--epochs"])
+
     def _resources(self, run: Run) -> Path:
         return self.folder / "methods" / f"{run.name}.resources.json"
+
+
+def _own_mib(pid: int) -> float:
+    """A process's memory without the files that it has mapped."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.Error:  # it has just ended
+        return 0.0
+    return float(memory.rss - getattr(memory, "shared", 0)) / 2**20
