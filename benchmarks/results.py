@@ -110,6 +110,9 @@ def score(workplace: Workplace, runs: list[Run], java: bool = True) -> None:
         flags = ["--num-beams", NUM_BEAMS, "--output", captions, "--json", scores, *condition.flags(workplace)]
         flags += [] if java else ["--no-java"]
         _itune("evaluate", bundle, "--data", workplace.folder / "dev.jsonl", "--split", "all", *flags)
+    if not (workplace.folder / "methods" / f"{BASE}.captions.json").exists():
+        return  # to be compared once there is something to compare with
+    for condition in conditions(runs):
         if condition.name != BASE:
             _compare(workplace, condition, java)
 
@@ -119,7 +122,8 @@ def _compare(workplace: Workplace, condition: Condition, java: bool) -> None:
     base, other = (workplace.folder / "methods" / f"{name}.captions.json" for name in (BASE, condition.name))
     files = ["--captions", base, "--captions", other, "--references", workplace.folder / "dev.jsonl"]
     written = other.with_name(f"{condition.name}.against.json")
-    _itune("evaluate", *files, "--json", written, *([] if java else ["--no-java"]))
+    if not written.exists():
+        _itune("evaluate", *files, "--json", written, *([] if java else ["--no-java"]))
 
 
 def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
@@ -130,13 +134,16 @@ def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
         captioners[run.name] = Captioner.load(_bundle(workplace, run), threads=threads, **store)
     photos = [record.image for record in load_records(workplace.folder / "dev.jsonl", split=None)[: _PHOTOS + _WARMUP]]
     taken: dict[str, list[float]] = {name: [] for name in captioners}
+    shown: dict[str, list[int]] = {}
     with Progress(console=console, transient=True) as bar:
         for number, photo in enumerate(bar.track(photos, description="captioning")):
             for name, captioner in captioners.items():
                 start = time.perf_counter()
-                captioner.caption(photo, num_beams=NUM_BEAMS)
+                caption = captioner.caption(photo, num_beams=NUM_BEAMS)
                 if number >= _WARMUP:
                     taken[name].append(1e3 * (time.perf_counter() - start))
+                    if caption.retrieved is not None:
+                        shown.setdefault(name, []).append(len(caption.retrieved))
                 time.sleep(0.02)  # let its threads go to sleep before the next one starts
     result = {
         "machine": machine(threads),
@@ -144,6 +151,7 @@ def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
         "num_beams": NUM_BEAMS,
         "precision": PRECISION,
         "ms": {name: _spread(values) for name, values in taken.items()},
+        "retrieved": {name: float(np.mean(counts)) for name, counts in shown.items()},
     }
     _write_json(workplace.folder / "methods" / "latency.json", result)
 
@@ -197,6 +205,8 @@ def _trainable(path: Path) -> int:
 def _bundle(workplace: Workplace, run: Run) -> Path:
     bundle = workplace.folder / "methods" / f"{run.name}-{PRECISION}"
     if not (bundle / MANIFEST).exists():
+        if not workplace.is_trained(run):
+            raise ItuneError(f"{run.title} is not trained to its end: run the stage train first")
         retrieval = ["--retrieve", RETRIEVE] if run.retrieves else []
         _itune("export", workplace.checkpoint(run) / "best", "--precision", PRECISION, *retrieval, "-o", bundle)
     return bundle

@@ -43,6 +43,7 @@ _FINE_TUNED = "language-model"
 """The folder, within the checkpoint's, of a language model that was trained, too."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 """The causal masks that older releases of transformers saved with the weights."""
+_EMBEDDING = "transformer.wte.weight"
 State = dict[str, Tensor]
 
 
@@ -199,6 +200,8 @@ def _load_gpt2(file: Path, state: State, language: LanguageModel, prefix: str = 
     state = {name: tensor for name, tensor in state.items() if not name.endswith(_BUFFERS)}
     if not state:
         return False
+    if _EMBEDDING in state:
+        state.setdefault("lm_head.weight", state[_EMBEDDING])  # safetensors holds tied weights once
     own = language.model.state_dict()
     odd = next((n for n, t in own.items() if n not in state or state[n].shape != t.shape), None)
     odd = odd or next(iter(state.keys() - own.keys()), None)

@@ -24,6 +24,7 @@ from .graph import Array
 from .merge import Weights
 from .methods import restored_tower_weights, split_decoder, split_vision
 from .quantize_graph import float_graph, read_weights
+from .retrieval_output import projection_weights
 from .staging import staged_folder
 from .vision_clip import PREFIX as CLIP_PREFIX
 from .vision_clip import unfold_clip
@@ -80,7 +81,8 @@ def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> 
         folded = {name.removeprefix(CLIP_PREFIX): w for name, w in weights.items() if name.startswith(CLIP_PREFIX)}
         config = CLIPVisionConfig.from_dict(settings.vision)
         state = unfold_clip(folded, config, bundle.manifest.image)
-        tensors = {f"vision_model.{name}": w for name, w in state.items()} | restored_tower_weights(adapters)
+        tensors = {f"vision_model.{name}": w for name, w in state.items()}
+        tensors |= restored_tower_weights(adapters) | projection_weights(weights)
         _save_tensors(tensors, folder / "model.safetensors")
         _save_json(settings.vision, folder / "config.json")
     _save_json(_preprocessor(bundle.manifest.image), folder / PREPROCESSOR)
@@ -95,7 +97,12 @@ def _restore_config(settings: RestoreSettings, folder: Path) -> None:
         )
         for field, name in (("language_model", "language-model"), ("vision", "vision"))
     }
-    save_config(config.model_copy(update=parts), folder / "checkpoint")
+    retrieval = config.retrieval
+    if retrieval is not None:  # by this tower, whose datastores are not those of the original
+        vision = parts["vision"]
+        encoder = retrieval.encoder.model_copy(update={"source": vision.source, "sha256": vision.sha256})
+        retrieval = retrieval.model_copy(update={"encoder": encoder})
+    save_config(config.model_copy(update={**parts, "retrieval": retrieval}), folder / "checkpoint")
 
 
 def _hash_weights(folder: Path) -> str:

@@ -13,7 +13,8 @@ from ..retrieval import EPSILON, RetrievalHead
 from ..runtime.bundle import Bundle
 from ..runtime.engines.base import EMBEDDING, Float32, UInt8
 from ..runtime.engines.onnxruntime import available_cpus, open_session
-from .graph import Graph
+from .graph import Array, Graph
+from .merge import Weights
 from .quantize_graph import Precision
 from .verify import LIMITS, Check
 
@@ -36,6 +37,17 @@ def append_embedding(graph: Graph, visual: str, head: RetrievalHead) -> str:
         length = graph.op("Max", length, graph.constant(EPSILON, np.float32))
         graph.op("Div", x, length, name=EMBEDDING)
     return graph.output(EMBEDDING, np.float32, ("images", head.encoder.dim))
+
+
+def projection_weights(weights: Weights) -> dict[str, Array]:
+    """What of a CLIP tower, under transformers' names, a vision graph has for the embedding; nothing of a mean's."""
+    if PREFIX + "visual_projection" not in weights:
+        return {}
+    norm = {f"vision_model.post_layernorm.{part}": f"{PREFIX}post_layernorm.{part}" for part in ("weight", "bias")}
+    return {
+        **{name: weights[own] for name, own in norm.items()},
+        "visual_projection.weight": weights[PREFIX + "visual_projection"].T,
+    }
 
 
 @dataclass(frozen=True)

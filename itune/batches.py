@@ -106,27 +106,29 @@ def tokenize(
     prefix: Sequence[int] = (),
     *,
     heads: Mapping[Path, Sequence[int]] | None = None,
+    positions: int | None = None,
 ) -> list[TokenizedRecord]:
     """Captions as token ids; one that is cut at `max_caption_tokens` has no end token.
 
     `prefix`: see `caption_head`. `heads`: all that stands before the captions of each photo, where that differs.
+    `positions`: how many the language model has; what they have no room for is cut, too.
     """
-    head = caption_head(tokenizer, text, prefix)
+    usual = caption_head(tokenizer, text, prefix)
     end = special_token(tokenizer, text.end, "end")
 
-    def encode(caption: str) -> tuple[int, ...]:
+    def encode(caption: str, most: int) -> tuple[int, ...]:
         ids = encode_caption(tokenizer, text, caption)
-        return tuple([*ids, end] if len(ids) <= max_caption_tokens else ids[:max_caption_tokens])
+        return tuple([*ids, end] if len(ids) <= most else ids[:most])
 
-    return [
-        TokenizedRecord(
-            record.image,
-            tuple(head if heads is None else heads[record.image]),
-            tuple(encode(caption) for caption in record.captions),
-            not any(_SIDED.search(caption) for caption in record.captions),
-        )
-        for record in records
-    ]
+    tokenized = []
+    for record in records:
+        head = tuple(usual if heads is None else heads[record.image])
+        # The last token, the end, is predicted and not read.
+        most = max_caption_tokens if positions is None else min(max_caption_tokens, positions - len(head))
+        captions = tuple(encode(caption, most) for caption in record.captions)
+        one_sided = any(_SIDED.search(caption) for caption in record.captions)
+        tokenized.append(TokenizedRecord(record.image, head, captions, not one_sided))
+    return tokenized
 
 
 def caption_head(tokenizer: Tokenizer, text: TextSettings, prefix: Sequence[int] = ()) -> list[int]:

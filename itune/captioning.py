@@ -60,7 +60,13 @@ class CaptionModel(nn.Module, ABC):
     @classmethod
     def text(cls, config: TrainConfig) -> TextSettings:
         """How the captions of a model to be trained are written."""
-        return TextSettings(prompt=config.prompt, lower=config.lower, strip_period=config.strip_period, end=config.end)
+        return TextSettings(
+            begin=config.begin or None,
+            prompt=config.prompt,
+            lower=config.lower,
+            strip_period=config.strip_period,
+            end=config.end,
+        )
 
     @property
     def prefix_ids(self) -> range:
@@ -142,7 +148,7 @@ class CaptionModel(nn.Module, ABC):
         entropies = torch.stack([torch.special.entr(each).sum(-1).mean(1).flatten(1) for each in weights])
         rows, length = mask.shape[0], mask.shape[1] - 1
         scored = entropies.reshape(len(weights), rows, length)[:, *_sources(mask, packing)]
-        return float(scored.mean()) / math.log(visual.shape[1])
+        return float(scored.mean()) / math.log(visual.shape[1]) if visual.shape[1] > 1 else 0.0
 
     @contextmanager
     def watched(self, weights: list[Tensor]) -> Iterator[None]:  # noqa: ARG002 - what a method without any needs

@@ -77,6 +77,18 @@ class CheckpointConfig(Settings):
     """The retrieved captions that the training put before a caption; None where there were none."""
     training: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def dropout(self) -> float:
+        """The training's dropout on what an adapter retrieves; 0 where it is not told."""
+        return float(self.training.get("dropout", 0.0))
+
+    @model_validator(mode="after")
+    def _dropout_is_a_share(self) -> Self:
+        value = self.training.get("dropout", 0.0)
+        if not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ValueError(f"training.dropout must be a number from 0 to below 1, not {value!r}")
+        return self
+
 
 class ITuningCheckpoint(CheckpointConfig):
     """I-Tuning's."""
@@ -138,7 +150,11 @@ CONFIGS: dict[Method, type[CheckpointConfig]] = {
 
 def parse_config(content: dict[str, Any]) -> CheckpointConfig:
     """The content of an `itune.json`; raises pydantic's ValidationError."""
-    return CONFIGS.get(content.get("method", "i-tuning"), CheckpointConfig).model_validate(content)
+    method = content.get("method", "i-tuning")
+    for name, known in CONFIGS.items():
+        if method == name:
+            return known.model_validate(content)
+    return CheckpointConfig.model_validate(content)  # which refuses it
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -299,7 +299,7 @@ class ClipCapModel(CaptionModel):
             ClipCapConfig(
                 hidden_size=language_model.config.n_embd,
                 visual_width=config.vision.width,
-                dropout=float(config.training.get("dropout", 0.0)),
+                dropout=config.dropout,
                 **shape,
             ),
         )

@@ -19,7 +19,7 @@ METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "smallcap": ("attention_width", "heads"),
 }
 """The settings that not every method has."""
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"heads": None, "num_beams": 3}}
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"smallcap": {"heads": None, "num_beams": 3}, "i-tuning": {"heads": 1}}
 """What a method's authors do otherwise than a preset that was made for another."""
 TRANSFORMER_FIELDS = ("clip_length", "mapper_layers", "mapper_heads")
 """Those that ClipCap's MLP mapper does without."""
@@ -141,6 +141,9 @@ class TrainConfig:
     prompt: str = ""
     """Text that stands before every caption, and is not scored."""
 
+    begin: str = "<|endoftext|>"
+    """The token that begins all; "" is none, as in checkpoints of SmallCap's authors (no flag: --init-from has it)."""
+
     end: str = "<|endoftext|>"
     """The token that ends a caption; a text token, such as ".", is none of the caption's."""
 
@@ -174,7 +177,6 @@ class TrainConfig:
             ("visual_dropout", 0.0, 0.99),
             ("label_smoothing", 0.0, 0.99),
             ("ema_decay", 0.0, 0.99999),
-            ("lambda_", 0.0, None),
             ("attention_width", 1, None),
             ("prefix_length", 1, None),
             ("clip_length", 1, None),
@@ -188,9 +190,12 @@ class TrainConfig:
             if not (value >= low and (high is None or value <= high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{flag(name)} must be {limits}, not {value}")
-        for name in ("heads", "retrieve"):
-            if (value := getattr(self, name)) is not None and value < (name == "heads"):
-                raise ConfigError(f"{flag(name)} must be at least {int(name == 'heads')}, not {value}")
+        for name, low in (("heads", 1), ("bottleneck", 1), ("retrieve", 0)):
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ConfigError(f"{flag(name)} must be at least {low}, not {value}")
+        for name in ("lambda_", "score_scale"):  # which the export divides by
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"{flag(name)} must be above 0, not {value}")
         self._check_retrieval()
         for name, choices in (("mapper", ("transformer", "mlp")), ("pooling", (None, "projected", "cls", "mean"))):
             if getattr(self, name) not in choices:

@@ -67,7 +67,7 @@ class ITuningModel(CaptionModel):
             heads=config.heads,
             lambda_=config.lambda_,
             score_scale=config.score_scale,
-            dropout=float(config.training.get("dropout", 0.0)),
+            dropout=config.dropout,
         )
         return cls(language_model, adapters, config.first_adapter_layer)
 

@@ -129,7 +129,7 @@ class SmallCapModel(CaptionModel):
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """See `CaptionModel.from_checkpoint`."""
         assert isinstance(config, SmallCapCheckpoint)
-        dropout = float(config.training.get("dropout", 0.0))
+        dropout = config.dropout
         return cls._build(language_model, config.vision.width, config.heads, config.attention_width, dropout)
 
     @classmethod

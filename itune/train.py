@@ -13,16 +13,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .backbones import LanguageModel, VisionTower
-from .batches import Batch, TokenizedRecord, epoch_steps, steps_per_epoch, tokenize
+from .batches import Batch, TokenizedRecord, caption_head, epoch_steps, steps_per_epoch, tokenize
 from .checkpoint import (
     CONFIGS,
     WEIGHTS_FILE,
@@ -35,7 +34,7 @@ from .checkpoint import (
     relative_source,
     save_config,
 )
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 from .data import Record
 from .eager import EagerEngine
 from .evaluate import caption_features
@@ -43,42 +42,12 @@ from .features import Features
 from .methods import MODELS
 from .metrics import CiderD
 from .prompting import Prompting
+from .reporting import Interrupted, Progress, Reporter
 from .runtime.search import SearchConfig
 from .runtime.settings import RetrievalSettings
 
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
-
-
-class Reporter(Protocol):
-    """What a run tells while it goes on; the command line shows it."""
-
-    def step(self, progress: Progress, metrics: dict[str, float], images: int) -> None:
-        """An optimiser step was made, over this many images."""
-        ...
-
-    def evaluating(self, done: int, images: int) -> None:
-        """The dev split is being captioned."""
-        ...
-
-    def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
-        """An epoch ended and was evaluated."""
-        ...
-
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best_cider: float = -1.0
-    best_epoch: int = -1
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and is saved
-    """The run stopped at a step boundary, with everything saved in `last/`."""
 
 
 class Trainer:
@@ -110,6 +79,7 @@ class Trainer:
         self.model = (
             MODELS[config.method].create(config, language.model, features.tokens, features.width).to(self.device)
         )
+        self._check_room()
         self.records = tokenize(
             train,
             language.tokenizer,
@@ -117,6 +87,7 @@ class Trainer:
             config.max_caption_tokens,
             self.model.prefix_ids,
             heads=self.heads,
+            positions=language.model.config.n_positions,
         )
         self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
         self.average = {name: w.detach().clone() for name, w in self.weights.items()}
@@ -134,6 +105,17 @@ class Trainer:
         self.stop_requested = False
         self.cider = CiderD({record.id: record.captions for record in self.dev}) if self.dev else None
         self._saved = time.monotonic()
+
+    def _check_room(self) -> None:
+        """Retrieved prompts were fitted to what there is; other heads are alike for all photos."""
+        positions: int = self.language.model.config.n_positions
+        head = 0 if self.heads else len(caption_head(self.language.tokenizer, self.text, self.model.prefix_ids))
+        room = positions - head + 1  # the last token of a caption is not read
+        if self.config.max_new_tokens > room:
+            raise ConfigError(
+                f"--max-new-tokens {self.config.max_new_tokens}: the language model has {positions} positions, and "
+                f"{head} stand before a caption: give at most {max(room, 0)}, or a shorter --prompt or --prefix-length"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -161,6 +143,7 @@ class Trainer:
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step) as board:
             while self.progress.epoch < self.config.epochs:
                 self._epoch(reporter, board)
+                self.save_last()
                 metrics = self.evaluate(reporter)
                 self._end_epoch(metrics, reporter, board)
         return self.progress
@@ -202,17 +185,21 @@ class Trainer:
             visual = self._drop_visual(visual)
             input_ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
             packed = {} if batch.packing is None else {"packing": batch.packing.to(self.device)}
-            with self._autocast():
-                if i == 0 and self.progress.step % 50 == 0:
+            if i == 0 and self.progress.step % 50 == 0:
+                # Apart, since older releases of torch keep casts of weights within a block, and these have no gradient.
+                with self._autocast():
                     entropy = self.model.attention_entropy(input_ids, mask, visual, **packed)
+            with self._autocast():
                 loss = self.model.loss(input_ids, mask, visual, self.config.label_smoothing, **packed) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm or math.inf))
         if not (math.isfinite(total) and math.isfinite(norm)):
+            last = self.output / "last"
+            again = f"from {last} with --init-from" if last.exists() else "from the beginning"
             raise CheckpointError(
                 f"the loss is no longer a number at step {self.progress.step}: lower --learning-rate or --lambda"
-                f" and start again from {self.output / 'last'} with --init-from"
+                f" and start again {again}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,9 +219,15 @@ class Trainer:
         return visual[:, torch.randperm(visual.shape[1])[: max(1, kept)]]
 
     def evaluate(self, reporter: Reporter) -> dict[str, float]:
-        """CIDEr-D of the dev split with the averaged weights; empty without one."""
+        """CIDEr-D of the dev split with the averaged weights; empty without one. Raises Interrupted, as `run`."""
         if self.cider is None:
             return {}
+
+        def told(done: int, images: int) -> None:
+            reporter.evaluating(done, images)
+            if self.stop_requested:
+                raise Interrupted
+
         with self._averaged():
             captions = caption_features(
                 EagerEngine(self.model, self.tower),
@@ -244,7 +237,7 @@ class Trainer:
                 self.text,
                 SearchConfig(num_beams=self.config.num_beams, max_new_tokens=self.config.max_new_tokens),
                 heads=self.heads,
-                progress=reporter.evaluating,
+                progress=told,
             )
         return {"cider": self.cider.score(dict(zip((r.id for r in self.dev), captions, strict=True)))}
 
@@ -283,6 +276,8 @@ class Trainer:
     def resume(self) -> None:
         """Go on from `last/` of the output folder."""
         folder = self.output / "last"
+        if not folder.exists():
+            raise CheckpointError(f"{self.output} was stopped before anything was saved: start again without --resume")
         try:
             state = load_file(folder / _STATE)
             self.progress = Progress(**json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))

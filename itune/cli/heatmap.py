@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ..checkpoint import atomic_path
 from ..runtime.errors import ItuneError
@@ -57,11 +57,19 @@ class Heatmaps:
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
-    def add(self, captioner: Captioner, number: int, name: str, image: Source, caption: Caption) -> None:
-        """Write what a caption looked at in the image with this number, from 0, and name."""
+    def add(
+        self, captioner: Captioner, number: int, name: str, image: Source, caption: Caption, **options: Any
+    ) -> None:
+        """Write what a caption looked at in the image with this number, from 0, and name.
+
+        `options` are those of the search that wrote it: how long it may be decides what its prompt had room for.
+
+        Raises:
+            ImageError: the image cannot be read any more.
+        """
         from ..runtime.heatmap import draw_heatmap
 
-        explanation = captioner.explain(image, caption, layer=self.layer)
+        explanation = captioner.explain(image, caption, layer=self.layer, **options)
         if self.figures is not None:
             path = self._paths[number]
             with atomic_path(path) as temporary:

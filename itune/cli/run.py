@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import common
+
+if TYPE_CHECKING:
+    from ..runtime.captioner import SearchOptions
 
 STDIN = "-"
 
@@ -101,22 +104,25 @@ def run(
         captioner.explainer.reader.choose(heatmaps.layer)  # what cannot be shown is told before anything is captioned
     if STDIN in sources:
         workers = 0  # reading ahead would wait for stdin before it captions what comes first
+    options: SearchOptions = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "length_penalty": length_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "repetition_penalty": repetition_penalty,
+        "num_return": num_return,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     results = captioner.stream(
         (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        length_penalty=length_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        repetition_penalty=repetition_penalty,
-        num_return=num_return,
-        do_sample=sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         batch_size=batch_size,
         workers=workers,
+        **options,
     )
     several = len(sources) > 1
     named = several or sources != images  # even the only file of a folder has its name printed
@@ -134,7 +140,11 @@ def run(
             else:
                 common.emit(f"{name}\t{result.caption}" if named else result.caption, beside_progress=several)
             if heatmaps and not isinstance(result, ImageError):
-                heatmaps.add(captioner, done - 1, name, image, result)
+                try:
+                    heatmaps.add(captioner, done - 1, name, image, result, **options)
+                except ImageError as error:  # it has changed since it was captioned
+                    failures += 1
+                    print(f"itune-run: no heatmap: {error}", file=sys.stderr)
             update(done, len(sources))
     return 1 if failures else 0
 

@@ -102,7 +102,7 @@ def train(
 ) -> None:
     """Train a captioner's adapters between a frozen vision tower and a frozen GPT-2."""
     given = dict(locals())
-    overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if name != "preset"}
+    overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if name in given and name != "preset"}
     overrides["datastore"] = None if datastore is None else str(datastore)
     config = _configuration(preset, overrides, output, resume, init_from)
     common.require("train", "torch", "transformers", "safetensors", "tensorboard")
@@ -158,9 +158,10 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "lower": found.text.lower,
         "strip_period": found.text.strip_period,
         "prompt": found.text.prompt,
+        "begin": found.text.begin or "",
         "end": found.text.end,
     }
-    kept = {name: value if overrides[name] is None else overrides[name] for name, value in defaults.items()}
+    kept = {name: value if overrides.get(name) is None else overrides[name] for name, value in defaults.items()}
     if found.retrieval is not None and overrides["datastore"] is None and overrides["retrieve"] is None:
         raise ItuneError(
             f"--init-from {checkpoint} retrieves {found.retrieval.k} captions: name a --datastore, or go without by "
