@@ -1,4 +1,4 @@
-"""Every command of the README is run: here, or (the two that install) by `.ci/run`."""
+"""Every command of the README and of the pages in docs/ is run: here, or (the two that install) by `.ci/run`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from itune.runtime.bundle import default_bundle
 from tests.conftest import CAPTIONS, REPOSITORY, random_photo
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+# The pages go on where the README's reader stands: with the folders that its commands have made.
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+BLOCKS = [
+    block for page in PAGES for block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+]
 INSTALLING = [code for _, code in BLOCKS if "pip install" in code]
 COMMANDS = [code for language, code in BLOCKS if language == "bash" and code not in INSTALLING]
 

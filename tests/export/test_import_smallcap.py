@@ -13,11 +13,13 @@ from transformers import GPT2LMHeadModel
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
+from itune.cli.train import _inherit
+from itune.config import TrainConfig, resolve
 from itune.datastore import Source, build_datastore
 from itune.evaluate import load_captioner
 from itune.export.bundle import export_bundle
 from itune.export.importing import ImportOptions, import_checkpoint
-from itune.methods import LoadedCheckpoint
+from itune.methods import MODELS, LoadedCheckpoint
 from itune.runtime import Captioner
 from itune.runtime.image import decode, preprocess
 from tests.conftest import CAPTIONS, make_clip, make_language_model, random_photo
@@ -55,11 +57,13 @@ def published(tmp_path_factory: pytest.TempPathFactory, parts: tuple[Path, Path]
     folder = tmp_path_factory.mktemp("published")
     torch.save(state, folder / "pytorch_model.bin")
     save_file(state, folder / "model.safetensors")
+    # As save_pretrained writes it: weights that are tied are there once.
+    save_file({name: state[name] for name in state if "lm_head" not in name}, folder / "tied.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "smallcap", "k": 1, "rag": True}))
     return folder, decoder
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tied.safetensors"])
 def test_an_imported_checkpoint_writes_what_transformers_generates(
     name: str, published: tuple[Path, GPT2LMHeadModel], parts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -108,6 +112,12 @@ def test_an_imported_checkpoint_writes_what_transformers_generates(
         assert list(mine.tokens) == theirs[: [*theirs, end].index(end)]
     eager = load_captioner(tmp_path / "imported", datastore=tmp_path / "store")
     assert [each.tokens for each in eager.caption(photos, **options)] == [each.tokens for each in found]
+    inherited: dict[str, Any] = dict.fromkeys(TrainConfig.__dataclass_fields__)
+    del inherited["preset"]
+    inherited["datastore"] = str(tmp_path / "store")
+    config = resolve("small-data", **_inherit(inherited, tmp_path / "imported"))
+    text = MODELS["smallcap"].text(config)
+    assert (text.begin, text.end) == (None, "."), "training it further goes on with the same tokens"
 
 
 def test_what_does_not_fit_is_named(

@@ -23,6 +23,7 @@ from itune.retrieval import load_head
 from itune.runtime import Captioner, DatastoreError, ItuneError
 from itune.runtime.bundle import MANIFEST, Manifest
 from itune.runtime.errors import BundleError, SearchError
+from itune.runtime.settings import RetrievalSettings
 from tests.conftest import CAPTIONS, make_checkpoint, make_language_model, random_photo
 
 EMBEDDING = "visual.embedding"
@@ -176,6 +177,79 @@ def test_a_bundle_that_was_not_trained_with_it(
     restore_bundle(plain, tmp_path / "restored")  # the added output is no part of the tower
     assert load_vision_tower(str(tmp_path / "restored" / "vision")).width == 24
     assert load_language_model(str(tmp_path / "restored" / "language-model")).model.config.n_positions == 400
+
+
+def test_a_restored_bundle_is_exported_and_retrieves_again(
+    tmp_path: Path, checkpoint: Path, photos: list[Path], full_clip_folder: Path
+) -> None:
+    config = json.loads((checkpoint / "itune.json").read_text())
+    encoder = load_head(load_vision_tower(str(full_clip_folder)), str(full_clip_folder)).encoder
+    trained = shutil.copytree(checkpoint, checkpoint.with_name(f"trained-{tmp_path.name}"))
+    settings = RetrievalSettings(k=3, encoder=encoder.model_copy(update={"source": config["vision"]["source"]}))
+    (trained / "itune.json").write_text(json.dumps(config | {"retrieval": settings.model_dump(mode="json")}))
+    export_bundle(trained, tmp_path / "bundle", verify=False)
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    vision = str(tmp_path / "restored" / "vision")
+    found, expected = (load_head(load_vision_tower(each), each) for each in (vision, str(full_clip_folder)))
+    assert found.projection is not None
+    assert expected.projection is not None
+    np.testing.assert_allclose(found.projection, expected.projection, atol=1e-6)
+    captions = photos[0].with_name("captions.jsonl")
+    build_datastore(Source(captions), vision, tmp_path / "store", kind="image")
+    again = export_and_load(tmp_path / "restored" / "checkpoint", tmp_path / "again", tmp_path / "store")
+    eager = load_captioner(tmp_path / "restored" / "checkpoint", datastore=tmp_path / "store")
+    options: Any = {"num_beams": 2, "max_new_tokens": 8}
+    assert [each.tokens for each in again.caption(photos, **options)] == [
+        each.tokens for each in eager.caption(photos, **options)
+    ]
+
+
+def export_and_load(checkpoint: Path, bundle: Path, store: Path) -> Captioner:
+    export_bundle(checkpoint, bundle, verify=False)
+    return Captioner.load(bundle, datastore=store)
+
+
+def test_heatmaps_are_of_the_prompt_that_the_caption_has(
+    tmp_path: Path,
+    checkpoint: Path,
+    store: Path,
+    photos: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Long captions leave room for fewer retrieved ones; a photo that goes away meanwhile stops nothing."""
+    bundle = tmp_path / "bundle"
+    export_bundle(checkpoint, bundle, retrieve=4, verify=False)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["search"]["max_new_tokens"] = 8
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    captioner = Captioner.load(bundle, datastore=store)
+    options: Any = {"num_beams": 1, "min_new_tokens": 340, "max_new_tokens": 345}
+    caption = captioner.caption(photos[0], **options)
+    usual = captioner.caption(photos[0], num_beams=1)
+    assert len(caption.retrieved or ()) < len(usual.retrieved or ())
+    assert len(captioner.explain(photos[0], caption, **options).tokens) == len(caption.tokens)
+
+    gone = tmp_path / "gone.png"
+    shutil.copy(photos[1], gone)
+    explain = Captioner.explain
+
+    def explain_late(self: Captioner, image: Any, *arguments: Any, **given: Any) -> Any:
+        gone.unlink(missing_ok=True)
+        return explain(self, image, *arguments, **given)
+
+    monkeypatch.setattr(Captioner, "explain", explain_late)
+    given = [photos[0], gone, photos[2], "--bundle", bundle, "--datastore", store, "--num-beams", 1]
+    given += ["--min-new-tokens", 340, "--max-new-tokens", 345, "--heatmap-json", tmp_path / "h.json"]
+    monkeypatch.setattr(sys, "argv", ["itune-run", *map(str, given)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    said = capsys.readouterr()
+    assert done.value.code == 1
+    assert len(said.out.splitlines()) == 3
+    assert "no heatmap: " in said.err
+    assert "gone.png" in said.err
+    assert len((tmp_path / "h.json").read_text().splitlines()) == 2
 
 
 def test_json_tells_what_was_retrieved(

@@ -106,6 +106,7 @@ def test_entropy_is_one_when_attention_is_uniform(loaded: LoadedCheckpoint) -> N
     same = random_visual(1, loaded)[:, :1].expand(-1, loaded.tower.tokens, -1)
     assert loaded.model.attention_entropy(ids, ids > 0, same) == pytest.approx(1.0, abs=1e-5)
     assert loaded.model.attention_entropy(ids, ids > 0, random_visual(1, loaded)) < 0.99
+    assert loaded.model.attention_entropy(ids, ids > 0, same[:, :1]) == 0  # of one embedding there is no choice
 
 
 @pytest.mark.parametrize("native", [True, False])  # False: as on a GPU
@@ -146,6 +147,9 @@ def test_checkpoint_errors_name_file_field_and_mend(checkpoint_folder: Path, tmp
 
     expect("bottleneck", bottleneck=-1)
     expect("field method", method="telepathy")
+    expect("field method", method=["i-tuning"])
+    expect(r"training\.dropout must be a number", training={"dropout": "much"})
+    expect(r"training\.dropout must be a number", training={"dropout": 2})
     expect("field speed: Extra", speed=9)
     expect("first adapter layer 7 does not exist", first_adapter_layer=7)
     expect("is not the one", language_model={**config["language_model"], "sha256": "0" * 64})

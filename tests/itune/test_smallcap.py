@@ -176,6 +176,7 @@ def test_the_preset_is_the_papers() -> None:
     assert config.max_caption_tokens == 25
     switched = resolve("small-data", method="smallcap", datastore="store", retrieve=2, heads=12)
     assert (switched.num_beams, switched.retrieved, switched.heads) == (3, 2, 12)
+    assert resolve("smallcap", method="i-tuning").heads == 1
 
 
 # Training

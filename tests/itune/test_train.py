@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.batches import epoch_steps, tokenize
-from itune.config import PRESETS, ConfigError, TrainConfig, resolve
+from itune.checkpoint import CheckpointError
+from itune.config import PRESETS, ConfigError, TrainConfig, flag, resolve
 from itune.data import Record
 from itune.features import FeatureCache, Features, LiveFeatures
 from itune.methods import LoadedCheckpoint
@@ -221,6 +223,47 @@ def test_epoch_covers_every_caption_once(language_model_folder: Path, records: l
     assert all(c[-1] != 0 for c in cut), "a caption that was cut does not end"
 
 
+def test_a_stop_while_evaluating_is_heeded_and_loses_nothing(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    class Impatient(Quiet):
+        def evaluating(self, done: int, images: int) -> None:
+            assert self.stop
+            self.stop.stop_requested = True
+
+    def trainer(output: str) -> Trainer:
+        return make_trainer(language_model_folder, clip_folder, records, tmp_path / output, live)
+
+    whole, unbroken = trainer("whole"), Quiet()
+    whole.run(unbroken)
+    first = trainer("stopped")
+    before = Impatient(first)
+    with pytest.raises(Interrupted):
+        first.run(before)
+    assert before.ciders == []
+    second, rest = trainer("stopped"), Quiet()
+    second.resume()
+    second.run(rest)
+    assert before.losses + rest.losses == unbroken.losses
+    assert rest.ciders == unbroken.ciders
+    with pytest.raises(CheckpointError, match="stopped before anything was saved: start again without --resume"):
+        trainer("never").resume()
+
+
+def test_captions_are_cut_to_the_language_models_positions(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    long = [replace(record, captions=(" ".join(["dog"] * 200),)) for record in records]
+    settings: dict[str, Any] = {"max_caption_tokens": 500, "epochs": 1, "prompt": "A photo of"}
+    trainer = make_trainer(language_model_folder, clip_folder, long, tmp_path / "run", live, **settings)
+    trainer.run(Quiet())  # positions beyond the last would be a traceback of torch's
+    positions = trainer.language.model.config.n_positions
+    assert {len(record.head) + len(caption) for record in trainer.records for caption in record.captions} == {positions}
+    settings["max_new_tokens"] = positions
+    with pytest.raises(ConfigError, match=rf"--max-new-tokens {positions}: .* give at most \d+, or a shorter --prompt"):
+        make_trainer(language_model_folder, clip_folder, long, tmp_path / "other", live, **settings)
+
+
 def test_presets_are_the_papers() -> None:
     for name in ("base", "medium", "large", "large-drop18"):
         assert (PRESETS[name].batch_size, PRESETS[name].epochs, PRESETS[name].num_beams) == (4096, 30, 5)
@@ -228,9 +271,20 @@ def test_presets_are_the_papers() -> None:
     assert TrainConfig() == PRESETS["base"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("epochs", 0), ("dropout", 1.0), ("warmup", -0.1), ("precision", "fp8")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("dropout", 1.0),
+        ("warmup", -0.1),
+        ("precision", "fp8"),
+        ("lambda_", 0.0),
+        ("score_scale", 0.0),
+        ("bottleneck", 0),
+    ],
+)
 def test_settings_out_of_range_are_named_by_their_flag(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"--{field} must be"):
+    with pytest.raises(ConfigError, match=f"{flag(field)} must be"):
         resolve("base", **{field: value})
 
 
