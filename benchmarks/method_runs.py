@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from results_tables import PROMPTED
 
 from itune import ItuneError
 from itune.checkpoint import atomic_path
@@ -39,8 +40,12 @@ class Run:
     title: str
     flags: dict[str, str] = field(default_factory=dict)
     retrieves: bool = False
+    language_model: str = "language-model"
+    """Its folder in the workplace; runs on one that is not there are left out."""
 
 
+_PROMPTED = "prompted/language-model"
+_SMALLCAP = {"--method": "smallcap", "--heads": "4", "--attention-width": "64", "--learning-rate": "1e-3"}
 _ADAPTERS = {"--heads": "4", "--bottleneck": "256", "--learning-rate": "1e-3"}
 RUNS = (
     Run("i-tuning", "I-Tuning", _ADAPTERS),
@@ -58,12 +63,17 @@ RUNS = (
             "--learning-rate": "5e-4",
         },
     ),
+    Run("smallcap", "SmallCap", _SMALLCAP, retrieves=True),
+    # On the language model of recipes/flickr8k/prompted_language_model.py.
+    Run("i-tuning-prompted", f"I-Tuning {PROMPTED}", _ADAPTERS, language_model=_PROMPTED),
     Run(
-        "smallcap",
-        "SmallCap",
-        {"--method": "smallcap", "--heads": "4", "--attention-width": "64", "--learning-rate": "1e-3"},
+        "i-tuning-retrieval-prompted",
+        f"I-Tuning + retrieval {PROMPTED}",
+        _ADAPTERS,
         retrieves=True,
+        language_model=_PROMPTED,
     ),
+    Run("smallcap-prompted", f"SmallCap {PROMPTED}", _SMALLCAP, retrieves=True, language_model=_PROMPTED),
 )
 
 
@@ -118,7 +128,7 @@ class Workplace:
         flags = {
             "--data": self.folder / "train.jsonl",
             "--dev-data": self.folder / "dev.jsonl",
-            "--language-model": self.folder / "language-model",
+            "--language-model": self.folder / run.language_model,
             "--vision": self.folder / "vision",
             "--cache-features": self.features,
             "--output": output,

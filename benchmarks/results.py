@@ -6,8 +6,9 @@
     python benchmarks/results.py write --work-dir WORK --output docs/results.md
 
 WORK holds `train.jsonl`, `dev.jsonl`, `language-model/` and `vision/`, as `recipes/flickr8k` makes them (or
-`itune-export --restore default`, and its `prepare.py`). Every stage can be interrupted and started again: what is done
-is not done anew. All methods share the budget of `method_runs.BUDGET`; what is theirs alone is in `method_runs.RUNS`.
+`itune-export --restore default`, and its `prepare.py`), and, for the rows on a language model that has read prompts,
+`prompted/language-model/`. Every stage can be interrupted and started again: what is done is not done anew. All methods
+share the budget of `method_runs.BUDGET`; what is theirs alone is in `method_runs.RUNS`.
 """
 
 from __future__ import annotations
@@ -190,7 +191,13 @@ def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
 
 def _budget(workplace: Workplace) -> dict[str, Any]:
     photos = len(load_records(workplace.folder / "train.jsonl", split=None))
-    return {"photos": photos, "epochs": int(BUDGET["--epochs"]), "flags": BUDGET, "num_beams": NUM_BEAMS}
+    return {
+        "photos": photos,
+        "epochs": int(BUDGET["--epochs"]),
+        "flags": BUDGET,
+        "num_beams": NUM_BEAMS,
+        "retrieve": RETRIEVE,
+    }
 
 
 def _trainable(path: Path) -> int:
@@ -236,17 +243,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("train", "score", "latency", "write"))
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--methods", default=",".join(run.name for run in RUNS), help="a comma list of rows")
+    parser.add_argument("--methods", help="a comma list of rows; if not given, all whose language model is there")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--no-java", action="store_true", help="score without METEOR and SPICE")
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="what `write` writes")
     options = parser.parse_args(arguments)
     require("benchmark", "torch", "transformers", "onnx", "matplotlib")
-    known = {run.name: run for run in RUNS}
-    if odd := [name for name in options.methods.split(",") if name not in known]:
+    workplace, known = Workplace(options.work_dir), {run.name: run for run in RUNS}
+    there = [name for name, run in known.items() if (workplace.folder / run.language_model).exists()]
+    wanted = options.methods.split(",") if options.methods else there
+    if odd := [name for name in wanted if name not in known]:
         raise ItuneError(f"--methods: there is no {odd[0]!r}; there are {', '.join(known)}")
-    runs = [known[name] for name in options.methods.split(",")]
-    workplace = Workplace(options.work_dir)
+    runs = [known[name] for name in wanted]
     if not (workplace.folder / "train.jsonl").exists():
         raise ItuneError(f"--work-dir {workplace.folder} has no train.jsonl: see recipes/flickr8k/README.md")
     stages: dict[str, Callable[[], None]] = {

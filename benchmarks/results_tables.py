@@ -12,6 +12,13 @@ Entry = dict[str, Any]
 BASE = "i-tuning"
 """The row that the others are compared with."""
 
+PROMPTED = "²"
+"""Marks rows on the language model that has read prompts."""
+_PROMPTED_NOTE = f"""{PROMPTED} On a frozen language model of the same size that has 128 positions and has read prompts
+of retrieved captions ([how](../recipes/flickr8k/prompted_language_model.py)). The default model's has 64 and has read
+bare captions only, so that all that comes behind a prompt is new to it.
+
+"""
 PUBLISHED: tuple[tuple[str, str, str, str, str], ...] = (
     ("I-Tuning base (Luo et al. 2022)", "14", "116.7", "61.5", "67.8"),
     ("I-Tuning medium", "44", "120.0", "72.3", "75.4"),
@@ -40,6 +47,7 @@ def write_results(content: Entry, output: Path) -> None:
 def _page(content: Entry, figure: str) -> str:
     budget, timing, rows = content["budget"], content["latency"], content["rows"]
     machine, scores = timing["machine"], rows[0]["scores"]
+    prompted = any(PROMPTED in row["title"] for row in rows)
     return f"""# Which method captions best on the same data
 
 Written by `python benchmarks/results.py write`; what it was written from is in [results.json](results.json).
@@ -54,10 +62,16 @@ photos; a seed may move them by more than the interval says. The best epoch was 
 
 {_table(*_measured(rows, timing))}
 
-*Against I-Tuning*: the difference in CIDEr-D where the paired test, corrected for the number of scores, finds more than
-noise. *Training*: time on one core (CPU time, the evaluation after each epoch included) and the process's peak memory.
-*Latency*: one photo of {timing["photos"]}, {timing["num_beams"]} beams, from the file to the caption: median (10th to
-90th percentile), captioners alternating, {machine["threads"]} threads of {machine["cpu"]}, {machine["date"][:10]}.
+{_PROMPTED_NOTE if prompted else ""}\
+- *Shown*: retrieved captions in the prompt, on average over the timed photos; {budget["retrieve"]} were asked for, and
+  those that a language model has no positions for are left out. They come from the training captions, without a
+  training photo's own.
+- *Training*: CPU time, the evaluation after each epoch included, and the process's own peak memory, without the stored
+  embeddings that it maps. What is retrieved for a photo is stored, too, by the training that comes first.
+- *Against I-Tuning*: the difference in CIDEr-D to the first row, where the paired test, corrected for the number of
+  scores, finds more than noise.
+- *Latency*: one photo of {timing["photos"]}, {timing["num_beams"]} beams, from the file to the caption: median (10th to
+  90th percentile), captioners alternating, {machine["threads"]} threads of {machine["cpu"]}, {machine["date"][:10]}.
 
 ![CIDEr-D against trainable parameters]({figure})
 
@@ -72,7 +86,7 @@ and NoCaps overall.
 
 def _measured(rows: Sequence[Entry], timing: Entry) -> tuple[Sequence[str], list[Sequence[str]]]:
     heading = (
-        *("method", "trainable", "training", "memory", "CIDEr-D", "against I-Tuning", "BLEU-4", "METEOR"),
+        *("method", "shown", "trainable", "training", "memory", "CIDEr-D", "against I-Tuning", "BLEU-4", "METEOR"),
         "latency, ms",
     )
     lines = []
@@ -83,6 +97,7 @@ def _measured(rows: Sequence[Entry], timing: Entry) -> tuple[Sequence[str], list
         lines.append(
             (
                 row["title"],
+                _shown(row, timing),
                 f"{row['trainable'] / 1e6:.2f}M" if trained else "as above",
                 f"{resources['cpu_seconds'] / 60:.0f} min" if trained else "",
                 f"{resources['peak_mib'] / 1024:.1f} GiB" if trained else "",
@@ -94,6 +109,13 @@ def _measured(rows: Sequence[Entry], timing: Entry) -> tuple[Sequence[str], list
             )
         )
     return heading, lines
+
+
+def _shown(row: Entry, timing: Entry) -> str:
+    if row["name"] not in timing["ms"]:
+        return "0"
+    captions = timing["retrieved"].get(row["name"])
+    return "" if captions is None else f"{captions:.1f}"
 
 
 def _with_interval(scores: Entry, name: str) -> str:

@@ -84,15 +84,23 @@ def test_a_difference_that_is_noise_is_not_shown(results: ModuleType, tmp_path: 
     machine = {"threads": 2, "cpu": "a CPU", "date": "2026-11-26T00:00:00"}
     write_results(
         {
-            "budget": {"photos": 9, "epochs": 2, "num_beams": 5, "flags": {"--dev-images": "300"}},
+            "budget": {"photos": 9, "epochs": 2, "num_beams": 5, "retrieve": 4, "flags": {"--dev-images": "300"}},
             "rows": [row("a", None), row("b", True), row("c", False)],
-            "latency": {"ms": ms, "machine": machine, "photos": 4, "num_beams": 5, "precision": "int8"},
+            "latency": {
+                "ms": ms,
+                "machine": machine,
+                "photos": 4,
+                "num_beams": 5,
+                "precision": "int8",
+                "retrieved": {"b": 1.74},
+            },
         },
         tmp_path / "results.md",
     )
     lines = {line.split(" | ")[0]: line for line in (tmp_path / "results.md").read_text().splitlines()}
-    assert "| A | 5.00M | 10 min | 2.0 GiB | 20.0 (10.0-30.0) |  | " in lines["| A"]
+    assert "| A |  | 5.00M | 10 min | 2.0 GiB | 20.0 (10.0-30.0) |  | " in lines["| A"]
     assert " | +5.0 | " in lines["| B"]
+    assert lines["| B"].startswith("| B | 1.7 | ")
     assert " | within noise | " in lines["| C"]
     assert " | not measured | " in lines["| C"]
 
