@@ -64,15 +64,6 @@ RUNS = (
         },
     ),
     Run("smallcap", "SmallCap", _SMALLCAP, retrieves=True),
-    # On the language model of recipes/flickr8k/prompted_language_model.py.
-    Run("i-tuning-prompted", f"I-Tuning {PROMPTED}", _ADAPTERS, language_model=_PROMPTED),
-    Run(
-        "i-tuning-retrieval-prompted",
-        f"I-Tuning + retrieval {PROMPTED}",
-        _ADAPTERS,
-        retrieves=True,
-        language_model=_PROMPTED,
-    ),
     Run("smallcap-prompted", f"SmallCap {PROMPTED}", _SMALLCAP, retrieves=True, language_model=_PROMPTED),
 )
 
