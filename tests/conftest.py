@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from itune.methods import LoadedCheckpoint
 
 # Two processes with two threads each would fight over two cores.
 torch.set_num_threads(1)
@@ -240,3 +243,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for i, path in enumerate(paths):
         random_photo(i).save(path)
     return paths
+
+
+def assert_same_weights(found: LoadedCheckpoint, expected: LoadedCheckpoint) -> None:
+    """Of the language model and the adapters."""
+    for new, old in (
+        (found.language.model.state_dict(), expected.language.model.state_dict()),
+        (found.model.adapter_state(), expected.model.adapter_state()),
+    ):
+        assert old.keys() == new.keys()
+        for name in old:
+            np.testing.assert_allclose(new[name], old[name], rtol=3e-7, err_msg=name)
