@@ -40,6 +40,7 @@ MIXTURE = (4, 4, 2, 0, 4, 4, 1, None)
 """Retrieved captions in a photo's prompt, epoch after epoch; 0 is the prompt of an empty datastore, None no prompt."""
 TEXT = TextSettings(lower=True, strip_period=True)
 PHOTOS = 32  # in a step, with all their captions
+DEV = 300  # dev photos, the first ones, as of the trainings on this language model
 
 
 class Prompts:
@@ -62,12 +63,13 @@ class Prompts:
             )
 
     def tokenized(self, split: str, captions: Sequence[int | None]) -> list[TokenizedRecord]:
-        """A split's photos; `captions`: how many each one's prompt has."""
+        """A split's first photos; `captions`: how many each one's prompt has."""
         heads = {}
-        for record, count in zip(self.records[split], captions, strict=True):
+        records = self.records[split][: len(captions)]
+        for record, count in zip(records, captions, strict=True):
             prompt = [] if count is None else self.writer.write(self.found[record.id][:count], LONGEST_PROMPT)[0]
             heads[record.image] = (*self.begin, *prompt)
-        return tokenize(self.records[split], self.tokenizer, TEXT, POSITIONS, heads=heads, positions=POSITIONS)
+        return tokenize(records, self.tokenizer, TEXT, POSITIONS, heads=heads, positions=POSITIONS)
 
 
 def batches(records: Sequence[TokenizedRecord], rng: np.random.Generator | None) -> Iterator[Batch]:
@@ -125,7 +127,7 @@ def train(arguments: argparse.Namespace) -> None:
     checkpoint, best = output / "training" / "checkpoint.pt", output / "training" / "best"
     prompts = Prompts(work)
     tokenizer = GPT2TokenizerFast.from_pretrained(work / "language-model", model_max_length=POSITIONS)
-    dev = {name: prompts.tokenized("dev", [count] * 1000) for name, count in (("4", 4), ("0", 0), ("bare", None))}
+    dev = {name: prompts.tokenized("dev", [count] * DEV) for name, count in (("4", 4), ("0", 0), ("bare", None))}
     model = lengthened(work / "language-model", arguments.dropout)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments.weight_decay), betas=(0.9, 0.98), fused=True)
     state = State()
