@@ -127,7 +127,8 @@ def train(arguments: argparse.Namespace) -> None:
     checkpoint, best = output / "training" / "checkpoint.pt", output / "training" / "best"
     prompts = Prompts(work)
     tokenizer = GPT2TokenizerFast.from_pretrained(work / "language-model", model_max_length=POSITIONS)
-    dev = {name: prompts.tokenized("dev", [count] * DEV) for name, count in (("4", 4), ("0", 0), ("bare", None))}
+    photos = min(DEV, len(prompts.records["dev"]))
+    dev = {name: prompts.tokenized("dev", [count] * photos) for name, count in (("4", 4), ("0", 0), ("bare", None))}
     model = lengthened(work / "language-model", arguments.dropout)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments.weight_decay), betas=(0.9, 0.98), fused=True)
     state = State()
