@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from itune import datastore as building
+from itune.datastore import FLAT_ENTRIES
+from itune.datastore_files import ArrayWriter, TextWriter
 from itune.faiss_index import write_index
 from itune.runtime.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
 from itune.runtime.manifest import FileHash
@@ -78,15 +79,15 @@ class Made:
 def make_store(folder: Path, made: Made, entries: int, dim: int) -> float:
     """Write a datastore of made-up captions; returns the seconds that its index took."""
     folder.mkdir(parents=True)
-    approximate = entries > building.FLAT_ENTRIES
-    with building._ArrayWriter(folder / EMBEDDINGS, np.float16 if approximate else np.float32, (dim,)) as writer:
+    approximate = entries > FLAT_ENTRIES
+    with ArrayWriter(folder / EMBEDDINGS, np.float16 if approximate else np.float32, (dim,)) as writer:
         for rows in made.entries(entries):
             writer.append(rows)
     numbers = np.arange(entries)
     np.save(folder / ENTRIES, np.stack([numbers // CAPTIONS, numbers, numbers + 1], axis=1))
-    with building._TextWriter(folder, "captions") as captions:
+    with TextWriter(folder, "captions") as captions:
         captions.extend(f"caption {i} of a photo, with as many words as they have" for i in range(entries))
-    with building._TextWriter(folder, "images") as images:
+    with TextWriter(folder, "images") as images:
         images.extend(str(i) for i in range(-(-entries // CAPTIONS)))
     start = perf_counter()
     nprobe = write_index(folder, None, lambda *_: None) if approximate else 0
