@@ -168,6 +168,7 @@ def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
     for condition in conditions(runs):
         run, stem = condition.run, workplace.folder / "methods" / condition.name
         scores = _read_json(stem.with_name(f"{stem.name}.scores.json"))
+        scores.pop("missing", None)  # it names places of this machine
         against = None
         if condition.name != BASE:
             against = _read_json(stem.with_name(f"{stem.name}.against.json"))["comparison"]["overall"]
