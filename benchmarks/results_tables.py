@@ -52,9 +52,10 @@ def _page(content: Entry, figure: str) -> str:
 
 Written by `python benchmarks/results.py write`; what it was written from is in [results.json](results.json).
 
-Every captioner here has the default model's frozen vision tower and language model (6 layers of 384), and was trained
-on the same {budget["photos"]:,} photos of Flickr8k with their captions for {budget["epochs"]} epochs, with the same
-schedule, batch and regularisation, one run each; learning rates are the methods' own
+Every captioner here has the default model's frozen vision tower and language model
+(6 layers of 384{f"; but for the rows marked {PROMPTED}" if prompted else ""}), and was trained on the same
+{budget["photos"]:,} photos of Flickr8k with their captions for {budget["epochs"]} epochs, with the same schedule,
+batch and regularisation, one run each; learning rates are the methods' own
 ([method_runs.py](../benchmarks/method_runs.py)). A short training: it says which method learns fast from little.
 
 Scores are of the exported {timing["precision"]} bundle with {budget["num_beams"]} beams on the {scores["images"]:,} dev
