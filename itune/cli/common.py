@@ -70,13 +70,15 @@ def _fail(name: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def check_writable(path: Path) -> None:
-    """Raise ItuneError, before hours of work, where no file of that name can be written."""
-    if path.is_dir():
-        raise ItuneError(f"{path} is a folder; give the name of a file to write")
+def check_writable(option: str, path: Path) -> None:
+    """Raise ItuneError, before hours of work, where the file that an option names cannot be written."""
+    if path.exists() and not path.is_file():
+        raise ItuneError(f"{option} {path} is no file: name one")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ItuneError(f"{path} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'a file'}")
+    if not folder.is_dir():
+        raise ItuneError(f"{option} {path}: {folder} is no folder: name another")
+    if not os.access(folder, os.W_OK):
+        raise ItuneError(f"{option} {path}: the folder {folder} cannot be written to: name another")
 
 
 def require(extra: str, *modules: str) -> None:

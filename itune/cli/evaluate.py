@@ -79,9 +79,10 @@ def evaluate(
             flag = "CHECKPOINT_OR_BUNDLE" if parameter.name == "model" else parameter.opts[0]
             reason = "contradicts --captions, which come from a file" if captions else "is for --captions: give both"
             raise ItuneError(f"{flag} {reason}")
-    for path in (output, per_image, None if json_output in (None, "-") else Path(json_output)):
+    json_file = None if json_output in (None, "-") else Path(json_output)
+    for option, path in (("--output", output), ("--per-image", per_image), ("--json", json_file)):
         if path is not None:
-            common.check_writable(path)
+            common.check_writable(option, path)
     from ..caption_files import read_results
     from ..data import load_records
     from .scores import Captioned, report

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ..checkpoint import atomic_path
 from ..runtime.errors import ItuneError
+from . import common
 
 if TYPE_CHECKING:
     from ..runtime.captioner import Caption, Captioner
@@ -108,12 +109,9 @@ def _keep_photos(option: str, paths: Sequence[Path], images: Sequence[str]) -> N
 
 
 def _check_writable(option: str, path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise ItuneError(f"{option} {path} is no file: name one")
     if not path.parent.is_dir():
         raise ItuneError(f"{option} {path}: there is no folder {path.parent}: make it, or name another")
-    if not os.access(path.parent, os.W_OK):
-        raise ItuneError(f"{option} {path}: the folder {path.parent} cannot be written to: name another")
+    common.check_writable(option, path)
 
 
 def _make_folder(option: str, folder: Path) -> None:
