@@ -14,6 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
+    from itune.data import Record
     from itune.methods import LoadedCheckpoint
 
 # Two processes with two threads each would fight over two cores.
@@ -219,6 +220,22 @@ def language_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random CLIP vision tower."""
     return make_clip(tmp_path_factory.mktemp("models") / "vision")
+
+
+@pytest.fixture(scope="session")
+def records(photos: list[Path]) -> list[Record]:
+    """Five photos with two captions each, where a test file has no records of its own."""
+    from itune.data import Record
+
+    return [Record(path, (CAPTIONS[i], CAPTIONS[i + 1]), path.stem) for i, path in enumerate(photos[:5])]
+
+
+@pytest.fixture(scope="session")
+def projecting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP that has its projection, to 20."""
+    from tests.clipcap import make_projecting_clip
+
+    return make_projecting_clip(tmp_path_factory.mktemp("models") / "projecting")
 
 
 @pytest.fixture(scope="session")

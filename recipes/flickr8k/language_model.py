@@ -231,6 +231,20 @@ def train(arguments: argparse.Namespace) -> None:
     console.print(result)
 
 
+def add_training_options(
+    parser: argparse.ArgumentParser, *, epochs: int, dropout: float, learning_rate: float, warmup: int, bf16: bool
+) -> None:
+    """The options of every training of a language model, with a recipe's own values."""
+    parser.add_argument("--dropout", type=float, default=dropout)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--warmup", type=int, default=warmup, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The defaults are the recipe's own values."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -241,16 +255,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--attention-dropout", type=float, default=0.0)
-    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64, help="captions")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, default=400, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
+    add_training_options(parser, epochs=8, dropout=0.3, learning_rate=1e-3, warmup=400, bf16=True)
     return parser.parse_args()
 
 

@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from language_model import State, console, learning_rate, parameter_groups, save_checkpoint, save_model, snap_to_int8
+from language_model import (
+    State,
+    add_training_options,
+    console,
+    learning_rate,
+    parameter_groups,
+    save_checkpoint,
+    save_model,
+    snap_to_int8,
+)
 from rich.progress import track
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
@@ -183,14 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     """The defaults are the recipe's own values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--warmup", type=int, default=50, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
+    add_training_options(parser, epochs=4, dropout=0.2, learning_rate=5e-4, warmup=50, bf16=True)
     return parser.parse_args()
 
 

@@ -21,20 +21,8 @@ from itune.export.importing import ImportOptions, import_checkpoint
 from itune.methods import LoadedCheckpoint
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings
-from tests.clipcap import make_projecting_clip, papers_transformer
-from tests.conftest import CAPTIONS, make_language_model
-
-
-@pytest.fixture(scope="module")
-def projecting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP that has its projection, to 20."""
-    return make_projecting_clip(tmp_path_factory.mktemp("clip") / "projecting")
-
-
-@pytest.fixture(scope="module")
-def records(photos: list[Path]) -> list[Record]:
-    """Five photos with two captions each."""
-    return [Record(path, (CAPTIONS[i], CAPTIONS[i + 1]), path.stem) for i, path in enumerate(photos[:5])]
+from tests.clipcap import papers_transformer
+from tests.conftest import make_language_model
 
 
 def published(

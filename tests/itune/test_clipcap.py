@@ -26,21 +26,9 @@ from itune.runtime.errors import ItuneError
 from itune.runtime.search import SearchConfig, search
 from itune.runtime.settings import TextSettings
 from itune.train import Interrupted, Trainer
-from tests.clipcap import SHAPES, make_projecting_clip, papers_transformer, save_clipcap
+from tests.clipcap import SHAPES, papers_transformer, save_clipcap
 from tests.conftest import CAPTIONS, make_clip
 from tests.itune.test_train import Quiet
-
-
-@pytest.fixture(scope="module")
-def projecting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP that has its projection, to 20."""
-    return make_projecting_clip(tmp_path_factory.mktemp("clip") / "projecting")
-
-
-@pytest.fixture(scope="module")
-def records(photos: list[Path]) -> list[Record]:
-    """Five photos with two captions each."""
-    return [Record(path, (CAPTIONS[i], CAPTIONS[i + 1]), path.stem) for i, path in enumerate(photos[:5])]
 
 
 def state(prefix: ImagePrefix) -> dict[str, Tensor]:
