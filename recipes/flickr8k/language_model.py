@@ -128,6 +128,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """One step of a training at the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @torch.no_grad()
 def snap_to_int8(model: GPT2LMHeadModel) -> None:
     """Round the matrices that the exporter quantises to its int8 grid (blocks along the input dimension)."""
@@ -196,13 +206,8 @@ def train(arguments: argparse.Namespace) -> None:
         rows = batches(ids["train"], arguments.batch_size, generator)
         for step, batch in enumerate(track(rows, f"epoch {epoch + 1}", steps, console=console, transient=True)):
             rate = learning_rate(epoch * steps + step, total, peak=arguments.learning_rate, warmup=arguments.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             loss = token_losses(model, batch, bf16=arguments.bf16).mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer_step(model, optimizer, loss, rate)
             losses.append(loss.item())
         seconds = time.monotonic() - started
         dev = perplexity(model, ids["dev"], bf16=arguments.bf16)

@@ -25,6 +25,7 @@ from language_model import (
     add_training_options,
     console,
     learning_rate,
+    optimizer_step,
     parameter_groups,
     save_checkpoint,
     save_model,
@@ -164,13 +165,8 @@ def train(arguments: argparse.Namespace) -> None:
             rate = learning_rate(
                 epoch * steps + step, steps * arguments.epochs, peak=arguments.learning_rate, warmup=arguments.warmup
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             loss = token_losses(model, batch, bf16=arguments.bf16).mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer_step(model, optimizer, loss, rate)
             losses.append(loss.item())
         found = measured()
         state.epoch = epoch + 1
