@@ -57,7 +57,7 @@ def test_methods_are_trained_scored_timed_and_written(results: ModuleType, work:
     assert [line.split(" | ")[0] for line in table[2:6]] == [
         "| I-Tuning", "| ClipCap, transformer mapper", "| SmallCap", "| SmallCap, empty datastore"
     ]  # fmt: skip
-    assert re.search(r"on the same 4 photos", page)
+    assert re.search(r"on the same\s+4 photos", page)
     assert output.with_suffix(".png").read_bytes().startswith(PNG)
     before = {path: path.stat().st_mtime_ns for path in (work / "methods").rglob("*.safetensors")}
     results.main(["train", *options])
