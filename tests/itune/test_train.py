@@ -331,6 +331,12 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
     assert loaded.config.training["preset"] == "small-data"
     assert str(tmp_path) not in (output / "best" / "itune.json").read_text(), "a path of this machine is in the model"
     assert any((output / "tensorboard").iterdir())
+    state = output / "last" / "trainer.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    damaged = itune_train(*arguments, "-o", output, "--resume")
+    assert damaged.returncode == 2
+    assert "last cannot be resumed (SafetensorError" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
 
 
 def test_init_from_takes_shape_and_frozen_parts_over(
