@@ -24,15 +24,15 @@ PREFIX = "retrieval."
 def append_embedding(graph: Graph, visual: str, head: RetrievalHead) -> str:
     """Append the head to a tower's embeddings `visual` [images, N, d_v]: the output `EMBEDDING` [images, D]."""
     with graph.scope("retrieval"):
-        if head.layer_norm is None or head.projection is None:
+        projection = head.projection
+        if projection is None:
             x = graph.op("ReduceMean", visual, graph.constant([1]), keepdims=0)
         else:
-            weight, bias, epsilon = head.layer_norm
             x = graph.op("Gather", visual, graph.constant(0), axis=1)
-            scale = graph.initializer(PREFIX + "post_layernorm.weight", weight)
-            shift = graph.initializer(PREFIX + "post_layernorm.bias", bias)
-            x = graph.op("LayerNormalization", x, scale, shift, epsilon=epsilon)
-            x = graph.op("MatMul", x, graph.initializer(PREFIX + "visual_projection", head.projection.T))
+            scale = graph.initializer(PREFIX + "post_layernorm.weight", projection.norm_weight.numpy())
+            shift = graph.initializer(PREFIX + "post_layernorm.bias", projection.norm_bias.numpy())
+            x = graph.op("LayerNormalization", x, scale, shift, epsilon=projection.epsilon)
+            x = graph.op("MatMul", x, graph.initializer(PREFIX + "visual_projection", projection.weight.T.numpy()))
         length = graph.op("ReduceL2", x, graph.constant([1]), keepdims=1)
         length = graph.op("Max", length, graph.constant(EPSILON, np.float32))
         graph.op("Div", x, length, name=EMBEDDING)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -163,6 +164,11 @@ class ClipProjection:
     norm_bias: Tensor  # [d_v]
     weight: Tensor  # [projected width, d_v]
     epsilon: float
+
+    def project(self, cls: Tensor) -> Tensor:
+        """Image features [images, projected width] of CLS embeddings [images, d_v]."""
+        norm_weight, norm_bias, weight = (t.to(cls.device) for t in (self.norm_weight, self.norm_bias, self.weight))
+        return F.linear(F.layer_norm(cls, norm_bias.shape, norm_weight, norm_bias, self.epsilon), weight)
 
 
 def load_clip_projection(source: str, revision: str | None = None) -> ClipProjection | None:

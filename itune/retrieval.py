@@ -16,12 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 
-from .backbones import BackboneError, ClipTower, VisionTower, fetch, load_vision_tower, weight_files
+from .backbones import (
+    BackboneError,
+    ClipProjection,
+    ClipTower,
+    VisionTower,
+    fetch,
+    load_clip_projection,
+    load_vision_tower,
+)
 from .checkpoint import atomic_path
 from .data import Record
 from .features import Features, identity
@@ -46,21 +51,13 @@ class RetrievalHead:
     """
 
     encoder: EncoderIdentity
-    layer_norm: tuple[NDArray[np.float32], NDArray[np.float32], float] | None = None
-    """Weight [d_v], bias [d_v] and epsilon."""
-    projection: NDArray[np.float32] | None = None
-    """[D, d_v]."""
+    projection: ClipProjection | None = None
 
     @torch.inference_mode()
     def pool(self, visual: Tensor) -> Tensor:
         """Embeddings float32 [images, D] of length 1, of visual embeddings [images, N, d_v]."""
         visual = visual.float()
-        if self.layer_norm is None or self.projection is None:
-            x = visual.mean(dim=1)
-        else:
-            weight, bias, epsilon = self.layer_norm
-            x = F.layer_norm(visual[:, 0], bias.shape, _like(weight, visual), _like(bias, visual), epsilon)
-            x = x @ _like(self.projection, visual).T
+        x = visual.mean(dim=1) if self.projection is None else self.projection.project(visual[:, 0])
         pooled: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
         return pooled
 
@@ -73,36 +70,19 @@ def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "project
     Raises:
         BackboneError: there is no projection, and it is asked for.
     """
-    found = _load_projection(tower) if isinstance(tower, ClipTower) and pooling != "mean" else None
-    if found is None:
-        if pooling == "projection":
-            raise BackboneError(
-                f"{source}: has no visual_projection, by which captions are found: give a full CLIP checkpoint"
-            )
-        encoder = EncoderIdentity(source=source, sha256=tower.sha256, pooling="mean", dim=tower.width)
-        return RetrievalHead(encoder)
-    layer_norm, projection = found
-    encoder = EncoderIdentity(source=source, sha256=tower.sha256, pooling="projection", dim=len(projection))
-    return RetrievalHead(encoder, layer_norm, projection)
-
-
-def _load_projection(
-    tower: ClipTower,
-) -> tuple[tuple[NDArray[np.float32], NDArray[np.float32], float], NDArray[np.float32]] | None:
-    """Post-layernorm and projection, which the tower itself does without; None where there is no projection."""
-    names = [*(f"vision_model.post_layernorm.{part}" for part in ("weight", "bias")), "visual_projection.weight"]
-    found: dict[str, NDArray[np.float32]] = {}
-    for file in weight_files(tower.folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                found |= {name: tensors.get_tensor(name).float().numpy() for name in names if name in tensors.keys()}  # noqa: SIM118
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            found |= {name: state[name].float().numpy() for name in names if name in state}
-    if len(found) < len(names):
-        return None
-    weight, bias, projection = (found[name] for name in names)
-    return (weight, bias, float(tower.model.config.layer_norm_eps)), projection
+    folder = str(tower.folder)
+    projection = load_clip_projection(folder) if isinstance(tower, ClipTower) and pooling != "mean" else None
+    if projection is None and pooling == "projection":
+        raise BackboneError(
+            f"{source}: has no visual_projection, by which captions are found: give a full CLIP checkpoint"
+        )
+    encoder = EncoderIdentity(
+        source=source,
+        sha256=tower.sha256,
+        pooling="mean" if projection is None else "projection",
+        dim=tower.width if projection is None else len(projection.weight),
+    )
+    return RetrievalHead(encoder, projection)
 
 
 class EmbeddingEngine:
@@ -254,7 +234,3 @@ def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: Own
     for record in records:
         digest.update(f"{json.dumps([record.id, identity(record.image), record.captions])}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _like(array: NDArray[np.float32], other: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(other.device)
