@@ -100,10 +100,8 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
     folder = fetch(source, revision)
     config = _read_config(folder, "gpt2", "a GPT-2 language model")
     weights = weight_files(folder)
-    try:
-        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BackboneError(f"{folder}: cannot be loaded as GPT-2: {_first_line(error)}") from None
+    model, missing = load_pretrained(GPT2LMHeadModel, folder, "GPT-2")
+    _require_weights(folder, missing)
     if config.get("add_cross_attention"):
         raise BackboneError(f"{folder}: has cross-attention of its own; give a plain GPT-2")
     model.train(False)
@@ -115,6 +113,21 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
     return LanguageModel(model, load_tokenizer(folder), folder, hash_files(weights))
 
 
+def load_pretrained(model: Any, folder: Path, what: str) -> tuple[Any, list[str]]:
+    """A class's `from_pretrained` in float32, and the names of weights that the folder lacks: those are random.
+
+    Raises:
+        BackboneError: something in the folder is damaged, or it is not `what`.
+    """
+    try:
+        loaded, info = model.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # of a damaged file the libraries raise nearly everything
+        raise BackboneError(f"{folder}: cannot be loaded as {what}: {first_line(error)}") from None
+    return loaded, sorted(info["missing_keys"])
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's `tokenizer.json`, or the same built from GPT-2's `vocab.json` and `merges.txt`."""
     path = folder / "tokenizer.json"
@@ -122,11 +135,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise BackboneError(f"{path} is not a tokenizer: {_first_line(error)}") from None
+            raise BackboneError(f"{path} is not a tokenizer: {first_line(error)}") from None
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         from transformers import GPT2Tokenizer
 
-        tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(folder).backend_tokenizer
+        try:
+            tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(folder).backend_tokenizer
+        except Exception as error:
+            raise BackboneError(f"{folder}: vocab.json and merges.txt make no tokenizer: {first_line(error)}") from None
         return tokenizer
     raise BackboneError(f"{folder} has no tokenizer.json (nor vocab.json and merges.txt): put one there")
 
@@ -197,7 +213,7 @@ def _read_tensors(path: Path, ends: tuple[str, ...]) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return {name: tensor for name, tensor in state.items() if name.endswith(ends)}
     except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError, UnpicklingError) as error:
-        raise BackboneError(f"{path} cannot be read: {_first_line(error)}") from None
+        raise BackboneError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 class ClipTower:
@@ -210,10 +226,8 @@ class ClipTower:
         config = config.get("vision_config", config)
         self.folder = folder
         self.sha256 = hash_files(weight_files(folder))
-        try:
-            model: Any = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise BackboneError(f"{folder}: cannot be loaded as a CLIP vision model: {_first_line(error)}") from None
+        model, missing = load_pretrained(CLIPVisionModel, folder, "a CLIP vision model")
+        _require_weights(folder, [name for name in missing if ".post_layernorm." not in f".{name}"])  # not part of V
         model.train(False)
         self.model = model.requires_grad_(False).to(device)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
@@ -260,7 +274,7 @@ class OnnxTower:
         try:
             self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise BackboneError(f"{file}: ONNX Runtime cannot load it: {_first_line(error)}") from None
+            raise BackboneError(f"{file}: ONNX Runtime cannot load it: {first_line(error)}") from None
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         height, width = self.image.output_size
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
@@ -319,8 +333,8 @@ def read_image_settings(folder: Path) -> ImageSettings | None:
             std=config["image_std"],
             interpolation=_RESAMPLE[config.get("resample", 3)],  # type: ignore[arg-type]
         )
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise BackboneError(f"{path}: not an image preprocessor's configuration: {_first_line(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise BackboneError(f"{path}: not an image preprocessor's configuration: {first_line(error)}") from None
 
 
 def _read_config(folder: Path, model_type: str | tuple[str, ...], what: str) -> dict[str, Any]:
@@ -329,7 +343,7 @@ def _read_config(folder: Path, model_type: str | tuple[str, ...], what: str) -> 
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise BackboneError(f"{path} cannot be read ({_first_line(error)}): give the folder of {what}") from None
+        raise BackboneError(f"{path} cannot be read ({first_line(error)}): give the folder of {what}") from None
     if found not in ((model_type,) if isinstance(model_type, str) else model_type):
         raise BackboneError(f"{path}: model_type is {found!r}; give the folder of {what}")
     return config
@@ -343,5 +357,13 @@ def weight_files(folder: Path) -> list[Path]:
     return weights
 
 
-def _first_line(error: Exception) -> str:
+def _require_weights(folder: Path, missing: list[str]) -> None:
+    if missing:
+        raise BackboneError(
+            f"{folder}: config.json asks for {missing[0]}, which its weight files lack: copy the model again"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, short enough to be quoted."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -24,7 +24,9 @@ from .backbones import (
     ClipTower,
     VisionTower,
     fetch,
+    first_line,
     load_clip_projection,
+    load_pretrained,
     load_vision_tower,
 )
 from .checkpoint import atomic_path
@@ -121,20 +123,16 @@ class TextEncoder:
         from transformers import AutoTokenizer, CLIPModel
 
         folder = fetch(source, revision)
-        try:
-            loaded: Any = CLIPModel.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise BackboneError(f"{folder}: its text tower or tokenizer cannot be loaded: {reason}") from None
-        model, info = loaded
-        if missing := sorted(name for name in info["missing_keys"] if name.startswith("text_")):
+        model, missing = load_pretrained(CLIPModel, folder, "a CLIP with a text tower")
+        if lacks := [name for name in missing if name.startswith("text_")]:
             raise BackboneError(
-                f"{folder}: has no text tower ({missing[0]} is missing); give a full CLIP checkpoint, or build by "
-                "images with --kind image"
+                f"{folder}: has no text tower ({lacks[0]} is missing); give a full CLIP checkpoint, or build by images "
+                "with --kind image"
             )
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of a damaged file the libraries raise nearly everything
+            raise BackboneError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
         self.model, self._project = model.text_model.train(False), model.text_projection
 
     @torch.inference_mode()
