@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from .backbones import (
@@ -41,7 +42,7 @@ Progress = Callable[[int, int], None]
 EPSILON = 1e-12
 """What a vector's length is at least, before it divides."""
 _BATCH = 64
-_TEXT_BATCH = 256
+_RETRIEVED = TypeAdapter(dict[str, list[str]])
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class TextEncoder:
             )
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer("a")  # some damage is only found on use
         except Exception as error:  # of a damaged file the libraries raise nearly everything
             raise BackboneError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
         self.model, self._project = model.text_model.train(False), model.text_projection
@@ -204,9 +206,8 @@ def retrieve_for(
     # Opened before, perhaps for no encoder in particular.
     datastore.require(head.encoder)
     path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out)}.json"
-    if path is not None and path.is_file():
-        content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+    if path is not None and (kept := _read_retrieved(path, records)) is not None:
+        return kept
     captions: dict[str, list[str]] = {}
     for start in range(0, len(records), _BATCH):
         batch = records[start : start + _BATCH]
@@ -225,6 +226,15 @@ def retrieve_for(
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
     return captions
+
+
+def _read_retrieved(path: Path, records: Sequence[Record]) -> dict[str, list[str]] | None:
+    """What an earlier call kept; None where there is nothing, or nothing that can be read."""
+    try:
+        content = _RETRIEVED.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return content if all(record.id in content for record in records) else None
 
 
 def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: Own) -> str:

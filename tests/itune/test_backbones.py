@@ -18,6 +18,7 @@ CHANGES: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda content: content[: len(content) // 2],
     "empty": lambda _content: b"",
     "text": lambda _content: b"<html>not found</html>",
+    "json": lambda _content: b"{}",
 }
 
 

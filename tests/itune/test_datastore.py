@@ -121,6 +121,10 @@ def test_training_never_sees_a_photos_own_captions(
         assert len(found[record.id]) == 3
         assert not set(found[record.id]) & set(record.captions)  # photo 1's second is photo 2's first, too
     assert retrieve_for(records, None, store, 3, head, cache=tmp_path) == found  # type: ignore[arg-type]
+    (kept,) = tmp_path.glob("retrieved-*.json")
+    for damage in ("", '{"cut', "[]", "{}"):
+        kept.write_text(damage)
+        assert retrieve_for(records, features, store, 3, head, cache=tmp_path) == found
     renamed = [type(record)(record.image, record.captions, f"other{record.id}") for record in records]
     assert list(retrieve_for(renamed, features, store, 3, head).values()) == list(found.values())
     shown = retrieve_for(renamed, features, store, 3, head, leave_out=Own.PHOTO, cache=tmp_path)
