@@ -220,14 +220,17 @@ def hash_files(paths: list[Path]) -> str:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, or vanishes.
 
-    Where `folder` is a symbolic link, of what it leads to.
+    Where `folder` is a symbolic link, of what it leads to. Raises ItuneError where there can be no such folder.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Not by the process id, which is the same every time in a container, where a killed run may have left its own.
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(folder)
     old = temporary.with_suffix(".old")
-    temporary.mkdir()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        reason = "a file is in its way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise ItuneError(f"{folder} cannot be written ({reason}): name another place") from None
     try:
         yield temporary
         if folder.exists():
@@ -240,11 +243,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path`, of which only a part is in it: names may be as long as the file system allows."""
+    # Not by the process id, which is the same every time in a container, where a killed run may have left its own.
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, or vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)

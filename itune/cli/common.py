@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -79,6 +79,22 @@ def check_writable(option: str, path: Path) -> None:
         raise ItuneError(f"{option} {path}: {folder} is no folder: name another")
     if not os.access(folder, os.W_OK):
         raise ItuneError(f"{option} {path}: the folder {folder} cannot be written to: name another")
+
+
+def check_apart(outputs: Iterable[tuple[str, Path]], inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise ItuneError where one of the `outputs` (option, file) is one of the `inputs` (what it is, file), or another.
+
+    Files are replaced as a whole: what is read would be lost, and of two outputs the first.
+    """
+    read = {os.path.realpath(path): what for what, path in inputs}
+    written: dict[str, str] = {}
+    for option, path in outputs:
+        place = os.path.realpath(path)
+        if place in read:
+            raise ItuneError(f"{option} would replace {read[place]} {path}: name another place")
+        if place in written:
+            raise ItuneError(f"{written[place]} and {option} would both be written to {path}: name another place")
+        written[place] = option
 
 
 def require(extra: str, *modules: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,9 +81,11 @@ def evaluate(
             reason = "contradicts --captions, which come from a file" if captions else "is for --captions: give both"
             raise ItuneError(f"{flag} {reason}")
     json_file = None if json_output in (None, "-") else Path(json_output)
-    for option, path in (("--output", output), ("--per-image", per_image), ("--json", json_file)):
-        if path is not None:
-            common.check_writable(option, path)
+    outputs = {"--output": output, "--per-image": per_image, "--json": json_file}
+    written = [(option, path) for option, path in outputs.items() if path is not None]
+    for option, path in written:
+        common.check_writable(option, path)
+    common.check_apart(written, _inputs(data, references, captions or []))
     from ..caption_files import read_results
     from ..data import load_records
     from .scores import Captioned, report
@@ -129,22 +132,32 @@ def evaluate(
                 markup=False,
                 highlight=False,
             )
-        written, reasons = _caption(captioner, records, {**options, "batch_size": batch_size})
+        captioned, reasons = _caption(captioner, records, {**options, "batch_size": batch_size})
         failed = len(reasons)
         for reason in reasons:
             common.console().print(f"left out: {reason}", style="yellow", markup=False)
-        if not written:
+        if not captioned:
             raise ItuneError(f"{data}: no photo of the {wanted or 'whole'} split can be read")
         if output:
             from ..evaluate import write_results
 
-            write_results(written, output)
+            write_results(captioned, output)
         if not scored:
-            _say_unscored(output, len(written), failed)
+            _say_unscored(output, len(captioned), failed)
             return
-        found = [Captioned(str(model), written)]
+        found = [Captioned(str(model), captioned)]
         what = f"{split or 'dev'}, beam {num_beams}"
     report(found, records, what, failed=failed, java=not no_java, json_output=json_output, per_image=per_image)
+
+
+def _inputs(data: Path | None, references: Path | None, captions: list[Path]) -> Iterator[tuple[str, Path]]:
+    """What is read, and where."""
+    from ..caption_files import find_caption_file, holds
+
+    for what, path in (("the captions of --data", data), ("the references", references)):
+        if path is not None:
+            yield what, find_caption_file(path) if holds(path.is_dir) else path
+    yield from (("the captions", path) for path in captions)
 
 
 def _caption(

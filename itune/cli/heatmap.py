@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from ..caption_files import holds
 from ..checkpoint import atomic_path
 from ..runtime.errors import ItuneError
 from . import common
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from ..runtime.image import Source
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+class FigureError(ItuneError):
+    """A figure cannot be written."""
 
 
 class Heatmaps:
@@ -38,12 +43,13 @@ class Heatmaps:
         self._lines: TextIO | None = None
         if figures is None and numbers is None and layer is not None:
             raise ItuneError("--heatmap-layer is for --heatmap or --heatmap-json: give one of them, too")
-        if numbers is not None:
-            _check_writable("--heatmap-json", numbers)
-            _keep_photos("--heatmap-json", [numbers], images)
         if figures is not None:
             self._paths = _figure_paths(figures, images)
-            _keep_photos("--heatmap", self._paths, images)
+        outputs = [("--heatmap", path) for path in self._paths]
+        if numbers is not None:
+            _check_writable("--heatmap-json", numbers)
+            outputs.append(("--heatmap-json", numbers))
+        common.check_apart(outputs, (("the photo", Path(image)) for image in images if image != "-"))
 
     def __bool__(self) -> bool:
         """Whether any are wanted."""
@@ -67,16 +73,21 @@ class Heatmaps:
 
         Raises:
             ImageError: the image cannot be read any more.
+            FigureError: its figure cannot be written.
         """
         from ..runtime.heatmap import draw_heatmap
 
         explanation = captioner.explain(image, caption, layer=self.layer, **options)
-        if self.figures is not None:
-            path = self._paths[number]
-            with atomic_path(path) as temporary:
-                draw_heatmap(explanation).save(temporary, FORMATS[path.suffix.lower()], quality=92)
         if self._lines is not None:
             self._lines.write(json.dumps({"image": name, **explanation.to_dict()}) + "\n")
+        if self.figures is not None:
+            path = self._paths[number]
+            figure = draw_heatmap(explanation)
+            try:
+                with atomic_path(path) as temporary:
+                    figure.save(temporary, FORMATS[path.suffix.lower()], quality=92)
+            except OSError as error:
+                raise FigureError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def _figure_paths(figures: Path, images: Sequence[str]) -> list[Path]:
@@ -97,15 +108,10 @@ def _figure_paths(figures: Path, images: Sequence[str]) -> list[Path]:
             number += 1
             free = f"{stem}-{number}"
         names[free] = None
-    return [figures / f"{name}.png" for name in names]
-
-
-def _keep_photos(option: str, paths: Sequence[Path], images: Sequence[str]) -> None:
-    """Raise ItuneError if a path is one of the images."""
-    photos = {os.path.realpath(image) for image in images}
-    for path in paths:
-        if os.path.realpath(path) in photos:
-            raise ItuneError(f"{option} would replace the photo {path}: name another place")
+    paths = [figures / f"{name}.png" for name in names]
+    if folder := next((path for path in paths if holds(path.is_dir)), None):
+        raise ItuneError(f"--heatmap {figures}: {folder} is a folder, where a figure would be: name another folder")
+    return paths
 
 
 def _check_writable(option: str, path: Path) -> None:

@@ -90,7 +90,7 @@ def run(
     captioned.
     """
     sources = expand(images)
-    from .heatmap import Heatmaps
+    from .heatmap import FigureError, Heatmaps
 
     heatmaps = Heatmaps(heatmap, heatmap_json, heatmap_layer, sources)
     from ..runtime.captioner import Captioner
@@ -142,7 +142,7 @@ def run(
             if heatmaps and not isinstance(result, ImageError):
                 try:
                     heatmaps.add(captioner, done - 1, name, image, result, **options)
-                except ImageError as error:  # it has changed since it was captioned
+                except (ImageError, FigureError) as error:  # it has changed since it was captioned, or the disk is full
                     failures += 1
                     print(f"itune-run: no heatmap: {error}", file=sys.stderr)
             update(done, len(sources))

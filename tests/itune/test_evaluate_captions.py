@@ -191,6 +191,16 @@ def test_mistakes(tmp_path: Path, references: Path, refused: Callable[..., str])
     assert f"error: --output {tmp_path} is no file: name one" in sentence
     sentence = refused(*both, "--per-image", file / "scores.jsonl")
     assert f"--per-image {file / 'scores.jsonl'}: {file} is no folder: name another" in sentence
+    before = file.read_bytes(), references.read_bytes()
+    for option in ("--json", "--per-image"):
+        assert f"error: {option} would replace the captions {file}: name" in refused(*both, option, file)
+        assert f"error: {option} would replace the references {references}" in refused(*both, option, references)
+    sentence = refused("default", "--data", references, "--output", references)
+    assert f"error: --output would replace the captions of --data {references}: name another place" in sentence
+    twice = tmp_path / "new.json"
+    sentence = refused("default", "--data", references, "--output", twice, "--json", tmp_path / "." / "new.json")
+    assert f"error: --output and --json would both be written to {twice}: name another place" in sentence
+    assert (file.read_bytes(), references.read_bytes(), twice.exists()) == (*before, False)
     assert "has no test split" in refused(*both, "--split", "test")
     other = results(tmp_path / "other.json", GOOD | {99: "a dog"})
     sentence = refused("--captions", other, "--references", references)

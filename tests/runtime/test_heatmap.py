@@ -192,6 +192,7 @@ def test_what_cannot_be_written_or_shown(run: Run, tmp_path: Path) -> None:
     random_photo(0).save(tmp_path / "mine.png")
     photo_bytes = (tmp_path / "mine.png").read_bytes()
     os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "taken" / "coffee.png").mkdir(parents=True)
     for arguments, reason in (
         (["--heatmap-layer", "mean"], "--heatmap-layer is for --heatmap or --heatmap-json: give one of them, too"),
         (["--heatmap", file], f"--heatmap {file}: the name of a figure ends in .png, .jpg, .jpeg, .webp"),
@@ -221,11 +222,35 @@ def test_what_cannot_be_written_or_shown(run: Run, tmp_path: Path) -> None:
             [tmp_path / "mine.png", "--heatmap-json", tmp_path / "mine.png"],
             f"--heatmap-json would replace the photo {tmp_path / 'mine.png'}: name another place",
         ),
+        (
+            ["--heatmap", tmp_path / "x.png", "--heatmap-json", tmp_path / "." / "x.png"],
+            f"--heatmap and --heatmap-json would both be written to {tmp_path / 'x.png'}: name another place",
+        ),
+        (
+            ["--heatmap", tmp_path / "taken"],
+            f"--heatmap {tmp_path / 'taken'}: {tmp_path / 'taken' / 'coffee.png'} is a folder, where a figure would "
+            "be: name another folder",
+        ),
     ):
         assert run(photo, *arguments) == (2, "", f"itune-run: error: {reason}\n")
     assert file.read_text() == "mine"
     assert (tmp_path / "mine.png").read_bytes() == photo_bytes
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_figure_that_cannot_be_written_stops_nothing(run: Run, tmp_path: Path) -> None:
+    photos, numbers = tmp_path / "photos", tmp_path / "numbers.jsonl"
+    photos.mkdir()
+    # As long as a name may be; the figure's, which has a number, is too long.
+    names = [f"{'a' * 251}.png", f"{'a' * 251}.jpg", "b.png"]
+    for i, name in enumerate(names):
+        random_photo(i).save(photos / name)
+    status, out, err = run(photos, "--heatmap", tmp_path / "figures", "--heatmap-json", numbers, "--num-beams", 1)
+    assert status == 1
+    assert len(out.splitlines()) == 3
+    assert f"no heatmap: {tmp_path / 'figures' / ('a' * 251)}-2.png cannot be written (File name too long)" in err
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [f"{'a' * 251}.png", "b.png"]
+    assert len(numbers.read_text().splitlines()) == 3
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
