@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from ..backbones import ClipTower, LanguageModel, VisionTower
 from ..checkpoint import CheckpointError
 from ..runtime.settings import TextSettings
 from ..smallcap import CrossAttentionConfig, SmallCapModel
+from .state_dicts import State, fitted, weight
 
-State = Mapping[str, Tensor]
 _CROSS = re.compile(r"decoder\.transformer\.h\.(\d+)\.(crossattention\.\w+_(?:attn|proj)|ln_cross_attn)\.(weight|bias)")
 _PARTS = {
     "crossattention.q_attn": ("query",),
@@ -54,19 +53,23 @@ def read_smallcap(file: Path, state: State, language: LanguageModel, tower: Visi
     """
     gpt2 = language.model.config
     _check_encoder(file, state, tower)
-    tensors = _cross_attention(state)
+    tensors = _cross_attention(file, state)
     query, key = tensors.get("layers.0.query.weight"), tensors.get("layers.0.key.weight")
     if query is None or key is None:
         raise CheckpointError(
             f"--import {file}: lacks decoder.transformer.h.0.crossattention.q_attn.weight or c_attn.weight; of "
             "SmallCap's decoders, GPT-2 can be imported"
         )
-    found = (query.shape[1], key.shape[1], len(query) % gpt2.n_head)
-    if found != (gpt2.n_embd, tower.width, 0):
+    if (query.shape[1], key.shape[1]) != (gpt2.n_embd, tower.width):
         raise CheckpointError(
             f"--import {file}: its cross-attention joins a language model of width {query.shape[1]} to image "
             f"embeddings of {key.shape[1]}, where those here are of {gpt2.n_embd} and {tower.width}: name its own with "
             "--language-model and --vision"
+        )
+    if len(query) % gpt2.n_head:
+        raise CheckpointError(
+            f"--import {file}: its queries are of {len(query)}, which the {gpt2.n_head} heads of the language model do "
+            "not divide: name its own with --language-model"
         )
     config = CrossAttentionConfig(
         hidden_size=gpt2.n_embd,
@@ -77,8 +80,9 @@ def read_smallcap(file: Path, state: State, language: LanguageModel, tower: Visi
     )
     model = SmallCapModel(language.model, config)
     # Of those who saved what they trained alone, the norm is as it was initialised.
-    norms = {name: tensor for name, tensor in model.adapter_state().items() if ".norm." in name}
-    model.load_adapter_state(norms | tensors, file)
+    expected = model.adapter_state()
+    norms = {name: tensor for name, tensor in expected.items() if ".norm." in name}
+    model.load_adapter_state(fitted(file, norms | tensors, expected, _original_name), file)
     return model
 
 
@@ -92,7 +96,14 @@ def retrieved_captions(file: Path) -> int:
     return k if isinstance(k, int) and k >= 0 else 4
 
 
-def _cross_attention(state: State) -> dict[str, Tensor]:
+def _original_name(name: str) -> str:
+    """Of one of our cross-attention's weights, the name in SmallCap's own code."""
+    _, layer, part, kind = name.split(".")
+    theirs = next(theirs for theirs, ours in _PARTS.items() if part in ours)
+    return f"decoder.transformer.h.{layer}.{theirs}.{kind}"
+
+
+def _cross_attention(file: Path, state: State) -> dict[str, Tensor]:
     """Cross-attention under our checkpoint's names, in Linear layout; buffers and other tensors are left out."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -100,8 +111,10 @@ def _cross_attention(state: State) -> dict[str, Tensor]:
         if match is None or match[2] not in _PARTS:
             continue
         parts = _PARTS[match[2]]
-        linear = tensor.T if match[3] == "weight" and parts != ("norm",) else tensor
-        for part, piece in zip(parts, linear.float().chunk(len(parts)), strict=True):
+        is_matrix = match[3] == "weight" and parts != ("norm",)
+        trained = weight(file, name, tensor, 2 if is_matrix else 1)
+        linear = trained.T if is_matrix else trained
+        for part, piece in zip(parts, linear.tensor_split(len(parts)), strict=True):
             tensors[f"layers.{match[1]}.{part}.{match[3]}"] = piece.contiguous()
     return tensors
 

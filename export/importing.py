@@ -1,21 +1,16 @@
 """Published checkpoints of other codebases, as checkpoints of ours.
 
-A method is a function from a state dict to its model; which one it is, the tensors' names tell. Pickles are read with
-`weights_only` and never run.
+A method is a function from a state dict to its model; which one it is, the tensors' names tell.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..backbones import LanguageModel, VisionTower, load_clip_projection, load_language_model, load_vision_tower
@@ -36,6 +31,7 @@ from ..runtime.bundle import TOKENIZER
 from ..runtime.settings import RetrievalSettings, TextSettings
 from .import_smallcap import SEARCH, TEXT, is_smallcap, language_model_state, read_smallcap, retrieved_captions
 from .staging import staged_folder
+from .state_dicts import State, fitted, read_state, weight
 
 LANGUAGE_MODEL, VISION = "openai-community/gpt2", "openai/clip-vit-base-patch32"
 """What the published checkpoints were trained on, but for ClipCap's on CLIP's RN50x4."""
@@ -44,7 +40,6 @@ _FINE_TUNED = "language-model"
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 """The causal masks that older releases of transformers saved with the weights."""
 _EMBEDDING = "transformer.wte.weight"
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
     if read is None:
         raise CheckpointError(
             f"--import {file}: is no checkpoint of ClipCap or SmallCap, whose tensors are named clip_project.* and "
-            f"*.crossattention.*; the first one here is {next(iter(state), 'missing')}"
+            f"*.crossattention.*; the first one here is {next(iter(state))}"
         )
     with staged_folder(output, force=force, mark=CONFIG_FILE) as folder:
         language = load_language_model(options.language_model)
@@ -112,31 +107,6 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
         save_config(config, folder)
 
 
-def read_state(file: Path) -> State:
-    """The tensors of a state dict; nothing else in the file is looked at, let alone run."""
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else _load_pickle(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"--import {file}: does not exist") from None
-    except UnpicklingError:
-        raise CheckpointError(
-            f"--import {file}: holds more than tensors, which could be code and is not read; save the model's "
-            "state_dict() alone"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"--import {file}: is not a state dict: {reason}") from None
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _load_pickle(file: Path) -> State:
-    with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write, which fail or hold no code
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}")
-    return found
-
-
 def import_clipcap(
     file: Path, state: State, language: LanguageModel, tower: VisionTower, options: ImportOptions
 ) -> Imported:
@@ -148,7 +118,7 @@ def import_clipcap(
     fine_tuned = _load_gpt2(
         file, {n.removeprefix("gpt."): t for n, t in state.items() if n.startswith("gpt.")}, language
     )
-    mapper = {f"mapper{n.removeprefix('clip_project')}": t for n, t in state.items() if n.startswith("clip_project.")}
+    mapper = {n.replace("clip_project", "mapper", 1): t for n, t in state.items() if n.startswith("clip_project.")}
     shape = _clipcap_shape(file, mapper, language.model.config.n_embd)
     width = shape.pop("input_width")
     projection = load_clip_projection(options.vision)
@@ -174,8 +144,10 @@ def import_clipcap(
     model = ClipCapModel(language.model, config)
     if projected is not None:
         model.load_projection(projected)
-    buffers = {n: t for n, t in model.adapter_state().items() if n.startswith("projection.")}
-    model.load_adapter_state(mapper | buffers, file)
+    state = model.adapter_state()
+    buffers = {name: tensor for name, tensor in state.items() if name.startswith("projection.")}
+    expected = {name: tensor for name, tensor in state.items() if name not in buffers}
+    model.load_adapter_state(fitted(file, mapper, expected, _clipcap_name) | buffers, file)
     return Imported(model, TextSettings(begin=None, end=".", strip_period=True), fine_tuned)
 
 
@@ -212,17 +184,32 @@ def _load_gpt2(file: Path, state: State, language: LanguageModel, prefix: str = 
             f"--import {file}: its tensor {prefix}{odd} is {found}, and {language.folder} has {wanted}: name the GPT-2 "
             "that it was trained from with --language-model"
         )
-    if all(torch.equal(tensor.float(), own[name]) for name, tensor in state.items()):
+    weights = {name: weight(file, f"{prefix}{name}", tensor, own[name].ndim) for name, tensor in state.items()}
+    if all(torch.equal(tensor, own[name]) for name, tensor in weights.items()):
         return False
-    language.model.load_state_dict(state)
+    language.model.load_state_dict(weights)
     return True
+
+
+def _clipcap_name(name: str) -> str:
+    """Of one of our mapper's weights, the name in ClipCap's own code."""
+    return name.replace("mapper", "clip_project", 1)
 
 
 def _clipcap_shape(file: Path, mapper: State, hidden_size: int) -> dict[str, Any]:
     """What the mapper's tensors tell of its shape: fields of `ClipCapConfig`, and `input_width`."""
+
+    def matrix(name: str) -> Tensor:
+        return weight(file, _clipcap_name(name), mapper[name], 2)
+
     if "mapper.prefix_const" in mapper and "mapper.linear.weight" in mapper:
         layers = {n.split(".")[3] for n in mapper if n.startswith("mapper.transformer.layers.")}
-        (length, width), linear = mapper["mapper.prefix_const"].shape, mapper["mapper.linear.weight"]
+        (length, width), linear = matrix("mapper.prefix_const").shape, matrix("mapper.linear.weight")
+        if not layers or len(linear) % width:
+            raise CheckpointError(
+                f"--import {file}: its clip_project has {len(layers)} layers and a linear.weight of {len(linear)} rows "
+                f"for embeddings of {width}, and is none of ClipCap's"
+            )
         shape: dict[str, Any] = {
             "mapper": "transformer",
             "prefix_length": length,
@@ -232,7 +219,7 @@ def _clipcap_shape(file: Path, mapper: State, hidden_size: int) -> dict[str, Any
             "input_width": linear.shape[1],
         }
     elif "mapper.model.0.weight" in mapper and "mapper.model.2.weight" in mapper:
-        first, second = mapper["mapper.model.0.weight"], mapper["mapper.model.2.weight"]
+        first, second = matrix("mapper.model.0.weight"), matrix("mapper.model.2.weight")
         width = hidden_size if len(second) % hidden_size == 0 else len(second)
         shape = {"mapper": "mlp", "prefix_length": len(second) // width, "input_width": first.shape[1]}
     else:

@@ -6,15 +6,17 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, GPT2LMHeadModel
 
-from itune.checkpoint import load_config
+from itune.checkpoint import CheckpointError, load_config
 from itune.data import Record
 from itune.evaluate import eager_captioner
 from itune.export.importing import ImportOptions, import_checkpoint
@@ -134,7 +136,46 @@ def test_imports_that_fail_say_why(projecting: Path, clip_folder: Path, tmp_path
     tensors = torch.load(good, weights_only=True)
     del tensors["clip_project.transformer.layers.1.mlp.fc2.bias"]
     torch.save(tensors, tmp_path / "hole.pt")
-    refused(r"lacks tensor mapper\.transformer\.layers\.1\.mlp\.fc2\.bias", tmp_path / "hole.pt")
+    refused(r"lacks the tensor clip_project\.transformer\.layers\.1\.mlp\.fc2\.bias, which", tmp_path / "hole.pt")
+    refused("is a folder: name the file", tmp_path)
+    torch.save({"state_dict": tensors, 3: torch.ones(2)}, tmp_path / "nested.pt")
+    refused(r"has no tensors, unless deeper inside; save the model's state_dict\(\) alone", tmp_path / "nested.pt")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("prefix_const", lambda t: t[0], r"prefix_const has shape \[32\], unlike"),
+        ("prefix_const", lambda t: t[:0], r"prefix_const has shape \[0, 32\], unlike"),
+        ("linear.weight", lambda _: torch.tensor(1.0), r"linear\.weight has shape \[\], unlike"),
+        ("linear.weight", lambda t: t[:, :0], r"linear\.weight has shape \[96, 0\], unlike"),
+        ("linear.weight", lambda t: t[:-1], r"2 layers and a linear\.weight of 95 rows for embeddings of 32"),
+        ("linear.weight", lambda t: t.to_sparse(), r"linear\.weight is torch\.sparse_coo, unlike"),
+        ("linear.weight", lambda t: t.to(torch.complex64), r"linear\.weight is torch\.complex64, unlike"),
+        ("linear.weight", lambda t: t.int(), r"linear\.weight is torch\.int32, unlike"),
+        ("linear.bias", lambda t: t * float("nan"), r"linear\.bias holds numbers that are not finite, unlike"),
+        (
+            "fc1.bias",
+            lambda t: t[:-1],
+            r"layers\.0\.mlp\.fc1\.bias makes one of \[63\], where its others ask for \[64\]",
+        ),
+        (".layers.", None, "has 0 layers and a"),
+        ("h.1.mlp.c_fc.bias", lambda t: t * float("inf"), r"gpt\.transformer\.h\.1\.mlp\.c_fc\.bias holds numbers"),
+    ],
+)
+def test_weights_that_no_training_makes(
+    part: str, change: Callable[[Tensor], Tensor] | None, message: str, projecting: Path, tmp_path: Path
+) -> None:
+    lm = make_language_model(tmp_path / "lm", n_head=8)
+    tensors = torch.load(published(tmp_path / "good", lm), weights_only=True)
+    for name in [name for name in tensors if part in name]:
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name])
+    torch.save(tensors, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(tmp_path / "odd.pt", tmp_path / "c", ImportOptions(str(lm), str(projecting)))
 
 
 def itune(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from itune.backbones import load_language_model, load_vision_tower
@@ -151,4 +153,17 @@ def test_what_does_not_fit_is_named(
     )
     del trained["decoder.transformer.h.1.crossattention.c_proj.weight"]
     torch.save(trained, tmp_path / "part.bin")
-    refused(r"lacks tensor layers\.1\.output\.weight", tmp_path / "part.bin")
+    refused(r"lacks the tensor decoder\.transformer\.h\.1\.crossattention\.c_proj\.weight,", tmp_path / "part.bin")
+
+    def changed(part: str, change: Callable[[Tensor], Tensor]) -> Path:
+        torch.save({n: change(t) if part in n else t for n, t in state.items()}, tmp_path / "changed.bin")
+        return tmp_path / "changed.bin"
+
+    query = "crossattention.q_attn"
+    odd = changed(query, lambda t: t[..., :-1].clone())
+    refused(r"its queries are of \d+, which the 4 heads of the language model do not divide", odd)
+    refused(r"q_attn\.weight has shape \[\d+\], unlike", changed(f"{query}.weight", lambda t: t[0].clone()))
+    odd = changed("crossattention.c_attn.bias", lambda t: t / 0)
+    refused(r"h\.0\S+c_attn\.bias holds numbers that are not finite", odd)
+    odd = changed("h.2.crossattention.c_attn", lambda t: t[..., :-2].clone())
+    refused(r"h\.2\.crossattention\.c_attn\.\w+ makes one of \[\d+.*\], where its others ask for \[\d+", odd)
