@@ -310,7 +310,8 @@ class Trainer:
                     # The frozen parts stand above, as paths that hold wherever the folders are moved together.
                     **{k: v for k, v in config.to_json().items() if k not in ("language_model", "vision", "datastore")},
                     **({} if self.prompting is None else {"datastore": self.prompting.datastore}),
-                    "epoch": self.progress.epoch + 1,
+                    # How many were begun.
+                    "epoch": self.progress.epoch + (self.progress.step_in_epoch > 0),
                     "step": self.progress.step,
                     **{f"dev_{name}": value for name, value in metrics.items()},
                 },

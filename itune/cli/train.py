@@ -137,7 +137,7 @@ def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig
         config = from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ItuneError(f"--resume: {output} holds no run to resume (no config.json)") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ItuneError(f"--resume: {path} is damaged ({error})") from None
     for name, value in overrides.items():
         if value not in (None, getattr(config, name)):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.batches import epoch_steps, tokenize
-from itune.checkpoint import CheckpointError
+from itune.checkpoint import CheckpointError, load_config
 from itune.config import PRESETS, ConfigError, TrainConfig, flag, resolve
 from itune.data import Record
 from itune.features import FeatureCache, Features, LiveFeatures
@@ -327,10 +327,15 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
     resumed = itune_train(*arguments, "-o", output, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((output / "last" / "trainer.json").read_text())["epoch"] == stopped["epoch"] + 1
+    assert load_config(output / "last").training["epoch"] == stopped["epoch"] + 1
     loaded = LoadedCheckpoint.load(output)
     assert loaded.config.training["preset"] == "small-data"
     assert str(tmp_path) not in (output / "best" / "itune.json").read_text(), "a path of this machine is in the model"
     assert any((output / "tensorboard").iterdir())
+    saved = (output / "config.json").read_text()
+    (output / "config.json").write_text("[]")
+    assert f"--resume: {output / 'config.json'} is damaged" in itune_train(*arguments, "-o", output, "--resume").stderr
+    (output / "config.json").write_text(saved)
     state = output / "last" / "trainer.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     damaged = itune_train(*arguments, "-o", output, "--resume")
