@@ -95,11 +95,11 @@ def _looks_like_captions(path: Path) -> bool:
     return is_json or bool(_TOKEN_LINE.match(head))
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, expected: str = _EXPECTED) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text (byte {error.start}); expected {_EXPECTED}") from None
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start}); expected {expected}") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -140,8 +140,8 @@ def read_results(file: Path) -> dict[str, str]:
 
     Raises DataError, naming the entry, for anything else, such as two captions of an image.
     """
-    whole = _parse_json(_read_text(file))
     expected = 'a list of {"image_id": ..., "caption": "..."}, COCO\'s results format'
+    whole = _parse_json(_read_text(file, expected))
     if isinstance(whole, Exception):
         raise DataError(f"{file}: is not JSON ({whole}); expected {expected}")
     if not isinstance(whole, list) or not whole:

@@ -93,7 +93,7 @@ def _select(entries: list[Entry], split: str | None, file: Path, undivided: bool
             return entries
         raise DataError(
             f'{file}: does not say which photos are its {wanted} split; give each line a "split" (or lay split lists '
-            "beside a token file), or keep those photos in a file of their own (--dev-data FILE in training)"
+            "beside a token file), take all photos by --split all, or in training name a file of others by --dev-data"
         )
     if wanted not in sizes:
         found = ", ".join(f"{name} ({size} photos)" for name, size in sizes.items() if name)

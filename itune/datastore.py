@@ -102,9 +102,10 @@ def build_datastore(
         DatastoreError: `output` exists, or no photo can be read.
         ItuneError: the captions or the encoder cannot be loaded.
     """
-    if output.exists() and not (force and (output / MANIFEST).is_file()):
-        mend = "choose another --output" if force else "give another --output, --force to replace it, or use add"
-        raise DatastoreError(f"{output} exists{' and is no datastore' if force else ''}: {mend}")
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise DatastoreError(f"{output} exists and is no datastore: choose another --output")
+    if output.exists() and not force:
+        raise DatastoreError(f"{output} exists: give another --output, --force to replace it, or use add")
     embedder = _Embedder.load(encoder, kind, pooling)
     identity = embedder.head.encoder
     identity = identity.model_copy(update={"source": relative_source(encoder, output)})
@@ -150,6 +151,8 @@ def _only_writer(store: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise DatastoreError(f"{store}: another command is adding to it; add again when that has ended") from None
+    except OSError as error:
+        raise DatastoreError(f"{store}: cannot be added to, as {path} cannot be written ({error.strerror})") from None
     try:
         yield
     finally:

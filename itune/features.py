@@ -22,7 +22,7 @@ from torch import Tensor
 from .backbones import VisionTower
 from .checkpoint import atomic_path
 from .runtime.engines.base import UInt8
-from .runtime.errors import ImageError
+from .runtime.errors import ImageError, ItuneError
 from .runtime.image import decode, preprocess
 
 Progress = Callable[[int, int], None]
@@ -129,7 +129,12 @@ class FeatureCache:
 
     def _build(self, images: Sequence[Path], mirrored: bool, progress: Progress | None) -> dict[Path, str]:
         folder = self._folders[mirrored]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ItuneError(
+                f"--cache-features {folder.parent} cannot be made a folder ({error.strerror}): name another"
+            ) from None
         data, index = folder / "features.f16", folder / "index.jsonl"
         with FileLock(folder / "lock"):
             with atomic_path(folder / "tower.json") as temporary:

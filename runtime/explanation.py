@@ -101,6 +101,10 @@ class Explainer:
     def encode(self, caption: str) -> list[int]:
         """Token ids of a caption, written as the model's training captions were."""
         text = self.manifest.text
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            raise ItuneError("the caption holds half of a surrogate pair, which is no character") from None
         cleaned = " ".join(caption.split())
         if text.strip_period:
             cleaned = cleaned.rstrip(" .")

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, get_type_hints
 
 import typer
 
@@ -53,6 +53,7 @@ def run(command: Callable[..., int | None], name: str | None = None) -> NoReturn
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command)
     try:
+        _refuse_empty_paths(command, app)
         sys.exit(app(prog_name=name, standalone_mode=False))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
@@ -63,6 +64,20 @@ def run(command: Callable[..., int | None], name: str | None = None) -> NoReturn
         if not hasattr(error, "format_message"):
             raise
         _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help")
+
+
+def _refuse_empty_paths(command: Callable[..., int | None], app: typer.Typer) -> None:
+    """Raise ItuneError for an option "", as of a shell variable without a value, that means the current folder to Path.
+
+    To be called before the options are parsed, after which it is "." as that is.
+    """
+    hints = get_type_hints(command)
+    for parameter in typer.main.get_command(app).params:
+        if "pathlib.Path" not in str(hints.get(parameter.name or "")):
+            continue
+        for argument, after in zip(sys.argv[1:], [*sys.argv[2:], None], strict=True):
+            if (argument in parameter.opts and after == "") or argument in {f"{flag}=" for flag in parameter.opts}:
+                raise ItuneError(f"{argument.rstrip('=')} is empty: give a path")
 
 
 def _fail(name: str, message: str) -> NoReturn:
@@ -141,6 +156,8 @@ def progress(description: str, *, enabled: bool = True) -> Iterator[Callable[[in
 
 def emit(line: str, *, beside_progress: bool) -> None:
     """Print a result at once; where it shares a terminal with a running `progress`, above the bar."""
+    if sys.stdout is None:  # closed by who started the program
+        raise ItuneError("there is no standard output to print results to")
     if beside_progress and sys.stdout.isatty() and sys.stderr.isatty():
         console().print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:

@@ -37,7 +37,7 @@ class Heatmaps:
         Raises:
             ItuneError: the options contradict each other, or a path cannot be written.
         """
-        self.figures, self.numbers, self.layer = figures, numbers, layer or "last"
+        self.figures, self.numbers, self.layer = figures, numbers, "last" if layer is None else layer
         self._paths: list[Path] = []
         self._stack = ExitStack()
         self._lines: TextIO | None = None
@@ -46,6 +46,8 @@ class Heatmaps:
         if figures is not None:
             self._paths = _figure_paths(figures, images)
         outputs = [("--heatmap", path) for path in self._paths]
+        if numbers == Path("-"):
+            raise ItuneError("--heatmap-json -: standard output is for the captions; name a file")
         if numbers is not None:
             _check_writable("--heatmap-json", numbers)
             outputs.append(("--heatmap-json", numbers))

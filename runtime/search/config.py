@@ -10,6 +10,8 @@ import numpy as np
 
 from ..errors import SearchError
 
+MOST_BEAMS = 1024
+"""Each takes a row of the decoder and its cache."""
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
@@ -60,6 +62,8 @@ class SearchConfig:
             value = getattr(self, field)
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise SearchError(f"{field} must be a whole number of at least {least}, not {value!r}.")
+        if self.num_beams > MOST_BEAMS:
+            raise SearchError(f"num_beams must be at most {MOST_BEAMS}, not {self.num_beams}.")
         if self.min_new_tokens > self.max_new_tokens:
             raise SearchError(
                 f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), not {self.min_new_tokens}."

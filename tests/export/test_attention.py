@@ -103,6 +103,8 @@ def test_attention_behind_a_prompt_is_eagers(onnx_bundle, onnx_checkpoint, photo
     explanation = Captioner.load(onnx_bundle).explain(photos[0], CAPTION)
     assert (explanation.grid, explanation.layer, explanation.layers) == ((4, 4), "last", (2,))
     assert explanation.cls_share.tolist() == [0] * len(explanation.tokens)
+    with pytest.raises(ItuneError, match="holds half of a surrogate pair"):
+        Captioner.load(onnx_bundle).explain(photos[0], "a \ud83d dog")
 
 
 def test_attention_of_one_head_and_of_external_weights(language_model, clip_tower, photos, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from itune.datastore import Source, add_to_datastore, build_datastore, photos_in
 from itune.features import LiveFeatures
 from itune.retrieval import Own, TextEncoder, load_encoder, retrieve_for
 from itune.runtime.datastore import Datastore
-from itune.runtime.errors import DatastoreError
+from itune.runtime.errors import DatastoreError, ItuneError
 from itune.runtime.image import decode, preprocess
 from tests.conftest import CAPTIONS, random_photo
 
@@ -285,8 +285,13 @@ def test_refusals(tmp_path: Path, captions: Path, clip_folder: Path, full_clip_f
     with pytest.raises(DatastoreError, match=r"exists: give another --output, --force"):
         build_datastore(Source(captions), str(clip_folder), image_store)
     (tmp_path / "other").mkdir()
-    with pytest.raises(DatastoreError, match="is no datastore"):
-        build_datastore(Source(captions), str(clip_folder), tmp_path / "other", force=True)
+    for force in (True, False):
+        with pytest.raises(DatastoreError, match=r"other exists and is no datastore: choose another --output$"):
+            build_datastore(Source(captions), str(clip_folder), tmp_path / "other", force=force)
+    with pytest.raises(ItuneError, match=r"captions\.jsonl/s cannot be written \(a file is in its way\): name another"):
+        build_datastore(Source(captions), str(clip_folder), captions / "s")
+    with pytest.raises(ItuneError, match=r"--cache-features .*captions\.jsonl cannot be made a folder \(Not a dir"):
+        build_datastore(Source(captions, cache=captions), str(clip_folder), tmp_path / "s")
     store = shutil.copytree(image_store, tmp_path / "deep" / "store")
     with pytest.raises(DatastoreError, match="name it with --encoder"):
         add_to_datastore(store, Source(captions))

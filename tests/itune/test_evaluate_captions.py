@@ -211,6 +211,9 @@ def test_mistakes(tmp_path: Path, references: Path, refused: Callable[..., str])
     assert "only captions of the same images can be compared" in sentence
     write_json(fewer, {"7": "a dog"})
     assert "fewer.json: must be a list of" in refused("--captions", fewer, "--references", references)
+    fewer.write_bytes(b'[{"image_id": 1, "caption": "caf\xe9"}]')
+    sentence = refused("--captions", fewer, "--references", references)
+    assert "fewer.json: is not UTF-8 text (byte 32); expected a list of" in sentence
 
 
 @pytest.mark.parametrize("domain", ["[/x]", "[indoor]"])

@@ -154,6 +154,10 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
         (["a.jpg", "--beams", "3"], "No such option: --beams"),
         (["a.jpg", "--num-beams", "many"], "Invalid value for '--num-beams'"),
         (["a.jpg", "--num-beams", "0"], "num_beams must be a whole number of at least 1, not 0"),
+        (["a.jpg", "--num-beams", "1000000"], "num_beams must be at most 1024, not 1000000"),
+        (["a.jpg", "--heatmap", ""], "--heatmap is empty: give a path"),
+        (["a.jpg", "--heatmap="], "--heatmap is empty: give a path"),
+        (["a.jpg", "--heatmap-json", "-"], "--heatmap-json -: standard output is for the captions; name a file"),
         (["a.jpg", "--max-new-tokens", "99"], "max_new_tokens must be at most 40"),
         (
             ["a.jpg", "--engine", "cuda"],
@@ -260,6 +264,12 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path, paint: Paint) -> None:
     assert running.wait(timeout=60) == 1
     assert running.stderr.read() == b""
     running.stderr.close()
+
+
+def test_no_standard_output_at_all(bundle: Path, paint: Paint) -> None:
+    line = [sys.executable, "-m", "itune.cli.run", str(paint("red")), "--bundle", str(bundle)]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "itune-run: error: there is no standard output to print results to\n")
 
 
 def read_terminal(end: int) -> str:
