@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
@@ -73,11 +73,16 @@ def _refuse_empty_paths(command: Callable[..., int | None], app: typer.Typer) ->
     """
     hints = get_type_hints(command)
     for parameter in typer.main.get_command(app).params:
-        if "pathlib.Path" not in str(hints.get(parameter.name or "")):
+        if not _takes_path(hints.get(parameter.name or "")):
             continue
         for argument, after in zip(sys.argv[1:], [*sys.argv[2:], None], strict=True):
             if (argument in parameter.opts and after == "") or argument in {f"{flag}=" for flag in parameter.opts}:
                 raise ItuneError(f"{argument.rstrip('=')} is empty: give a path")
+
+
+def _takes_path(hint: Any) -> bool:
+    """Whether an annotation is Path, or has it inside."""
+    return hint is Path or any(map(_takes_path, get_args(hint)))
 
 
 def _fail(name: str, message: str) -> NoReturn:
