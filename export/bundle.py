@@ -257,7 +257,7 @@ def _describe(
             visual_tokens=config.vision.tokens,
             visual_width=config.vision.width,
         ),
-        search=_search_defaults(config.training, search, tokens.room),
+        search=_search_defaults(config.search, search, tokens.room),
         provenance={
             "itune": __version__,
             "exported": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -303,22 +303,16 @@ def _shortlisted(manifest: Manifest, vocabulary: Vocabulary, size: int) -> Manif
     )
 
 
-def _search_defaults(training: Mapping[str, Any], given: Mapping[str, Any], room: int) -> SearchDefaults:
-    """What is given, else what the training's dev evaluation used, as far as the checkpoint tells.
-
-    `room` is how many tokens the decoder has positions for.
-    """
-    defaults = SearchDefaults().model_dump()
-    trained = {name: training[name] for name in defaults if name in training}
+def _search_defaults(trained: SearchDefaults, given: Mapping[str, Any], room: int) -> SearchDefaults:
+    """What is given, else the checkpoint's; `room` is how many tokens the decoder has positions for."""
     chosen = {name: value for name, value in given.items() if value is not None}
     if chosen.get("max_new_tokens", 0) > room:
         raise ItuneError(f"--max-new-tokens {chosen['max_new_tokens']}: the language model has positions for {room}")
     try:
-        found = SearchDefaults(**(defaults | trained | chosen))
+        return SearchDefaults(**(trained.model_dump() | chosen)).within(room)
     except ValidationError as error:
         first = error.errors()[0]
         raise ItuneError(f"search option {first['loc'][0]}: {first['msg']}") from None
-    return found.model_copy(update={"max_new_tokens": min(found.max_new_tokens, room)})
 
 
 def _config_json(config: Any) -> dict[str, Any]:

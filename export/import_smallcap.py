@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backbones import ClipTower, LanguageModel, VisionTower
 from ..checkpoint import CheckpointError
+from ..runtime.bundle import SearchDefaults
 from ..runtime.settings import TextSettings
 from ..smallcap import CrossAttentionConfig, SmallCapModel
 from .state_dicts import State, fitted, weight
@@ -30,7 +30,7 @@ _PARTS = {
 }
 # Its data are lower-cased words without punctuation; the text of `--disable_rag` stands for an empty datastore, too.
 TEXT = TextSettings(begin=None, prompt="This image shows ", end=".", lower=True, strip_period=True)
-SEARCH: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 25, "length_penalty": 0.0, "early_stopping": True}
+SEARCH = SearchDefaults(num_beams=3, max_new_tokens=25, length_penalty=0.0, early_stopping=True)
 """The options of its infer.py."""
 
 

@@ -27,7 +27,7 @@ from ..checkpoint import (
 )
 from ..clipcap import ClipCapConfig, ClipCapModel, Pooling
 from ..retrieval import load_head
-from ..runtime.bundle import TOKENIZER
+from ..runtime.bundle import TOKENIZER, SearchDefaults
 from ..runtime.settings import RetrievalSettings, TextSettings
 from .import_smallcap import SEARCH, TEXT, is_smallcap, language_model_state, read_smallcap, retrieved_captions
 from .staging import staged_folder
@@ -64,8 +64,8 @@ class Imported:
     """The language model is no longer the one that `ImportOptions` names."""
     retrieval: RetrievalSettings | None = None
     """The retrieved captions that it was trained with."""
-    search: dict[str, Any] = field(default_factory=dict)
-    """Its authors' search options, where ours would differ."""
+    search: SearchDefaults = field(default_factory=SearchDefaults)
+    """How its authors search."""
 
 
 def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force: bool = False) -> None:
@@ -101,7 +101,8 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             image=tower.image,
             text=imported.text,
             retrieval=imported.retrieval,
-            training={"imported": file.name} | imported.search,
+            search=imported.search,
+            training={"imported": file.name},
             **imported.model.describe(),
         )
         save_config(config, folder)

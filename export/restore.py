@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
 from ..checkpoint import WEIGHTS_FILE, hash_files, parse_config, save_config
-from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
+from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings, SearchDefaults
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings
 from .graph import Array
@@ -56,7 +56,7 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         adapters = _restore_language_model(bundle, settings, folder / "language-model")
         adapters |= _restore_vision(bundle, settings, folder / "vision")
         _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
-        _restore_config(settings, folder)
+        _restore_config(settings, bundle.manifest.search, folder)
 
 
 def _restore_language_model(bundle: Bundle, settings: RestoreSettings, folder: Path) -> dict[str, Array]:
@@ -89,7 +89,7 @@ def _restore_vision(bundle: Bundle, settings: RestoreSettings, folder: Path) -> 
     return adapters
 
 
-def _restore_config(settings: RestoreSettings, folder: Path) -> None:
+def _restore_config(settings: RestoreSettings, search: SearchDefaults, folder: Path) -> None:
     config = parse_config(settings.checkpoint)
     parts = {
         field: getattr(config, field).model_copy(
@@ -102,7 +102,7 @@ def _restore_config(settings: RestoreSettings, folder: Path) -> None:
         vision = parts["vision"]
         encoder = retrieval.encoder.model_copy(update={"source": vision.source, "sha256": vision.sha256})
         retrieval = retrieval.model_copy(update={"encoder": encoder})
-    save_config(config.model_copy(update={**parts, "retrieval": retrieval}), folder / "checkpoint")
+    save_config(config.model_copy(update={**parts, "retrieval": retrieval, "search": search}), folder / "checkpoint")
 
 
 def _hash_weights(folder: Path) -> str:

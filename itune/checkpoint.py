@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from .runtime.bundle import SearchDefaults
 from .runtime.errors import ItuneError
 from .runtime.settings import ImageSettings, Method, RetrievalSettings, Settings, TextSettings
 
@@ -75,7 +76,17 @@ class CheckpointConfig(Settings):
     text: TextSettings
     retrieval: RetrievalSettings | None = None
     """The retrieved captions that the training put before a caption; None where there were none."""
+    search: SearchDefaults = SearchDefaults()
+    """How captions are searched for unless told otherwise, by a bundle, too: as in the training's dev evaluation."""
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _searched_as_trained(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "search" in content or not isinstance(content.get("training"), dict):
+            return content
+        training = content["training"]
+        return content | {"search": {name: training[name] for name in SearchDefaults.model_fields if name in training}}
 
     @property
     def dropout(self) -> float:

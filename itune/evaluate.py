@@ -18,7 +18,7 @@ from .methods import LoadedCheckpoint
 from .metrics import Scores, score
 from .retrieval import EmbeddingEngine, load_head
 from .runtime import Captioner
-from .runtime.bundle import SearchDefaults, TokenSettings
+from .runtime.bundle import TokenSettings
 from .runtime.engines.base import Int64
 from .runtime.errors import ImageError
 from .runtime.retriever import Retriever
@@ -105,7 +105,7 @@ def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -
         max_positions=gpt2.n_positions,
     )
     engine = EagerEngine(loaded.model, loaded.tower, vocabulary)
-    return Captioner(engine, tokenizer, loaded.config.image, tokens, SearchDefaults())
+    return Captioner(engine, tokenizer, loaded.config.image, tokens, loaded.config.search.within(tokens.room))
 
 
 def caption_records(

@@ -44,6 +44,7 @@ from .methods import MODELS
 from .metrics import CiderD
 from .prompting import Prompting
 from .reporting import Interrupted, Progress, Reporter
+from .runtime.bundle import SearchDefaults
 from .runtime.search import SearchConfig
 from .runtime.settings import RetrievalSettings
 
@@ -65,14 +66,21 @@ class Trainer:
         output: Path,
         device: torch.device | None = None,
         prompting: Prompting | None = None,
+        search: SearchDefaults | None = None,
     ) -> None:
-        """`prompting`: the retrieved captions, prepared for both splits."""
+        """`prompting`: the retrieved captions, prepared for both splits.
+
+        `search`: of the checkpoint that the run goes on from; the configuration decides beams and length.
+        """
         self.config, self.language, self.tower, self.features = config, language, tower, features
         self.output, self.dev = output, list(dev)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.text = MODELS[config.method].text(config)
         self.prompting = prompting
         self.heads = None if prompting is None else prompting.heads
+        self.search = (search or SearchDefaults()).model_copy(
+            update={"num_beams": config.num_beams, "max_new_tokens": config.max_new_tokens}
+        )
         if self.device.type == "cpu":
             # The fused kernel's bf16 backward is several times slower on CPUs at the length of captions.
             language.model.set_attn_implementation("eager")
@@ -236,7 +244,7 @@ class Trainer:
                 [record.image for record in self.dev],
                 self.language.tokenizer,
                 self.text,
-                SearchConfig(num_beams=self.config.num_beams, max_new_tokens=self.config.max_new_tokens),
+                SearchConfig(**self.search.model_dump()),
                 heads=self.heads,
                 progress=told,
             )
@@ -306,6 +314,7 @@ class Trainer:
                 image=self.tower.image,
                 text=self.text,
                 retrieval=self._retrieval(home),
+                search=self.search,
                 training={
                     # The frozen parts stand above, as paths that hold wherever the folders are moved together.
                     **{k: v for k, v in config.to_json().items() if k not in ("language_model", "vision", "datastore")},

@@ -161,6 +161,10 @@ class SearchDefaults(Settings):
     no_repeat_ngram_size: Count = 0
     repetition_penalty: Annotated[Finite, Field(ge=1)] = 1.0
 
+    def within(self, room: int) -> SearchDefaults:
+        """The same with captions of at most `room` tokens, which is what a decoder has positions for."""
+        return self.model_copy(update={"max_new_tokens": min(self.max_new_tokens, room)})
+
 
 class RestoreSettings(Settings):
     """What `itune-export --restore` needs besides the graphs' weights; nothing at run time reads it."""

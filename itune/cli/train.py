@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checkpoint import find_checkpoint, load_config, resolve_source
+from ..checkpoint import CheckpointConfig, find_checkpoint, load_config, resolve_source
 from ..config import METHOD_FIELDS, METHODS, PRESETS, TrainConfig, flag, from_json, resolve
 from ..runtime.errors import ItuneError
 from . import common
@@ -107,9 +107,9 @@ def train(
     config = _configuration(preset, overrides, output, resume, init_from)
     common.require("train", "torch", "transformers", "safetensors", "tensorboard")
     splits = Splits(data, images, dev_data, dev_fraction, dev_images)
-    # Prompts are worded as those of the checkpoint that the run goes on from.
-    worded = find_checkpoint(init_from) if init_from else output / "last" if resume else None
-    trainer = _prepare(config, splits, output, cache_features, worded)
+    last = output / "last"
+    base = find_checkpoint(init_from) if init_from else last if resume and last.exists() else None
+    trainer = _prepare(config, splits, output, cache_features, load_config(base) if base else None)
     if init_from:
         trainer.init_from(init_from)
     if resume:
@@ -201,8 +201,9 @@ class Splits:
 
 
 def _prepare(
-    config: TrainConfig, splits: Splits, output: Path, cache: Path | None, worded: Path | None = None
+    config: TrainConfig, splits: Splits, output: Path, cache: Path | None, base: CheckpointConfig | None = None
 ) -> Trainer:
+    """`base`: of the checkpoint that the run goes on from, as whose prompts are worded and captions searched for."""
     from ..backbones import load_language_model, load_vision_tower
     from ..features import FeatureCache, LiveFeatures
     from ..methods import MODELS
@@ -234,7 +235,7 @@ def _prepare(
                 features,
                 train,
                 dev,
-                base=load_config(worded).retrieval if worded else None,
+                base=None if base is None else base.retrieval,
                 cache=cache,
                 progress=lambda _what, done, total: update(done, total),
             )
@@ -245,7 +246,8 @@ def _prepare(
             f"longest takes {longest} of the language model's {language.model.config.n_positions} positions",
             highlight=False,
         )
-    trainer = Trainer(config, language, tower, features, train, dev, output, prompting=prompting)
+    search = None if base is None else base.search
+    trainer = Trainer(config, language, tower, features, train, dev, output, prompting=prompting, search=search)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     console.print(
         f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "

@@ -148,9 +148,12 @@ def test_interrupted_export_leaves_nothing(error, clip_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_search_defaults_come_from_the_training(clip_checkpoint, tmp_path):
+@pytest.mark.parametrize("field", ["search", "training"])
+def test_search_defaults_come_from_the_checkpoint(field, clip_checkpoint, tmp_path):
     content = json.loads((clip_checkpoint / "itune.json").read_text())
-    content["training"] = {"num_beams": 4, "max_new_tokens": 90, "dev_cider": 0.5}
+    del content["search"]  # where there is none, what the training says of its dev evaluation counts
+    content["training"] = {"dev_cider": 0.5}
+    content[field] = content.get(field, {}) | {"num_beams": 4, "max_new_tokens": 90}
     for part in ("language_model", "vision"):
         content[part]["source"] = str((clip_checkpoint / content[part]["source"]).resolve())
     (tmp_path / "c").mkdir()

@@ -113,7 +113,7 @@ def test_an_imported_checkpoint_writes_what_transformers_generates(
         )[0, prompt.shape[1] :].tolist()
         assert list(mine.tokens) == theirs[: [*theirs, end].index(end)]
     eager = load_captioner(tmp_path / "imported", datastore=tmp_path / "store")
-    assert [each.tokens for each in eager.caption(photos, **options)] == [each.tokens for each in found]
+    assert [each.tokens for each in eager.caption(photos)] == [each.tokens for each in found]
     inherited: dict[str, Any] = dict.fromkeys(TrainConfig.__dataclass_fields__)
     del inherited["preset"]
     inherited["datastore"] = str(tmp_path / "store")

@@ -67,6 +67,16 @@ def test_int8_restores_to_the_same_integers(kind, request, tmp_path):
             np.testing.assert_allclose(new[name], weight, rtol=1e-6, err_msg=name)
 
 
+def test_the_search_defaults_are_restored(clip_checkpoint, tmp_path):
+    search = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": 0.5}
+    first = export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False, search=search)
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    loaded = LoadedCheckpoint.load(tmp_path / "restored" / "checkpoint")
+    again = export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", verify=False)
+    assert again.search == first.search == loaded.config.search == eager_captioner(loaded).search
+    assert first.search.model_dump() == first.search.model_dump() | search
+
+
 def test_restored_tower_does_not_grow(onnx_checkpoint, tmp_path):
     export_bundle(onnx_checkpoint, tmp_path / "bundle", precision="int8", verify=False)
     restore_bundle(tmp_path / "bundle", tmp_path / "restored")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from safetensors.torch import load_file
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.batches import epoch_steps, tokenize
-from itune.checkpoint import CheckpointError, load_config
+from itune.checkpoint import CheckpointError, load_config, resolve_source, save_config
 from itune.config import PRESETS, ConfigError, TrainConfig, flag, resolve
 from itune.data import Record
 from itune.features import FeatureCache, Features, LiveFeatures
 from itune.methods import LoadedCheckpoint
+from itune.runtime.bundle import SearchDefaults
 from itune.runtime.settings import TextSettings
 from itune.train import Interrupted, Progress, Trainer
 from tests.conftest import CAPTIONS
@@ -347,11 +349,27 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
 def test_init_from_takes_shape_and_frozen_parts_over(
     arguments: list[object], checkpoint_folder: Path, tmp_path: Path
 ) -> None:
+    searching = shutil.copytree(checkpoint_folder, tmp_path.with_name(f"{tmp_path.name}-checkpoint"))
+    config = load_config(checkpoint_folder)
+    sources = {
+        part: getattr(config, part).model_copy(update={"source": resolve_source(source, checkpoint_folder)})
+        for part, source in (("language_model", config.language_model.source), ("vision", config.vision.source))
+    }
+    search = SearchDefaults(length_penalty=0.5, early_stopping=True, num_beams=9)
+    save_config(config.model_copy(update={**sources, "search": search}), searching)
     data = ["--data", tmp_path / "captions.jsonl", "--dev-fraction", "0.3", "--preset", "small-data"]
     done = itune_train(
-        *data, "--init-from", checkpoint_folder, "--epochs", "1", "--learning-rate", "1e-9", "-o", tmp_path / "run"
-    )
+        *data, "--init-from", searching, "--epochs", "1", "--learning-rate", "1e-9", "-o", tmp_path / "run",
+        "--num-beams", "2", "--max-new-tokens", "7",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    own = {"num_beams": 2, "max_new_tokens": 7}
+    assert load_config(tmp_path / "run" / "best").search == search.model_copy(update=own)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"epochs": 2}))
+    done = itune_train(*data, "--resume", "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert load_config(tmp_path / "run" / "last").search == search.model_copy(update=own)
     before, after = (load_file(f / "adapters.safetensors") for f in (checkpoint_folder, tmp_path / "run" / "last"))
     assert all(torch.allclose(after[name], tensor, atol=1e-5) for name, tensor in before.items())
     refused = itune_train(*data, "--init-from", checkpoint_folder, "--heads", "4", "-o", tmp_path / "other")
