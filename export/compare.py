@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
 from .. import __version__
 from ..batches import encode_caption
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, atomic_path, find_checkpoint, hash_files
@@ -23,6 +25,7 @@ from ..runtime.bundle import MANIFEST, Bundle
 from ..runtime.captioner import Captioner
 from ..runtime.errors import ImageError, ItuneError
 from ..runtime.image import decode, preprocess
+from ..runtime.settings import Settings
 from .bundle import export_bundle
 from .fidelity import Fidelity, measure_fidelity
 from .quantize_graph import Precision
@@ -31,6 +34,16 @@ from .vocabulary import Vocabulary
 
 REFERENCE: Precision = "fp32"
 FIDELITY_PHOTOS = 100
+
+
+class _Kept(Settings):
+    """A part of NAME.json, and the hash of what it was computed from."""
+
+    key: str
+    result: dict[str, Any]
+
+
+_KEPT = TypeAdapter(dict[str, _Kept])
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Told what is done next; told (done, total) while it is."""
 
@@ -212,17 +225,16 @@ class Comparison:
     def _kept(self, name: str, part: str, inputs: list[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A part of NAME.json if it was computed from the same inputs, else computed now and kept."""
         path = self.folder / f"{name}.json"
-        content: dict[str, Any] = {}
+        content: dict[str, _Kept] = {}
         if path.exists():
-            with suppress(ValueError):  # not ours, or damaged: computed anew
-                content = json.loads(path.read_bytes())
+            with suppress(ValidationError):  # not ours, or damaged: computed anew
+                content = _KEPT.validate_json(path.read_bytes())
         key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-        if content.get(part, {}).get("key") != key:
-            content[part] = {"key": key, "result": compute()}
+        if part not in content or content[part].key != key:
+            content[part] = _Kept(key=key, result=compute())
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        result: dict[str, Any] = content[part]["result"]
-        return result
+                temporary.write_bytes(_KEPT.dump_json(content, indent=1) + b"\n")
+        return content[part].result
 
 
 def _hash(bundle: Path) -> str:

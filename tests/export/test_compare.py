@@ -103,6 +103,7 @@ def test_photos_without_captions(clip_checkpoint, photos, tmp_path, run):
     (broken / "broken.jpg").write_bytes(b"no photo")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "int8.json").write_text("{damaged")
+    (tmp_path / "c" / "fp32.json").write_text('{"captions": []}')
     status, table, said = run(clip_checkpoint, "--images", broken, "--precisions", "int8", "-o", tmp_path / "c")
     assert status == 0, said
     assert "CIDEr" not in table
