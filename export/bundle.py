@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files, load_config
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files, listed_files, load_config
 from ..data import Record
 from ..evaluate import eager_captioner
 from ..methods import LoadedCheckpoint
@@ -106,7 +106,7 @@ def export_bundle(
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
     writer = None if plans is None else PlanWriter.prepare(plans, precisions)
-    with staged_folder(output, force=force, mark=MANIFEST) as folder:
+    with staged_folder(output, force=force, own=_exported) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
@@ -301,6 +301,11 @@ def _shortlisted(manifest: Manifest, vocabulary: Vocabulary, size: int) -> Manif
             "restore": None,  # the other tokens' embeddings are not in the bundle
         }
     )
+
+
+def _exported(folder: Path) -> Collection[str]:
+    """The names in a folder that was exported to."""
+    return listed_files(folder / MANIFEST)
 
 
 def _search_defaults(trained: SearchDefaults, given: Mapping[str, Any], room: int) -> SearchDefaults:

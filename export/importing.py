@@ -5,7 +5,7 @@ A method is a function from a state dict to its model; which one it is, the tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             f"--import {file}: is no checkpoint of ClipCap or SmallCap, whose tensors are named clip_project.* and "
             f"*.crossattention.*; the first one here is {next(iter(state))}"
         )
-    with staged_folder(output, force=force, mark=CONFIG_FILE) as folder:
+    with staged_folder(output, force=force, own=_imported) as folder:
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)
         imported = read(file, state, language, tower, options)
@@ -106,6 +106,11 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             **imported.model.describe(),
         )
         save_config(config, folder)
+
+
+def _imported(folder: Path) -> Collection[str]:
+    """The names in a folder that something was imported to."""
+    return (CONFIG_FILE, WEIGHTS_FILE, _FINE_TUNED) if (folder / CONFIG_FILE).is_file() else ()
 
 
 def import_clipcap(

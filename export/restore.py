@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
-from ..checkpoint import WEIGHTS_FILE, hash_files, parse_config, save_config
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, hash_files, parse_config, save_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings, SearchDefaults
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings
@@ -52,11 +53,16 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         )
     if settings is None:
         raise BundleError(f"{source / MANIFEST}: has no field restore: this bundle cannot be restored")
-    with staged_folder(output, force=force, mark="checkpoint") as folder:
+    with staged_folder(output, force=force, own=_restored) as folder:
         adapters = _restore_language_model(bundle, settings, folder / "language-model")
         adapters |= _restore_vision(bundle, settings, folder / "vision")
         _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
         _restore_config(settings, bundle.manifest.search, folder)
+
+
+def _restored(folder: Path) -> Collection[str]:
+    """The names in a folder that something was restored to."""
+    return ("language-model", "vision", "checkpoint") if (folder / "checkpoint" / CONFIG_FILE).is_file() else ()
 
 
 def _restore_language_model(bundle: Bundle, settings: RestoreSettings, folder: Path) -> dict[str, Array]:

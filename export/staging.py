@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import atomic_folder
+from ..checkpoint import atomic_folder, keep_foreign
 from ..runtime.errors import ItuneError
 
 
 @contextmanager
-def staged_folder(output: Path, *, force: bool, mark: str) -> Iterator[Path]:
+def staged_folder(output: Path, *, force: bool, own: Callable[[Path], Collection[str]]) -> Iterator[Path]:
     """A temporary folder that becomes `output` when the block ends well, and vanishes otherwise.
 
+    `own`: the names in a folder that an earlier export wrote; none where it is something else.
+
     Raises:
-        ItuneError: `output` exists, and there is no `force` or it does not hold `mark`, which tells that an
-            earlier export wrote it.
+        ItuneError: `output` exists, and there is no `force` or something in it that no export wrote; or it appears
+            before the block ends.
     """
     output = output.absolute()
-    if output.exists():
+    replaces = output.exists()
+    if replaces:
         if not force:
             raise ItuneError(f"{output} exists: give another --output, or --force to replace it")
-        if not (output / mark).exists():
-            raise ItuneError(
-                f"{output} has no {mark}: --force will not replace what is something else; choose another --output"
-            )
+        names = own(output) if output.is_dir() else ()
+        if not names:
+            raise ItuneError(f"{output} is nothing that --force may replace: choose another --output")
+        keep_foreign(output, names)
     with atomic_folder(output) as folder:
         yield folder
+        if output.exists() and not replaces:
+            raise ItuneError(f"{output} has appeared in the meantime: give another --output")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import __version__
 from .backbones import VisionTower
 from .caption_files import find_caption_file, holds
-from .checkpoint import atomic_folder, hash_files, relative_source
+from .checkpoint import atomic_folder, hash_files, keep_foreign, listed_files, relative_source
 from .data import Record, load_records
 from .datastore_files import ArrayWriter, TextWriter
 from .faiss_index import require_faiss, write_index
@@ -106,6 +106,8 @@ def build_datastore(
         raise DatastoreError(f"{output} exists and is no datastore: choose another --output")
     if output.exists() and not force:
         raise DatastoreError(f"{output} exists: give another --output, --force to replace it, or use add")
+    if output.exists():
+        keep_foreign(output, listed_files(output / MANIFEST))
     embedder = _Embedder.load(encoder, kind, pooling)
     identity = embedder.head.encoder
     identity = identity.model_copy(update={"source": relative_source(encoder, output)})
@@ -133,6 +135,7 @@ def add_to_datastore(
     with _only_writer(store):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
+        keep_foreign(store, listed_files(store / MANIFEST))
         embedder = _Embedder.load(encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling)
         base.require(embedder.head.encoder)
         with atomic_folder(store) as folder:

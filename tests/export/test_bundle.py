@@ -128,12 +128,35 @@ def test_existing_output_is_kept_unless_forced(clip_checkpoint, tmp_path):
     (output / "mine.txt").write_text("precious")
     with pytest.raises(ItuneError, match="b exists: give another --output, or --force"):
         export_bundle(clip_checkpoint, output, verify=False)
-    with pytest.raises(ItuneError, match=r"b has no bundle\.json: --force will not replace"):
+    for manifest in (None, "{}", '{"files": 3}'):
+        if manifest:
+            (output / MANIFEST).write_text(manifest)
+        with pytest.raises(ItuneError, match=r"b is nothing that --force may replace: choose another --output"):
+            export_bundle(clip_checkpoint, output, verify=False, force=True)
+    (output / MANIFEST).write_text('{"files": {"decoder.onnx": {}}}')
+    with pytest.raises(ItuneError, match=r"b holds mine\.txt, which would be lost: move it away, or choose another"):
         export_bundle(clip_checkpoint, output, verify=False, force=True)
-    (output / MANIFEST).write_text("{}")
-    export_bundle(clip_checkpoint, output, verify=False, force=True)
+    assert (output / "mine.txt").read_text() == "precious"
+    (output / "mine.txt").unlink()
+    for _ in range(2):
+        export_bundle(clip_checkpoint, output, verify=False, force=True)
     Bundle.load(output)
-    assert not (output / "mine.txt").exists()
+    (output / "datastore").mkdir()
+    with pytest.raises(ItuneError, match="b holds datastore, which would be lost"):
+        export_bundle(clip_checkpoint, output, verify=False, force=True)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_appears_meanwhile_is_kept(clip_checkpoint, tmp_path):
+    output = tmp_path / "b"
+
+    def appear(_what: str) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "mine.txt").write_text("precious")
+
+    with pytest.raises(ItuneError, match="b has appeared in the meantime: give another --output"):
+        export_bundle(clip_checkpoint, output, verify=False, progress=appear)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
     assert list(tmp_path.iterdir()) == [output]
 
 

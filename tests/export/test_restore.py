@@ -67,6 +67,21 @@ def test_int8_restores_to_the_same_integers(kind, request, tmp_path):
             np.testing.assert_allclose(new[name], weight, rtol=1e-6, err_msg=name)
 
 
+def test_force_replaces_what_was_restored_and_nothing_else(clip_checkpoint, tmp_path):
+    export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False)
+    mine = tmp_path / "project" / "checkpoint" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(ItuneError, match="project is nothing that --force may replace"):
+        restore_bundle(tmp_path / "bundle", tmp_path / "project", force=True)
+    assert mine.read_text() == "precious"
+    for force in (False, True):
+        restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=force)
+    (tmp_path / "restored" / "run").mkdir()
+    with pytest.raises(ItuneError, match="restored holds run, which would be lost"):
+        restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=True)
+
+
 def test_the_search_defaults_are_restored(clip_checkpoint, tmp_path):
     search = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": 0.5}
     first = export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False, search=search)

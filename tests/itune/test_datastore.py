@@ -293,6 +293,12 @@ def test_refusals(tmp_path: Path, captions: Path, clip_folder: Path, full_clip_f
     with pytest.raises(ItuneError, match=r"--cache-features .*captions\.jsonl cannot be made a folder \(Not a dir"):
         build_datastore(Source(captions, cache=captions), str(clip_folder), tmp_path / "s")
     store = shutil.copytree(image_store, tmp_path / "deep" / "store")
+    (store / "mine.txt").write_text("precious")
+    with pytest.raises(ItuneError, match=r"store holds mine\.txt, which would be lost"):
+        build_datastore(Source(captions), str(clip_folder), store, force=True)
+    with pytest.raises(ItuneError, match=r"store holds mine\.txt, which would be lost"):
+        add_to_datastore(store, Source(captions), encoder=str(clip_folder))
+    (store / "mine.txt").unlink()
     with pytest.raises(DatastoreError, match="name it with --encoder"):
         add_to_datastore(store, Source(captions))
     with pytest.raises(DatastoreError, match=r"was built with .*mean, 24 wide.* come from .*clip"):
