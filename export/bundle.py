@@ -34,6 +34,7 @@ from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from ..runtime.manifest import FileHash
+from ..runtime.search import SearchConfig
 from ..runtime.settings import RetrievalSettings, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph import Graph
@@ -314,10 +315,12 @@ def _search_defaults(trained: SearchDefaults, given: Mapping[str, Any], room: in
     if chosen.get("max_new_tokens", 0) > room:
         raise ItuneError(f"--max-new-tokens {chosen['max_new_tokens']}: the language model has positions for {room}")
     try:
-        return SearchDefaults(**(trained.model_dump() | chosen)).within(room)
+        found = SearchDefaults(**(trained.model_dump() | chosen)).within(room)
     except ValidationError as error:
         first = error.errors()[0]
         raise ItuneError(f"search option {first['loc'][0]}: {first['msg']}") from None
+    SearchConfig(**found.model_dump())  # which the runtime will ask for: raises SearchError
+    return found
 
 
 def _config_json(config: Any) -> dict[str, Any]:

@@ -161,9 +161,8 @@ class CaptionModel(nn.Module, ABC):
 
     def save_adapters(self, path: Path) -> None:
         """Write the trainable weights to a safetensors file, atomically."""
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.adapter_state().items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+        tensors = {name: t.detach().float() for name, t in self.adapter_state().items()}
+        write_tensors(tensors, path)
 
     def load_adapters(self, path: Path) -> None:
         """Read the trainable weights; a missing, surplus or misshapen tensor is named."""
@@ -189,6 +188,15 @@ def _sources(mask: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     """Rows and positions that the tokens of `mask` are predicted from."""
     rows, columns = mask.nonzero(as_tuple=True)
     return rows, columns - 1 if packing is None else packing.sources[rows, columns]
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file atomically. Raises CheckpointError where there is no room for it, say."""
+    try:
+        with atomic_path(path) as temporary:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written ({error}): make room, and go on with --resume") from None
 
 
 def read_adapters(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from .runtime.errors import ItuneError
-from .runtime.settings import Method
+from .runtime.settings import MOST_BEAMS, Method
 
 METHODS: tuple[Method, ...] = get_args(Method)
 METHOD_FIELDS: dict[str, tuple[str, ...]] = {
@@ -183,7 +183,8 @@ class TrainConfig:
             ("mapper_layers", 1, None),
             ("mapper_heads", 1, None),
             ("max_caption_tokens", 1, None),
-            ("num_beams", 1, None),
+            ("num_beams", 1, MOST_BEAMS),
+            ("seed", 0, 2**32 - 1),
             ("max_new_tokens", 1, None),
         ):
             value = getattr(self, name)
@@ -193,6 +194,9 @@ class TrainConfig:
         for name, low in (("heads", 1), ("bottleneck", 1), ("retrieve", 0)):
             if (value := getattr(self, name)) is not None and value < low:
                 raise ConfigError(f"{flag(name)} must be at least {low}, not {value}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > 2**32:
+                raise ConfigError(f"{flag(name)} must be at most {2**32}, not {value}")
         for name in ("lambda_", "score_scale"):  # which the export divides by
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(f"{flag(name)} must be above 0, not {value}")

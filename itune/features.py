@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbones import VisionTower
-from .checkpoint import atomic_path
+from .checkpoint import atomic_path, hash_files
 from .runtime.engines.base import UInt8
 from .runtime.errors import ImageError, ItuneError
 from .runtime.image import decode, preprocess
@@ -104,7 +105,8 @@ class FeatureCache:
     def __init__(self, folder: Path, tower: VisionTower) -> None:
         self.tower, self.tokens, self.width = tower, tower.tokens, tower.width
         self._folders = [folder / cache_key(tower, flip) for flip in (False, True)]
-        self._rows: list[dict[str, int]] = [{}, {}]
+        self._rows: list[dict[Path, int]] = [{}, {}]
+        """Where a photo's embeddings are, as it was when it was prepared."""
         self._maps: list[NDArray[np.float16] | None] = [None, None]
 
     def prepare(
@@ -124,7 +126,7 @@ class FeatureCache:
             stored = self._maps[mirrored]
             if stored is None:
                 raise RuntimeError("call `prepare` with these photos first")
-            rows[i] = stored[self._rows[mirrored][identity(path)]]
+            rows[i] = stored[self._rows[mirrored][path]]
         return torch.from_numpy(rows).float()
 
     def _build(self, images: Sequence[Path], mirrored: bool, progress: Progress | None) -> dict[Path, str]:
@@ -139,8 +141,14 @@ class FeatureCache:
         with FileLock(folder / "lock"):
             with atomic_path(folder / "tower.json") as temporary:
                 temporary.write_text(json.dumps(cache_identity(self.tower, mirrored), indent=2) + "\n")
-            rows = self._rows[mirrored] = self._recover(data, index)
-            unreadable = self._add(images, mirrored, rows, progress)
+            rows = self._recover(data, index)
+            names, unreadable = _identities(images)
+            bad = self._add(names, mirrored, rows, progress)
+        for path, name in names.items():
+            if name in bad:
+                unreadable[path] = bad[name]
+            else:
+                self._rows[mirrored][path] = rows[name]
         shape = (len(rows), self.tokens, self.width)  # an empty file cannot be mapped
         self._maps[mirrored] = (
             np.memmap(data, np.float16, mode="r", shape=shape) if rows else np.empty(shape, np.float16)
@@ -148,43 +156,65 @@ class FeatureCache:
         return unreadable
 
     def _add(
-        self, images: Sequence[Path], mirrored: bool, rows: dict[str, int], progress: Progress | None
-    ) -> dict[Path, str]:
-        """Append the photos that are not among `rows`, and enter them there."""
+        self, names: dict[Path, str], mirrored: bool, rows: dict[str, int], progress: Progress | None
+    ) -> dict[str, str]:
+        """Append the photos that are not among `rows`, and enter them there; returns why some cannot be read."""
         folder = self._folders[mirrored]
-        missing = [path for path in dict.fromkeys(images) if identity(path) not in rows]
-        unreadable: dict[Path, str] = {}
+        # Two paths may lead to one photo.
+        missing = list({name: path for path, name in names.items() if name not in rows}.items())
+        unreadable: dict[str, str] = {}
         live = LiveFeatures(self.tower)
-        done = len(images) - len(missing)
+        done = len(names) - len(missing)
         data, index = folder / "features.f16", folder / "index.jsonl"
-        with data.open("ab") as features, index.open("a", encoding="utf-8") as names:
+        with data.open("ab") as features, index.open("a", encoding="utf-8") as lines:
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
-                embeddings, bad = live.embed(batch, [mirrored] * len(batch))
-                unreadable |= bad
+                embeddings, bad = live.embed([path for _, path in batch], [mirrored] * len(batch))
+                unreadable |= {name: bad[path] for name, path in batch if path in bad}
                 features.write(embeddings.to(torch.float16).cpu().numpy().tobytes())
                 features.flush()
-                for path in (p for p in batch if p not in bad):
-                    rows[identity(path)] = len(rows)
-                    names.write(json.dumps(identity(path)) + "\n")
-                names.flush()
+                for name in (name for name, path in batch if path not in bad):
+                    rows[name] = len(rows)
+                    lines.write(json.dumps(name) + "\n")
+                lines.flush()
                 done += len(batch)
                 if progress:
-                    progress(done, len(images))
+                    progress(done, len(names))
         return unreadable
 
     def _recover(self, data: Path, index: Path) -> dict[str, int]:
         """The complete rows; what an interruption left half-written is cut off."""
         lines = index.read_bytes().splitlines(keepends=True) if index.exists() else []
-        names = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        names = [name for name in takewhile(bool, map(_name, lines)) if name]
         row_bytes = self.tokens * self.width * 2
         complete = min(len(names), data.stat().st_size // row_bytes if data.exists() else 0)
         if data.exists():
             with data.open("r+b") as file:
                 file.truncate(complete * row_bytes)
-            with index.open("r+b") as file:
+            with index.open("a+b") as file:
                 file.truncate(sum(map(len, lines[:complete])))
         return {name: row for row, name in enumerate(names[:complete])}
+
+
+def _name(line: bytes) -> str | None:
+    """The photo that a line of the index names; None where the line is cut off or damaged."""
+    try:
+        name = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _identities(images: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The photos' keys, and the reasons of those that have none."""
+    names: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}
+    for path in images:
+        try:
+            names[path] = identity(path)
+        except ImageError as error:
+            unreadable[path] = str(error)
+    return names, unreadable
 
 
 def identity(path: Path) -> str:
@@ -200,11 +230,18 @@ def cache_identity(tower: VisionTower, flip: bool) -> dict[str, Any]:
     """Everything that embeddings depend on, beside the photo."""
     return {
         "tower": tower.sha256,
+        "config": _config_hash(tower.folder),
         "tokens": tower.tokens,
         "width": tower.width,
         "image": tower.image.model_dump(mode="json"),
         "flip": flip,
     }
+
+
+def _config_hash(folder: Path) -> str | None:
+    """Of what says how a tower's weights are computed with; an ONNX graph says so itself."""
+    path = folder / "config.json"
+    return hash_files([path]) if path.is_file() else None
 
 
 def cache_key(tower: VisionTower, flip: bool) -> str:

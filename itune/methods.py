@@ -24,6 +24,21 @@ MODELS: dict[Method, type[CaptionModel]] = {
 }
 
 
+def check_hashes(
+    folder: Path, config: CheckpointConfig, language: LanguageModel | None, tower: VisionTower | None
+) -> None:
+    """Raise CheckpointError where a frozen part is not the one that a checkpoint names; None is not looked at."""
+    for what, recorded, found in (
+        ("language model", config.language_model, language),
+        ("vision tower", config.vision, tower),
+    ):
+        if found is not None and recorded.sha256 not in (None, found.sha256):
+            raise CheckpointError(
+                f"{folder}: the {what} at {recorded.source} is not the one that the adapters were trained with (its "
+                f"weights hash to {found.sha256[:12]}, itune.json says {str(recorded.sha256)[:12]})"
+            )
+
+
 class LoadedCheckpoint:
     """A checkpoint with its frozen parts: `config`, `model`, `language` (tokenizer included) and `tower`."""
 
@@ -40,16 +55,7 @@ class LoadedCheckpoint:
         lm, vision = config.language_model, config.vision
         language = load_language_model(resolve_source(lm.source, folder), lm.revision)
         tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
-        for what, recorded, found in (
-            ("language model", lm, language.sha256),
-            ("vision tower", vision, tower.sha256),
-        ):
-            if recorded.sha256 not in (None, found):
-                raise CheckpointError(
-                    f"{folder}: the {what} at {recorded.source} is not the one that the adapters were "
-                    f"trained with (its weights hash to {found[:12]}, itune.json says "
-                    f"{str(recorded.sha256)[:12]})"
-                )
+        check_hashes(folder, config, language, tower)
         if (tower.tokens, tower.width) != (vision.tokens, vision.width):
             raise CheckpointError(
                 f"{folder}: the vision tower gives {tower.tokens} x {tower.width} embeddings, "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 
 class Reporter(Protocol):
@@ -31,6 +31,17 @@ class Progress:
     step: int = 0
     best_cider: float = -1.0
     best_epoch: int = -1
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Progress:
+        """What was saved as JSON; raises ValueError for anything else."""
+        progress = cls(**values)
+        for field in fields(cls):
+            value = values[field.name]
+            kinds = (int, float) if field.name == "best_cider" else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value < -1:
+                raise ValueError(f"{field.name} is {value!r}")
+        return progress
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and is saved

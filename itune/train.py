@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from .averaging import WeightAverage
 from .backbones import LanguageModel, VisionTower
 from .batches import Batch, TokenizedRecord, caption_head, epoch_steps, steps_per_epoch, tokenize
+from .captioning import write_tensors
 from .checkpoint import (
     CONFIGS,
     WEIGHTS_FILE,
@@ -44,6 +46,7 @@ from .methods import MODELS
 from .metrics import CiderD
 from .prompting import Prompting
 from .reporting import Interrupted, Progress, Reporter
+from .run_folder import fingerprint, log_epoch
 from .runtime.bundle import SearchDefaults
 from .runtime.search import SearchConfig
 from .runtime.settings import RetrievalSettings
@@ -89,6 +92,8 @@ class Trainer:
             MODELS[config.method].create(config, language.model, features.tokens, features.width).to(self.device)
         )
         self._check_room()
+        self._search = SearchConfig(**self.search.model_dump())
+        self._data = fingerprint(train, dev)
         self.records = tokenize(
             train,
             language.tokenizer,
@@ -98,8 +103,9 @@ class Trainer:
             heads=self.heads,
             positions=language.model.config.n_positions,
         )
+        self._check_vocabulary()
         self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
-        self.average = {name: w.detach().clone() for name, w in self.weights.items()}
+        self.average = WeightAverage(self.weights, config.ema_decay)
         matrices = [w for w in self.weights.values() if w.ndim > 1]
         vectors = [w for w in self.weights.values() if w.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -126,6 +132,15 @@ class Trainer:
                 f"{head} stand before a caption: give at most {max(room, 0)}, or a shorter --prompt or --prefix-length"
             )
 
+    def _check_vocabulary(self) -> None:
+        largest = max((max(caption) for record in self.records for caption in record.captions), default=0)
+        size: int = self.language.model.config.vocab_size
+        if largest >= size:
+            raise ConfigError(
+                f"{self.config.language_model}: its tokenizer writes token {largest}, and its vocabulary has {size}: "
+                "the two belong to different models"
+            )
+
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -134,7 +149,7 @@ class Trainer:
     def init_from(self, checkpoint: Path) -> None:
         """Start from another checkpoint's adapters instead of from the untouched language model."""
         self.model.load_adapters(find_checkpoint(checkpoint) / WEIGHTS_FILE)
-        self._copy_average()
+        self.average.restart()
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -212,7 +227,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+        self.average.update(self.progress.step)
         metrics = {"loss": total, "learning_rate": self.learning_rate(self.progress.step), "grad_norm": norm}
         return metrics if entropy is None else metrics | {"attention_entropy": entropy}
 
@@ -237,14 +252,14 @@ class Trainer:
             if self.stop_requested:
                 raise Interrupted
 
-        with self._averaged():
+        with self.average.in_place():
             captions = caption_features(
                 EagerEngine(self.model, self.tower),
                 self.features,
                 [record.image for record in self.dev],
                 self.language.tokenizer,
                 self.text,
-                SearchConfig(**self.search.model_dump()),
+                self._search,
                 heads=self.heads,
                 progress=told,
             )
@@ -261,9 +276,8 @@ class Trainer:
                 self._write_checkpoint(folder, self.output / "best", metrics)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
+        log_epoch(self.output, self.progress.epoch, {"step": self.progress.step, **metrics})
         self.save_last()
-        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": self.progress.epoch, "step": self.progress.step, **metrics}) + "\n")
         reporter.epoch(self.progress, metrics, is_best)
 
     # Saving and resuming
@@ -273,13 +287,13 @@ class Trainer:
         state: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             state[f"weight.{name}"] = weight.detach()
-            state[f"average.{name}"] = self.average[name]
+            state[f"average.{name}"] = self.average.values[name]
             for key, value in self.optimizer.state.get(weight, {}).items():
                 state[f"{key}.{name}"] = value
         with atomic_folder(self.output / "last") as folder:
             self._write_checkpoint(folder, self.output / "last", {})
-            save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / _STATE)
-            self._write_json(folder / _PROGRESS, vars(self.progress))
+            write_tensors(state, folder / _STATE)
+            self._write_json(folder / _PROGRESS, vars(self.progress) | {"data": self._data})
         self._saved = time.monotonic()
 
     def resume(self) -> None:
@@ -289,22 +303,30 @@ class Trainer:
             raise CheckpointError(f"{self.output} was stopped before anything was saved: start again without --resume")
         try:
             state = load_file(folder / _STATE)
-            self.progress = Progress(**json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
+            saved = json.loads((folder / _PROGRESS).read_bytes())
+            data = saved.pop("data", self._data)
+            self.progress = Progress.parse(saved)
             for name, weight in self.weights.items():
                 weight.data.copy_(state[f"weight.{name}"])
-                self.average[name].copy_(state[f"average.{name}"])
+                self.average.values[name].copy_(state[f"average.{name}"])
                 self.optimizer.state[weight] = {
                     key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{folder} cannot be resumed ({type(error).__name__}: {error}): train into a new folder with "
+                f"{folder} cannot be resumed ({type(error).__name__}: {reason}): train into a new folder with "
                 f"--init-from {self.output / 'best'}"
             ) from None
+        if data != self._data:
+            raise CheckpointError(
+                f"{folder}: its training and dev photos or captions were others: resume with the same --data, or train "
+                f"into a new folder with --init-from {self.output / 'best'}"
+            )
 
     def _write_checkpoint(self, folder: Path, home: Path, metrics: dict[str, float]) -> None:
-        with self._averaged():
+        with self.average.in_place():
             self.model.save_adapters(folder / WEIGHTS_FILE)
         config = self.config
         save_config(
@@ -340,42 +362,6 @@ class Trainer:
     def _write_json(path: Path, values: dict[str, Any]) -> None:
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-    # The moving average of the weights
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        # The decay ramps up, or the average would remember the initialisation for hundreds of steps.
-        decay = min(self.config.ema_decay, (1 + self.progress.step) / (10 + self.progress.step))
-        for name, weight in self.weights.items():
-            self.average[name].lerp_(weight, 1 - decay)
-
-    @torch.no_grad()
-    def _copy_average(self) -> None:
-        for name, weight in self.weights.items():
-            self.average[name].copy_(weight)
-
-    def _averaged(self) -> _Swap:
-        return _Swap(self.weights, self.average)
-
-
-class _Swap:
-    """Within the block, parameters hold other values."""
-
-    def __init__(self, weights: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -> None:
-        self.weights, self.values = weights, values
-
-    def __enter__(self) -> None:
-        self.kept = {name: w.detach().clone() for name, w in self.weights.items()}
-        self._set(self.values)
-
-    def __exit__(self, *_error: object) -> None:
-        self._set(self.kept)
-
-    @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(values[name])
 
 
 def left_out(records: Sequence[Record], unreadable: dict[Path, str]) -> list[Record]:

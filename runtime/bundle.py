@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from .errors import BundleError
 from .manifest import Count, FileHash, FileName, ManifestFolder, Positive, Sha256
-from .settings import ImageSettings, Method, RetrievalSettings, Settings, Size, TextSettings
+from .settings import MOST_BEAMS, ImageSettings, Method, RetrievalSettings, Settings, Size, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -153,7 +153,7 @@ class DecoderSettings(Settings):
 class SearchDefaults(Settings):
     """The search options of a caption that asks for nothing else, in the words of `transformers.generate`."""
 
-    num_beams: Positive = 5
+    num_beams: Annotated[Positive, Field(le=MOST_BEAMS)] = 5
     max_new_tokens: Positive = 32
     min_new_tokens: Count = 0
     length_penalty: Finite = 1.0

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 Method = Literal["i-tuning", "clipcap", "smallcap"]
 """How a frozen language model is given the image."""
+MOST_BEAMS = 1024
+"""Each takes a row of the decoder and its cache."""
 Triple = tuple[float, float, float]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it."""
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""The signals that a program is asked to end with, or whose terminal was closed."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,6 +91,12 @@ def _takes_path(hint: Any) -> bool:
 def _fail(name: str, message: str) -> NoReturn:
     print(f"{name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def exit_when_asked() -> None:
+    """Exit by an exception at the signals `ENDING`, so that what is half-written is cleared away."""
+    for each in ENDING:
+        signal.signal(each, lambda number, _frame: sys.exit(128 + number))
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +66,7 @@ def compare(
     """Export in several precisions; print size, scores, agreement with fp32 and latency of each, and draw them."""
     common.require("export", "torch", "transformers", "safetensors", "onnx")
     common.require("benchmark", "matplotlib")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here ends, too
+    common.exit_when_asked()
     from ..checkpoint import atomic_path
     from ..export.compare import Comparison, Variant
     from ..export.picture import draw

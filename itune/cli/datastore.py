@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,7 +197,7 @@ def _require_torch(threads: int | None) -> None:
 
 def _source(captions: Path, images: Path | None, split: str, cache: Path | None, threads: int | None) -> Source:
     _require_torch(threads)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the half-written folder is cleared away
+    common.exit_when_asked()
     from ..datastore import Source
 
     return Source(captions, images, None if split == "all" else split, cache)

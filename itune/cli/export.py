@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -176,7 +175,7 @@ def export(
     given = dict(locals())
     _check_flags(given)
     common.require("export", "torch", "transformers", "safetensors", "onnx")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the half-written folder is cleared away
+    common.exit_when_asked()
     console = common.console()
     if restore is not None:
         from ..export.restore import restore_bundle

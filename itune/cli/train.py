@@ -36,7 +36,9 @@ def train(
     dev_fraction: Annotated[
         float | None, typer.Option(help="Hold out this fraction of the training photos as dev split.")
     ] = None,
-    dev_images: Annotated[int | None, typer.Option(help="Evaluate on the first so many dev photos only.")] = None,
+    dev_images: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate on the first so many dev photos only.")
+    ] = None,
     preset: Annotated[str, typer.Option(help=f"Where the other settings start: {_PRESETS}.")] = "base",
     method: Annotated[str | None, typer.Option(help=f"How the language model is given the image: {_METHODS}.")] = None,
     cache_features: Annotated[
@@ -104,27 +106,37 @@ def train(
     given = dict(locals())
     overrides = {name: given[name] for name in TrainConfig.__dataclass_fields__ if name in given and name != "preset"}
     overrides["datastore"] = None if datastore is None else str(datastore)
-    config = _configuration(preset, overrides, output, resume, init_from)
     common.require("train", "torch", "transformers", "safetensors", "tensorboard")
-    splits = Splits(data, images, dev_data, dev_fraction, dev_images)
-    last = output / "last"
-    base = find_checkpoint(init_from) if init_from else last if resume and last.exists() else None
-    trainer = _prepare(config, splits, output, cache_features, load_config(base) if base else None)
-    if init_from:
-        trainer.init_from(init_from)
     if resume:
-        trainer.resume()
-    _run(trainer)
+        init_from = None  # what the run began from
+    config = _configuration(preset, overrides, output, resume, init_from)
+    splits = Splits(data, images, dev_data, dev_fraction, dev_images)
+    from ..methods import check_hashes
+    from ..run_folder import LAST, only_run
+
+    with only_run(output):
+        last = output / LAST
+        base = find_checkpoint(init_from) if init_from else last if resume and last.exists() else None
+        found = load_config(base) if base else None
+        trainer = _prepare(config, splits, output, cache_features, found)
+        if base and found:
+            language = None if init_from and language_model else trainer.language
+            check_hashes(base, found, language, None if init_from and vision else trainer.tower)
+        if init_from:
+            trainer.init_from(init_from)
+        if resume:
+            trainer.resume()
+        _run(trainer)
 
 
 def _configuration(
     preset: str, overrides: dict[str, Any], output: Path, resume: bool, init_from: Path | None
 ) -> TrainConfig:
-    if resume and init_from:
-        raise ItuneError("--resume goes on with the run in --output; it cannot start --init-from another one")
+    from ..run_folder import holds_run
+
     if resume:
         return _saved_configuration(output, overrides)
-    if (output / "last").exists():
+    if holds_run(output):
         raise ItuneError(f"{output} holds a run already: --resume it, or choose another --output")
     if init_from:
         overrides = _inherit(overrides, find_checkpoint(init_from))
@@ -188,10 +200,10 @@ class Splits:
         """The training and the dev records."""
         from ..data import load_records, split_records
 
-        if self.dev_data and self.dev_fraction:
+        if self.dev_data and self.dev_fraction is not None:
             raise ItuneError("--dev-data and --dev-fraction exclude each other: name a file or hold out a fraction")
         train = load_records(self.data, images=self.images, split="train")
-        if self.dev_fraction:
+        if self.dev_fraction is not None:
             train, dev = split_records(train, self.dev_fraction, seed)
         elif self.dev_data:
             dev = load_records(self.dev_data, images=self.images, split=None)
@@ -265,8 +277,8 @@ def _run(trainer: Trainer) -> None:
         # A second Ctrl-C does not wait for the step to end.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for each in (signal.SIGINT, *common.ENDING):
+        signal.signal(each, stop)
     console = common.console()
     try:
         with TrainingDisplay(trainer) as display:

@@ -9,9 +9,8 @@ from typing import Literal
 import numpy as np
 
 from ..errors import SearchError
+from ..settings import MOST_BEAMS
 
-MOST_BEAMS = 1024
-"""Each takes a row of the decoder and its cache."""
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
