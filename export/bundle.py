@@ -106,6 +106,7 @@ def export_bundle(
         )
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
+    text = None if card is None else _read_card(card)
     writer = None if plans is None else PlanWriter.prepare(plans, precisions)
     with staged_folder(output, force=force, own=_exported) as folder:
         progress("loading the checkpoint")
@@ -142,7 +143,7 @@ def export_bundle(
 
         graphs = [_graph_entry(role, precisions[role], files[role]) for role in ROLES]
         manifest = manifest.model_copy(update={"graphs": graphs})
-        manifest = _write_manifest(manifest, folder, card)
+        manifest = _write_manifest(manifest, folder, text)
         if verify:
             checks = verify_bundle(checkpoint, folder, images=images, dev=dev, vocabulary=token_ids, progress=progress)
             checks += [] if reference is None else [reference.check(folder, precisions["vision"])]
@@ -150,16 +151,22 @@ def export_bundle(
             _raise_if_failed(checks)
         if writer is not None:
             built = writer.build(manifest, folder, progress)
-            manifest = _write_manifest(manifest.model_copy(update={"graphs": [*graphs, *built]}), folder, card)
+            manifest = _write_manifest(manifest.model_copy(update={"graphs": [*graphs, *built]}), folder, text)
     return manifest
 
 
-def _write_manifest(manifest: Manifest, folder: Path, card: Path | None) -> Manifest:
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ItuneError(f"--model-card {path}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _write_manifest(manifest: Manifest, folder: Path, card: str | None) -> Manifest:
     """Hash the bundle's files and write its model card and manifest."""
     files = {path.name: FileHash.of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     manifest = manifest.model_copy(update={"files": files})
-    text = card.read_text(encoding="utf-8") if card else model_card(manifest)
-    (folder / MODEL_CARD).write_text(text, encoding="utf-8")
+    (folder / MODEL_CARD).write_text(card or model_card(manifest), encoding="utf-8")
     manifest = manifest.model_copy(update={"files": files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)}})
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

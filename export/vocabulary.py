@@ -82,6 +82,8 @@ def _read_lines(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise ItuneError(f"--vocabulary {path}: is neither a number nor a file that exists") from None
+    except OSError as error:
+        raise ItuneError(f"--vocabulary {path}: cannot be read ({error.strerror}); give a number or a file") from None
     except UnicodeDecodeError:
         raise ItuneError(f"--vocabulary {path}: is not UTF-8 text; give a word or a phrase a line") from None
     kept = tuple(line.strip() for line in lines if line.strip())

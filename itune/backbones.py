@@ -320,7 +320,12 @@ def read_image_settings(folder: Path) -> ImageSettings | None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not (config.get("do_resize", True) and config.get("do_normalize", True)):
             raise BackboneError(f"{path}: do_resize and do_normalize must be true for a vision tower")
+        factor = config.get("rescale_factor", 1 / 255)
+        if not config.get("do_rescale", True) or abs(255 * factor - 1) > 1e-4:
+            raise BackboneError(f"{path}: pixels must be rescaled by 1/255: do_rescale true, and rescale_factor that")
         size = config["size"]
+        if isinstance(size, dict) and "longest_edge" in size:
+            raise BackboneError(f"{path}: size.longest_edge is not supported; give shortest_edge, or height and width")
         edge = size.get("shortest_edge") if isinstance(size, dict) else size
         crop = config.get("crop_size") if config.get("do_center_crop", True) else None
         if isinstance(crop, int):

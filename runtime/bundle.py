@@ -123,6 +123,9 @@ class TokenSettings(Settings):
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Self:
+        before = self.prefix + len(self.text_head)
+        if before > self.max_positions:
+            raise ValueError(f"{before} tokens stand before a caption, and there are {self.max_positions} positions")
         if max([self.end, *self.text_head]) >= self.vocab_size:
             raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
         if not self.head:

@@ -33,6 +33,8 @@ ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
 """The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
 MAX_WORKERS = 4
 """Threads that decode images, unless more are asked for; each may hold a large photo in memory."""
+MOST = 4096
+"""Threads, workers, or images in a batch."""
 T = TypeVar("T", bound=Source)
 
 
@@ -170,8 +172,8 @@ class Captioner:
         """
         if engine not in ENGINES:
             raise ItuneError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
-        if threads is not None and threads < 1:
-            raise ItuneError(f"threads must be at least 1, not {threads}")
+        if threads is not None:
+            _check_count("threads", threads, 1)
         bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
         path = bundle.path(TOKENIZER)
         try:
@@ -253,11 +255,9 @@ class Captioner:
         taken ahead of what was yielded, and without workers batch_size: memory does not grow with their number. What
         `images` raises comes after the captions of what it gave before.
         """
-        if batch_size < 1:
-            raise ItuneError(f"batch_size must be at least 1, not {batch_size}")
+        _check_count("batch_size", batch_size, 1)
         workers = self.workers if workers is None else workers
-        if workers < 0:
-            raise ItuneError(f"workers must be at least 0, not {workers}")
+        _check_count("workers", workers, 0)
         return self._stream(images, batch_size, workers, self._config(options))
 
     @property
@@ -383,6 +383,13 @@ class Captioner:
                 f"not {config.max_new_tokens}"
             )
         return config
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ItuneError(f"{name} must be at least {least}, not {value}")
+    if value > MOST:
+        raise ItuneError(f"{name} must be at most {MOST}, not {value}")
 
 
 def _raise_error(result: Caption | ImageError) -> Caption:

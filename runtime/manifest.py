@@ -29,8 +29,8 @@ def _inside(name: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_inside)]
 """A path relative to the manifest's folder, with forward slashes, that does not leave it."""
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -38,7 +38,7 @@ class FileHash(Settings):
     """What a file of the folder must be."""
 
     sha256: Sha256
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0)]
 
     @classmethod
     def of(cls, path: Path) -> FileHash:

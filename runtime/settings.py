@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+_Pixels = Annotated[int, Field(gt=0, le=8192)]
+Size = tuple[_Pixels, _Pixels]
+"""(height, width)."""
 Method = Literal["i-tuning", "clipcap", "smallcap"]
 """How a frozen language model is given the image."""
 MOST_BEAMS = 1024
 """Each takes a row of the decoder and its cache."""
-Triple = tuple[float, float, float]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -31,8 +34,8 @@ class ImageSettings(Settings):
     size: Size
     resize: Literal["shortest_edge", "squash"] = "shortest_edge"
     crop: Size | None = None
-    mean: Triple
-    std: Triple
+    mean: tuple[_Finite, _Finite, _Finite]
+    std: tuple[_Deviation, _Deviation, _Deviation]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
 
     @property

@@ -166,11 +166,16 @@ def _inside(argument: str) -> list[str]:
             return []
         if path.is_dir():
             visible = (child for child in path.iterdir() if not child.name.startswith("."))
-            return sorted(str(child) for child in visible if child.suffix.lower() in SUFFIXES)
+            return sorted(str(child) for child in visible if child.suffix.lower() in SUFFIXES and not _blocks(child))
         matches = glob.glob(argument, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         return sorted(match for match in matches if Path(match).is_file())
     except OSError:
         return []  # to be told when it is opened
+
+
+def _blocks(path: Path) -> bool:
+    """Whether reading it may wait for ever, as a named pipe."""
+    return path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +16,13 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import Bundle
-from ..errors import BundleError
+from ..errors import BundleError, EngineError
 from .base import EMBEDDING, Bool, Candidates, Float32, Int64, UInt8
 
 NAME = "onnxruntime"
 CPUINFO = Path("/proc/cpuinfo")
-_PAST = "past_key_values."
+_PAST, _PRESENT = "past_key_values.", "present."
+_STEP = {"tokens", "positions", "mask", "parents", "k"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -77,6 +78,8 @@ class OnnxRuntimeEngine:
         count = threads or available_cpus()
         graphs = [bundle.graph(role, NAME) for role in ("vision", "decoder")]
         vision, decoder = (open_session(bundle.path(graph.file), count, device=cls.device) for graph in graphs)
+        if odd := _odd(vision, decoder, bundle.manifest.image.output_size):
+            raise BundleError(f"{bundle.folder}: {odd}; export the bundle again")
         # On AVX2, 4-bit products of a single row are summed in another order than those of several, and rounding to
         # int8 in the layers above would make that a difference between an image alone and in a batch.
         least_rows = 2 if graphs[1].precision == "int4" else 1
@@ -118,14 +121,42 @@ class OnnxRuntimeEngine:
         values = {name: _value(array) for name, array in inputs.items()}
         named = self._run(self.decoder, self._outputs, values | state.past | state.visual)
         state.mask = real
-        state.past = {name: named[name.replace(_PAST, "present.")] for name in self._caches}
+        state.past = {name: named[name.replace(_PAST, _PRESENT)] for name in self._caches}
         return named
 
     def _run(
         self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
     ) -> dict[str, ort.OrtValue]:
         """The outputs of a session by their names."""
-        return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
+        try:
+            values = session.run_with_ort_values(outputs, inputs)
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            reason = str(error).strip().split("\n")[0][:300]
+            raise EngineError(f"ONNX Runtime cannot run the bundle: {reason}") from None
+        return dict(zip(outputs, values, strict=True))
+
+
+def _odd(vision: ort.InferenceSession, decoder: ort.InferenceSession, size: tuple[int, int]) -> str | None:
+    """Why they are no vision and decoder graph that fit each other and pixels of `size`; None if they are."""
+    shapes = [each.shape for each in vision.get_inputs()]
+    fits = [
+        len(shape) == 4 and all(isinstance(n, str) or n == m for n, m in zip(shape[1:3], size, strict=True))
+        for shape in shapes
+    ]
+    if fits != [True]:
+        return f"its vision graph takes {shapes}, not pixels of {size[0]} x {size[1]}"
+    visual = {each.name for each in vision.get_outputs()} - {EMBEDDING}
+    given, made = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
+    caches = {name for name in given if name.startswith(_PAST)}
+    needed = _STEP | visual | caches
+    if given != needed:
+        return f"its decoder graph takes {_first(given - needed) or 'no ' + _first(needed - given)}"
+    promised = {*Candidates._fields, *(name.replace(_PAST, _PRESENT) for name in caches)}
+    return f"its decoder graph gives no {_first(promised - made)}" if promised - made else None
+
+
+def _first(names: Collection[str]) -> str:
+    return min(names, default="")
 
 
 def open_session(

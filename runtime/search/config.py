@@ -59,6 +59,8 @@ class SearchConfig:
             least_values["num_return"] = 1
         for field, least in least_values.items():
             value = getattr(self, field)
+            if field != "seed" and isinstance(value, (int, np.integer)) and value >= 2**31:
+                raise SearchError(f"{field} must be below {2**31}, not {value}.")
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise SearchError(f"{field} must be a whole number of at least {least}, not {value!r}.")
         if self.num_beams > MOST_BEAMS:

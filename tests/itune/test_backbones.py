@@ -102,3 +102,22 @@ def test_preprocessors_that_are_none(content: object, clip: Path) -> None:
     (clip / "preprocessor_config.json").write_text(json.dumps(content))
     with pytest.raises(BackboneError, match=r"preprocessor_config\.json: not an image preprocessor's configuration: "):
         load_vision_tower(str(clip))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_normalize": False}, "do_resize and do_normalize must be true"),
+        ({"do_rescale": False}, "pixels must be rescaled by 1/255"),
+        ({"rescale_factor": 1 / 127.5}, "pixels must be rescaled by 1/255"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "longest_edge is not supported"),
+        ({"image_std": [0, 1, 1]}, "not an image preprocessor's configuration: .*"),
+        ({"image_mean": [float("nan"), 0, 0]}, "not an image preprocessor's configuration: .*"),
+    ],
+)
+def test_preprocessing_that_would_be_another(change: dict[str, object], message: str, clip: Path) -> None:
+    file = clip / "preprocessor_config.json"
+    load_vision_tower(str(clip))
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(BackboneError, match=message):
+        load_vision_tower(str(clip))

@@ -176,3 +176,19 @@ def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: lis
         best,
         log,
     )
+
+
+def test_a_tokenizer_of_another_model(run: Run, clip_folder: Path, records: list[Record], tmp_path: Path) -> None:
+    language_model = make_language_model(tmp_path / "lm", vocab_size=40)
+    (tmp_path / "c.jsonl").write_text(
+        "\n".join(json.dumps({"image": str(r.image), "captions": r.captions}) for r in records)
+    )
+    options = ["--data", tmp_path / "c.jsonl", "--language-model", language_model, "--vision", clip_folder]
+    status, said = run("--preset", "small-data", *options, "--dev-fraction", "0.3", "-o", tmp_path / "run")
+    assert status == 2
+    assert "its tokenizer writes token" in said
+    assert "and its vocabulary has 40" in said
+    assert not (tmp_path / "run").exists()
+    for fraction in ("0", "1", "-1"):
+        status, said = run("--preset", "small-data", *options, "--dev-fraction", fraction, "-o", tmp_path / "run")
+        assert (status, "cannot be held out: it must lie between 0 and 1" in said) == (2, True)

@@ -283,6 +283,11 @@ def test_presets_are_the_papers() -> None:
         ("lambda_", 0.0),
         ("score_scale", 0.0),
         ("bottleneck", 0),
+        ("bottleneck", 10**20),
+        ("seed", -1),
+        ("seed", 10**20),
+        ("epochs", 10**20),
+        ("num_beams", 1025),
     ],
 )
 def test_settings_out_of_range_are_named_by_their_flag(field: str, value: object) -> None:

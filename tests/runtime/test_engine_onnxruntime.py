@@ -223,6 +223,29 @@ def test_a_graph_that_is_none_is_one_sentence(bundle, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that pins processes to CPUs")
+def test_graphs_that_do_not_fit_are_one_sentence(bundle, tmp_path):
+    def refused(change, message):
+        folder = shutil.copytree(bundle, tmp_path / str(len(list(tmp_path.iterdir()))))
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest, {graph["role"]: graph for graph in manifest["graphs"]})
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match=message):
+            OnnxRuntimeEngine.load(Bundle.load(folder))
+
+    def swap(_manifest, graphs):
+        graphs["vision"]["role"], graphs["decoder"]["role"] = "decoder", "vision"
+
+    def twice(role):
+        return lambda _manifest, graphs: graphs[role].update(
+            file=graphs["decoder" if role == "vision" else "vision"]["file"]
+        )
+
+    refused(swap, "its vision graph takes .*, not pixels of 16 x 16; export the bundle again")
+    refused(twice("vision"), "its vision graph takes .*, not pixels of 16 x 16")
+    refused(twice("decoder"), "its decoder graph takes pixels; export the bundle again")
+    refused(lambda manifest, _graphs: manifest["image"].update(crop=[17, 17]), "not pixels of 17 x 17")
+
+
 def test_available_cpus_are_those_of_the_process():
     script = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"

@@ -118,6 +118,14 @@ def test_folders_and_globs(run: Callable[..., Result], paint: Paint, tmp_path: P
     assert run(tmp_path / "empty").err == f"itune-run: {tmp_path}/empty is a folder without images, not an image\n"
 
 
+def test_what_blocks_is_no_image_of_a_folder(run: Callable[..., Result], paint: Paint, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    paint("red").rename(tmp_path / "folder" / "b.png")
+    os.mkfifo(tmp_path / "folder" / "a.png")
+    result = run(tmp_path / "folder")
+    assert (result.status, result.out) == (0, f"{tmp_path / 'folder' / 'b.png'}\t{RED}\n")
+
+
 def test_stdin(run: Callable[..., Result], paint: Paint, monkeypatch: pytest.MonkeyPatch) -> None:
     def feed(content: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
@@ -155,6 +163,14 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
         (["a.jpg", "--num-beams", "many"], "Invalid value for '--num-beams'"),
         (["a.jpg", "--num-beams", "0"], "num_beams must be a whole number of at least 1, not 0"),
         (["a.jpg", "--num-beams", "1000000"], "num_beams must be at most 1024, not 1000000"),
+        (
+            ["a.jpg", "--no-repeat-ngram-size", "99999999999999999999"],
+            "no_repeat_ngram_size must be below 2147483648, not",
+        ),
+        (["a.jpg", "--sample", "--top-k", "99999999999999999999"], "top_k must be below 2147483648, not"),
+        (["a.jpg", "--batch-size", "99999999999999999999"], "batch_size must be at most 4096, not"),
+        (["a.jpg", "--threads", "100000"], "threads must be at most 4096, not"),
+        (["a.jpg", "--workers", "100000"], "workers must be at most 4096, not"),
         (["a.jpg", "--heatmap", ""], "--heatmap is empty: give a path"),
         (["a.jpg", "--heatmap="], "--heatmap is empty: give a path"),
         (["a.jpg", "--heatmap-json", "-"], "--heatmap-json -: standard output is for the captions; name a file"),
