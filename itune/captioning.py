@@ -196,7 +196,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         with atomic_path(path) as temporary:
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written ({error}): make room, and go on with --resume") from None
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): make room; a training goes on by --resume"
+        ) from None
 
 
 def read_adapters(path: Path) -> dict[str, Tensor]:

@@ -6,14 +6,13 @@ A datastore appears whole or not at all, and one that is added to stays as it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from . import __version__
@@ -24,6 +23,7 @@ from .data import Record, load_records
 from .datastore_files import ArrayWriter, TextWriter
 from .faiss_index import require_faiss, write_index
 from .features import FeatureCache, LiveFeatures
+from .locking import only_writer
 from .retrieval import RetrievalHead, TextEncoder, load_encoder
 from .runtime.datastore import (
     CAPTIONS,
@@ -132,7 +132,12 @@ def add_to_datastore(
         DatastoreError: not a datastore, damaged, of another encoder, or somebody else is adding to it; there is nothing
             new to add.
     """
-    with _only_writer(store):
+    if not store.is_dir():
+        Datastore.load(store)  # says what is wrong
+    # Two additions at a time would start from the same datastore, and one of them be lost.
+    place = store.resolve()
+    busy = f"{store}: another command is adding to it; add again when that has ended"
+    with only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
         keep_foreign(store, listed_files(store / MANIFEST))
@@ -140,27 +145,6 @@ def add_to_datastore(
         base.require(embedder.head.encoder)
         with atomic_folder(store) as folder:
             return _write(folder, base, manifest.encoder, source, embedder, manifest.centered, report)
-
-
-@contextmanager
-def _only_writer(store: Path) -> Iterator[None]:
-    """Two additions at a time would start from the same datastore, and one of them be lost."""
-    if not store.is_dir():
-        Datastore.load(store)  # says what is wrong
-    path = store.resolve()
-    path = path.with_name(f".{path.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise DatastoreError(f"{store}: another command is adding to it; add again when that has ended") from None
-    except OSError as error:
-        raise DatastoreError(f"{store}: cannot be added to, as {path} cannot be written ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def find_encoder(store: Datastore) -> str:

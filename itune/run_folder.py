@@ -10,19 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .checkpoint import atomic_path, recover_folder
 from .data import Record
+from .locking import only_writer
 from .runtime.errors import ItuneError
 
-BEST, LAST, CONFIG, METRICS = "best", "last", "config.json", "metrics.jsonl"
-_LOCK = ".lock"
+BEST, LAST, METRICS = "best", "last", "metrics.jsonl"
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a run has written to a folder."""
-    return any((output / name).exists() for name in (BEST, LAST, CONFIG, METRICS))
+    """Whether a run has saved anything in a folder."""
+    return any((output / name).exists() for name in (BEST, LAST, METRICS)) or any(output.glob(f".{LAST}.*.old"))
 
 
 @contextmanager
@@ -36,23 +34,24 @@ def only_run(output: Path) -> Iterator[None]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / _LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ItuneError(f"--output {output}: another training is writing to it; name another folder") from None
     except OSError as error:
-        raise ItuneError(f"--output {output} cannot be a folder to write to ({error.strerror}): name another") from None
-    try:
+        raise ItuneError(f"--output {output} cannot be a folder ({error.strerror}): name another") from None
+    busy = f"--output {output}: another training is writing to it; name another folder"
+    with _gone_if_empty(output), only_writer(output / ".lock", busy):
         for name in (BEST, LAST):
             recover_folder(output / name)
             for half in (*output.glob(f".{name}.*.tmp"), *output.glob(f".{name}.*.old")):
                 shutil.rmtree(half, ignore_errors=True)
         yield
+
+
+@contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
     finally:
-        (output / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # nothing came of it
-            output.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def log_epoch(output: Path, epoch: int, values: Mapping[str, Any]) -> None:

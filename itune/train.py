@@ -46,7 +46,7 @@ from .methods import MODELS
 from .metrics import CiderD
 from .prompting import Prompting
 from .reporting import Interrupted, Progress, Reporter
-from .run_folder import fingerprint, log_epoch
+from .run_folder import BEST, fingerprint, holds_run, log_epoch
 from .runtime.bundle import SearchDefaults
 from .runtime.search import SearchConfig
 from .runtime.settings import RetrievalSettings
@@ -299,6 +299,11 @@ class Trainer:
     def resume(self) -> None:
         """Go on from `last/` of the output folder."""
         folder = self.output / "last"
+        if not folder.exists() and holds_run(self.output):
+            raise CheckpointError(
+                f"{folder} is missing, which a run goes on from: train into a new folder with --init-from "
+                f"{self.output / BEST}"
+            )
         if not folder.exists():
             raise CheckpointError(f"{self.output} was stopped before anything was saved: start again without --resume")
         try:

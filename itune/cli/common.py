@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
@@ -93,10 +94,16 @@ def _fail(name: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
+def on_ending(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Handle the signals `ENDING`, but for those that are ignored, as under nohup."""
+    for each in ENDING:
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, handler)
+
+
 def exit_when_asked() -> None:
     """Exit by an exception at the signals `ENDING`, so that what is half-written is cleared away."""
-    for each in ENDING:
-        signal.signal(each, lambda number, _frame: sys.exit(128 + number))
+    on_ending(lambda number, _frame: sys.exit(128 + number))
 
 
 def check_writable(option: str, path: Path) -> None:

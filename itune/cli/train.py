@@ -277,8 +277,8 @@ def _run(trainer: Trainer) -> None:
         # A second Ctrl-C does not wait for the step to end.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for each in (signal.SIGINT, *common.ENDING):
-        signal.signal(each, stop)
+    signal.signal(signal.SIGINT, stop)
+    common.on_ending(stop)
     console = common.console()
     try:
         with TrainingDisplay(trainer) as display:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from itune import captioning
 from itune.backbones import load_language_model, load_vision_tower
 from itune.captioning import write_tensors
 from itune.checkpoint import CheckpointError, atomic_folder, load_config, recover_folder
+from itune.cli.common import ENDING, on_ending
 from itune.cli.train import main
 from itune.data import Record
 from itune.methods import check_hashes
@@ -64,7 +67,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     assert not output.exists(), "nothing came of it"
     (tmp_path / "file").write_text("mine")
     with (
-        pytest.raises(ItuneError, match=r"file cannot be a folder to write to \(File exists\)"),
+        pytest.raises(ItuneError, match=r"file cannot be a folder \(File exists\)"),
         only_run(tmp_path / "file"),
     ):
         pass
@@ -104,7 +107,7 @@ def test_a_full_disk_is_one_sentence(error: Exception, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(captioning, "save_file", full)
     with pytest.raises(
-        CheckpointError, match=r"w cannot be written .*No space left.*make room, and go on with --resume"
+        CheckpointError, match=r"w cannot be written .*No space left.*make room; a training goes on by --resume"
     ):
         write_tensors({"w": torch.zeros(1)}, tmp_path / "w")
 
@@ -123,6 +126,20 @@ def test_other_frozen_parts_are_told(
     check_hashes(checkpoint_folder, config, None, tower)
     with pytest.raises(CheckpointError, match=r"the vision tower at .* is not the one"):
         check_hashes(checkpoint_folder, config, None, load_vision_tower(str(make_clip(tmp_path / "clip", seed=5))))
+
+
+def test_a_hang_up_is_heeded_unless_it_is_ignored() -> None:
+    heard: list[int] = []
+    before = {each: signal.getsignal(each) for each in ENDING}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        on_ending(lambda number, _frame: heard.append(number))
+        for each in ENDING:
+            os.kill(os.getpid(), each)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert heard == [signal.SIGTERM]
 
 
 Run = Callable[..., tuple[object, str]]
@@ -166,9 +183,17 @@ def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: lis
     assert "last: its training and dev photos or captions were others: resume with the same --data" in said
     data.write_text("\n".join(lines))
     best = (output / "best" / "adapters.safetensors").read_bytes()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text((output / "config.json").read_text())
+    status, said = run(*command[:-1], tmp_path / "begun", "--resume")
+    assert (status, "was stopped before anything was saved: start again without --resume" in said) == (2, True)
+    status, said = run(*command[:-1], tmp_path / "begun", "--epochs", 1)
+    assert status == 0, said
     for path in sorted((output / "last").iterdir()):
         path.unlink()
     (output / "last").rmdir()
+    status, said = run(*command, "--resume")
+    assert (status, "last is missing, which a run goes on from: train into a new folder" in said) == (2, True)
     status, said = run(*command)
     assert status == 2
     assert f"{output} holds a run already: --resume it, or choose another --output" in said
