@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from .batches import caption_head, encode_text, special_token
-from .checkpoint import CONFIG_FILE, atomic_path, find_checkpoint
+from .checkpoint import CONFIG_FILE, CheckpointError, atomic_path, find_checkpoint
 from .data import Record
 from .eager import EagerEngine
 from .features import Features
@@ -95,15 +96,19 @@ def load_captioner(
 def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -> Captioner:
     """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` as in `EagerEngine`."""
     text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
-    tokens = TokenSettings(
-        begin=None if text.begin is None else special_token(tokenizer, text.begin, "begin"),
-        end=special_token(tokenizer, text.end, "end"),
-        prompt=encode_text(tokenizer, text.prompt),
-        prefix=loaded.model.prefix_length,
-        vocab_size=gpt2.vocab_size,
-        shortlist=None if vocabulary is None else len(vocabulary),
-        max_positions=gpt2.n_positions,
-    )
+    try:
+        tokens = TokenSettings(
+            begin=None if text.begin is None else special_token(tokenizer, text.begin, "begin"),
+            end=special_token(tokenizer, text.end, "end"),
+            prompt=encode_text(tokenizer, text.prompt),
+            prefix=loaded.model.prefix_length,
+            vocab_size=gpt2.vocab_size,
+            shortlist=None if vocabulary is None else len(vocabulary),
+            max_positions=gpt2.n_positions,
+        )
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"the checkpoint does not fit its language model: {reason}") from None
     engine = EagerEngine(loaded.model, loaded.tower, vocabulary)
     return Captioner(engine, tokenizer, loaded.config.image, tokens, loaded.config.search.within(tokens.room))
 

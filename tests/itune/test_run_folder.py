@@ -19,10 +19,11 @@ from itune.checkpoint import CheckpointError, atomic_folder, load_config, recove
 from itune.cli.common import ENDING, on_ending
 from itune.cli.train import main
 from itune.data import Record
+from itune.evaluate import load_captioner
 from itune.methods import check_hashes
 from itune.run_folder import fingerprint, holds_run, log_epoch, only_run
 from itune.runtime.errors import ItuneError
-from tests.conftest import make_clip, make_language_model
+from tests.conftest import make_checkpoint, make_clip, make_language_model
 
 
 class Killed(BaseException):
@@ -201,6 +202,15 @@ def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: lis
         best,
         log,
     )
+
+
+def test_a_prompt_that_leaves_no_position_for_a_caption(
+    language_model_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    prompt = "a dog runs " * 60
+    checkpoint = make_checkpoint(tmp_path / "c", language_model_folder, clip_folder, prompt=prompt)
+    with pytest.raises(CheckpointError, match=r"\d+ tokens stand before a caption, and there are \d+ positions"):
+        load_captioner(checkpoint)
 
 
 def test_a_tokenizer_of_another_model(run: Run, clip_folder: Path, records: list[Record], tmp_path: Path) -> None:
