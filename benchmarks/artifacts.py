@@ -15,7 +15,8 @@ from contestants import BUNDLE, PEERS, Contender, Entry
 from rich.console import Console
 
 from itune import ItuneError, __version__
-from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, atomic_folder, hash_files
+from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from itune.files import atomic_folder, hash_files
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.bundle import Bundle as BundleFolder
 

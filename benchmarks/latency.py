@@ -31,8 +31,9 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from itune import ItuneError
-from itune.checkpoint import atomic_path, find_checkpoint, load_config
+from itune.checkpoint import find_checkpoint, load_config
 from itune.cli.common import require
+from itune.files import atomic_path
 from itune.runtime.bundle import TOKENIZER
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8

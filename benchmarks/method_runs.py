@@ -15,7 +15,7 @@ import psutil
 from results_tables import PROMPTED
 
 from itune import ItuneError
-from itune.checkpoint import atomic_path
+from itune.files import atomic_path
 
 RETRIEVE = 4
 BUDGET = {

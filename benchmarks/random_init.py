@@ -27,10 +27,10 @@ from itune.checkpoint import (
     ITuningCheckpoint,
     Source,
     VisionSource,
-    atomic_folder,
     load_config,
     save_config,
 )
+from itune.files import atomic_folder
 from itune.model import ITuningModel
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings

@@ -31,9 +31,10 @@ from results_tables import BASE, write_results
 from rich.progress import Progress
 
 from itune import Captioner, ItuneError
-from itune.checkpoint import WEIGHTS_FILE, atomic_path, load_config
+from itune.checkpoint import WEIGHTS_FILE, load_config
 from itune.cli.common import progress, require
 from itune.data import load_records
+from itune.files import atomic_path
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.engines.onnxruntime import available_cpus
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune.checkpoint import atomic_path
+from itune.files import atomic_path
 
 Entry = dict[str, Any]
 BASE = "i-tuning"

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from itune import Captioner, ItuneError
-from itune.checkpoint import atomic_path
 from itune.cli.common import require
+from itune.files import atomic_path
 from itune.runtime.bundle import Bundle
 from itune.runtime.engines.onnxruntime import NAME, available_cpus
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from artifacts import BASE, label
 
-from itune.checkpoint import atomic_path
+from itune.files import atomic_path
 
 Entry = dict[str, Any]
 _FIELDS = {

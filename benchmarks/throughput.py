@@ -23,9 +23,9 @@ from measuring import machine
 from PIL import Image
 from rich.console import Console
 
-from itune.checkpoint import atomic_path
 from itune.cli.common import progress, require
 from itune.cli.run import expand
+from itune.files import atomic_path
 from itune.runtime import Captioner, ImageError, ItuneError
 from itune.runtime.engines.onnxruntime import available_cpus
 

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, hash_files, listed_files, load_config
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, load_config
 from ..data import Record
 from ..evaluate import eager_captioner
+from ..files import hash_files, listed_files
 from ..methods import LoadedCheckpoint
 from ..retrieval import RetrievalHead, load_head
 from ..runtime.bundle import (

@@ -18,9 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from .. import __version__
 from ..batches import encode_caption
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, atomic_path, find_checkpoint, hash_files
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data import Record
 from ..evaluate import score_captions
+from ..files import atomic_path, hash_files
 from ..runtime.bundle import MANIFEST, Bundle
 from ..runtime.captioner import Captioner
 from ..runtime.errors import ImageError, ItuneError

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from onnx import helper, numpy_helper
 
-from ..checkpoint import atomic_path
+from ..files import atomic_path
 from ..runtime.errors import ItuneError
 
 OPSET = 20

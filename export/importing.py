@@ -15,17 +15,9 @@ from torch import Tensor
 
 from ..backbones import LanguageModel, VisionTower, load_clip_projection, load_language_model, load_vision_tower
 from ..captioning import CaptionModel
-from ..checkpoint import (
-    CONFIG_FILE,
-    CONFIGS,
-    WEIGHTS_FILE,
-    CheckpointError,
-    Source,
-    VisionSource,
-    hash_files,
-    save_config,
-)
+from ..checkpoint import CONFIG_FILE, CONFIGS, WEIGHTS_FILE, CheckpointError, Source, VisionSource, save_config
 from ..clipcap import ClipCapConfig, ClipCapModel, Pooling
+from ..files import hash_files
 from ..retrieval import load_head
 from ..runtime.bundle import TOKENIZER, SearchDefaults
 from ..runtime.settings import RetrievalSettings, TextSettings

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
-from ..checkpoint import atomic_path
+from ..files import atomic_path
 from .tensorrt import LayerReport, Library, Plan, PlanRequest, TensorRTError
 from .worker import peak_memory
 

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, hash_files, parse_config, save_config
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, parse_config, save_config
+from ..files import hash_files
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings, SearchDefaults
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings

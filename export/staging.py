@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import atomic_folder, keep_foreign
+from ..files import atomic_folder, keep_foreign
 from ..runtime.errors import ItuneError
 
 

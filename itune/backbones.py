@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from .checkpoint import hash_files
+from .files import hash_files
 from .runtime.engines.base import UInt8
 from .runtime.errors import ItuneError
 from .runtime.settings import ImageSettings

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from .batches import Packing
-from .checkpoint import CheckpointConfig, CheckpointError, atomic_path
+from .checkpoint import CheckpointConfig, CheckpointError
 from .config import TrainConfig
+from .files import atomic_path
 from .runtime.settings import Method, TextSettings
 
 Visual = dict[str, Tensor]

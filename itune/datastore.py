@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from . import __version__
 from .backbones import VisionTower
 from .caption_files import find_caption_file, holds
-from .checkpoint import atomic_folder, hash_files, keep_foreign, listed_files, relative_source
+from .checkpoint import relative_source
 from .data import Record, load_records
 from .datastore_files import ArrayWriter, TextWriter
 from .faiss_index import require_faiss, write_index
 from .features import FeatureCache, LiveFeatures
+from .files import atomic_folder, hash_files, keep_foreign, listed_files
 from .locking import only_writer
 from .retrieval import RetrievalHead, TextEncoder, load_encoder
 from .runtime.datastore import (

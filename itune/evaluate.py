@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from .batches import caption_head, encode_text, special_token
-from .checkpoint import CONFIG_FILE, CheckpointError, atomic_path, find_checkpoint
+from .checkpoint import CONFIG_FILE, CheckpointError, find_checkpoint
 from .data import Record
 from .eager import EagerEngine
 from .features import Features
+from .files import atomic_path
 from .methods import LoadedCheckpoint
 from .metrics import Scores, score
 from .retrieval import EmbeddingEngine, load_head

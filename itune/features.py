@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbones import VisionTower
-from .checkpoint import atomic_path, hash_files
+from .files import atomic_path, hash_files
 from .runtime.engines.base import UInt8
 from .runtime.errors import ImageError, ItuneError
 from .runtime.image import decode, preprocess

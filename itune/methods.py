@@ -6,14 +6,7 @@ from pathlib import Path
 
 from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from .captioning import CaptionModel
-from .checkpoint import (
-    WEIGHTS_FILE,
-    CheckpointConfig,
-    CheckpointError,
-    find_checkpoint,
-    load_config,
-    resolve_source,
-)
+from .checkpoint import WEIGHTS_FILE, CheckpointConfig, CheckpointError, find_checkpoint, load_config, resolve_source
 from .clipcap import ClipCapModel
 from .model import ITuningModel
 from .runtime.settings import Method

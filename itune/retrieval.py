@@ -30,9 +30,9 @@ from .backbones import (
     load_pretrained,
     load_vision_tower,
 )
-from .checkpoint import atomic_path
 from .data import Record
 from .features import Features, identity
+from .files import atomic_path
 from .runtime.datastore import Datastore
 from .runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
 from .runtime.settings import EncoderIdentity

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_path, recover_folder
 from .data import Record
+from .files import atomic_path, recover_folder
 from .locking import only_writer
 from .runtime.errors import ItuneError
 

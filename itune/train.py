@@ -31,8 +31,6 @@ from .checkpoint import (
     CheckpointError,
     Source,
     VisionSource,
-    atomic_folder,
-    atomic_path,
     find_checkpoint,
     relative_source,
     save_config,
@@ -42,6 +40,7 @@ from .data import Record
 from .eager import EagerEngine
 from .evaluate import caption_features
 from .features import Features
+from .files import atomic_folder, atomic_path
 from .methods import MODELS
 from .metrics import CiderD
 from .prompting import Prompting

@@ -168,13 +168,7 @@ def make_checkpoint(
     """An adapter checkpoint with random weights and biases that look hard at the image."""
     from itune.adapter import AdapterConfig
     from itune.backbones import load_language_model, load_vision_tower
-    from itune.checkpoint import (
-        WEIGHTS_FILE,
-        ITuningCheckpoint,
-        Source,
-        VisionSource,
-        save_config,
-    )
+    from itune.checkpoint import WEIGHTS_FILE, ITuningCheckpoint, Source, VisionSource, save_config
     from itune.model import ITuningModel
     from itune.runtime.settings import TextSettings
 

@@ -67,9 +67,9 @@ def compare(
     common.require("export", "torch", "transformers", "safetensors", "onnx")
     common.require("benchmark", "matplotlib")
     common.exit_when_asked()
-    from ..checkpoint import atomic_path
     from ..export.compare import Comparison, Variant
     from ..export.picture import draw
+    from ..files import atomic_path
     from ..runtime.engines.onnxruntime import available_cpus
 
     search = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}

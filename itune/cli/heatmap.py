@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ..caption_files import holds
-from ..checkpoint import atomic_path
+from ..files import atomic_path
 from ..runtime.errors import ItuneError
 from . import common
 

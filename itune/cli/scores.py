@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import atomic_path
+from ..files import atomic_path
 from ..metrics import SCORES, Difference, Evaluation, compare_groups, evaluate
 from ..metrics.evaluation import ALPHA
 from ..runtime.errors import ItuneError

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from itune import captioning
 from itune.backbones import load_language_model, load_vision_tower
 from itune.captioning import write_tensors
-from itune.checkpoint import CheckpointError, atomic_folder, load_config, recover_folder
+from itune.checkpoint import CheckpointError, load_config
 from itune.cli.common import ENDING, on_ending
 from itune.cli.train import main
 from itune.data import Record
 from itune.evaluate import load_captioner
+from itune.files import atomic_folder, recover_folder
 from itune.methods import check_hashes
 from itune.run_folder import fingerprint, holds_run, log_epoch, only_run
 from itune.runtime.errors import ItuneError

@@ -1,4 +1,4 @@
-"""Training: resuming, the feature cache, accumulation, and itune-train as a user runs it."""
+"""Training: resuming, cached features, accumulation, and itune-train as a user runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,55 +127,6 @@ def test_cached_features_give_the_same_losses_within_half_precision(
         losses.append(reporter.losses)
     # The README states this tolerance: fp16 has 11 significant bits.
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
-
-
-def test_cache_survives_interruption_and_skips_bad_photos(
-    live: LiveFeatures, photos: list[Path], tmp_path: Path
-) -> None:
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(b"\xff\xd8 no photo")
-    cache = FeatureCache(tmp_path / "cache", live.tower)
-    assert list(cache.prepare([photos[0], bad, photos[1]])) == [bad]
-    data = next((tmp_path / "cache").glob("*/features.f16"))
-    index = data.with_name("index.jsonl")
-    with data.open("ab") as file:
-        file.write(b"half a row")
-    with index.open("a") as file:
-        file.write('"half a li')
-    again = FeatureCache(tmp_path / "cache", live.tower)
-    assert again.prepare(photos) == {}
-    assert len(index.read_text().splitlines()) == len(photos)
-    torch.testing.assert_close(again.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
-
-
-def test_two_trainings_may_fill_one_cache_at_a_time(
-    live: LiveFeatures, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embed = LiveFeatures.embed
-
-    def slow(self: LiveFeatures, *arguments: Any) -> Any:
-        time.sleep(0.2)  # time enough for the other one to begin
-        return embed(self, *arguments)
-
-    monkeypatch.setattr(LiveFeatures, "embed", slow)
-    with ThreadPoolExecutor(2) as pool:
-        caches = [FeatureCache(tmp_path / "cache", live.tower) for _ in range(2)]
-        orders = (photos, photos[::-1])
-        running = [pool.submit(cache.prepare, order) for cache, order in zip(caches, orders, strict=True)]
-        assert [each.result() for each in running] == [{}, {}]
-    monkeypatch.undo()
-    index = next((tmp_path / "cache").glob("*/index.jsonl"))
-    assert len(index.read_text().splitlines()) == len(photos)
-    for cache in (*caches, FeatureCache(tmp_path / "cache", live.tower)):
-        assert cache.prepare(photos) == {}
-        torch.testing.assert_close(cache.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
-
-
-def test_mirrored_embeddings_are_those_of_the_mirrored_photo(live: LiveFeatures, photos: list[Path]) -> None:
-    pixels = live.pixels(photos[0])
-    assert not isinstance(pixels, str)
-    expected = live.tower.embed(np.ascontiguousarray(pixels[None, :, ::-1]))
-    torch.testing.assert_close(live.read([photos[0]], [True]), expected)
 
 
 def test_accumulation_does_not_change_the_step(
