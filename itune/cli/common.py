@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
@@ -75,13 +76,15 @@ def _refuse_empty_paths(command: Callable[..., int | None], app: typer.Typer) ->
 
     To be called before the options are parsed, after which it is "." as that is.
     """
+    arguments = sys.argv[1:]
+    empty = {argument for argument, after in pairwise(arguments) if after == ""}
+    empty |= {argument.removesuffix("=") for argument in arguments if argument.endswith("=")}
+    if not empty:
+        return
     hints = get_type_hints(command)
     for parameter in typer.main.get_command(app).params:
-        if not _takes_path(hints.get(parameter.name or "")):
-            continue
-        for argument, after in zip(sys.argv[1:], [*sys.argv[2:], None], strict=True):
-            if (argument in parameter.opts and after == "") or argument in {f"{flag}=" for flag in parameter.opts}:
-                raise ItuneError(f"{argument.rstrip('=')} is empty: give a path")
+        if _takes_path(hints.get(parameter.name or "")) and (flags := empty.intersection(parameter.opts)):
+            raise ItuneError(f"{min(flags)} is empty: give a path")
 
 
 def _takes_path(hint: Any) -> bool:

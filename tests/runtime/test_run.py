@@ -282,6 +282,14 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path, paint: Paint) -> None:
     running.stderr.close()
 
 
+@pytest.mark.parametrize("name", ["run", "train", "evaluate", "export", "datastore"])
+def test_a_program_without_any_argument(name: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"itune.cli.{name}"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("itune-")
+    assert done.stderr.count("\n") == 1
+
+
 def test_no_standard_output_at_all(bundle: Path, paint: Paint) -> None:
     line = [sys.executable, "-m", "itune.cli.run", str(paint("red")), "--bundle", str(bundle)]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *line], capture_output=True, text=True, check=False)
