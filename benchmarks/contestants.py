@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from itune.export.worker import Worker
+from itune.export.compare.worker import Worker
 from itune.runtime.engines.base import UInt8
 
 

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from itune.datastore import FLAT_ENTRIES
-from itune.datastore_files import ArrayWriter, TextWriter
-from itune.faiss_index import write_index
-from itune.runtime.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
+from itune.retrieval.build import FLAT_ENTRIES
+from itune.retrieval.faiss_index import write_index
+from itune.retrieval.writers import ArrayWriter, TextWriter
 from itune.runtime.manifest import FileHash
-from itune.runtime.nearest import FlatRanking
+from itune.runtime.retrieval.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
+from itune.runtime.retrieval.nearest import FlatRanking
 from itune.runtime.settings import EncoderIdentity
 
 Floats = NDArray[np.float32]

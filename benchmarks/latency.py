@@ -40,7 +40,7 @@ from itune.runtime.engines.base import UInt8
 from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.engines.onnxruntime import available_cpus
 from itune.runtime.image import SUFFIXES, decode, preprocess
-from itune.runtime.prompts import PromptWriter
+from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import ImageSettings
 
 PHOTOS = 8  # captions are compared on at least so many

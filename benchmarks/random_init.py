@@ -19,7 +19,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHe
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.pytorch_utils import Conv1D
 
-from itune.adapter import AdapterConfig
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import (
     CONFIG_FILE,
@@ -31,7 +30,8 @@ from itune.checkpoint import (
     save_config,
 )
 from itune.files import atomic_folder
-from itune.model import ITuningModel
+from itune.methods.adapter import AdapterConfig
+from itune.methods.ituning import ITuningModel
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings
 

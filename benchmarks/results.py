@@ -33,7 +33,7 @@ from rich.progress import Progress
 from itune import Captioner, ItuneError
 from itune.checkpoint import WEIGHTS_FILE, load_config
 from itune.cli.common import progress, require
-from itune.data import load_records
+from itune.data.records import load_records
 from itune.files import atomic_path
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.engines.onnxruntime import available_cpus
@@ -92,7 +92,7 @@ def train(workplace: Workplace, runs: list[Run]) -> None:
 def _embed(workplace: Workplace) -> None:
     """Store the photos' embeddings: their time is no training's own."""
     from itune.backbones import load_vision_tower
-    from itune.features import FeatureCache
+    from itune.data.features import FeatureCache
 
     cache = FeatureCache(workplace.features, load_vision_tower(str(workplace.folder / "vision")))
     for split in ("train", "dev"):

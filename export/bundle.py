@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, load_config
-from ..data import Record
+from ..data.records import Record
 from ..evaluate import eager_captioner
 from ..files import hash_files, listed_files
-from ..methods import LoadedCheckpoint
-from ..retrieval import RetrievalHead, load_head
+from ..methods.registry import LoadedCheckpoint
+from ..retrieval.encoder import RetrievalHead, load_head
 from ..runtime.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -38,16 +38,16 @@ from ..runtime.manifest import FileHash
 from ..runtime.search import SearchConfig
 from ..runtime.settings import RetrievalSettings, Size
 from .card import MODEL_CARD, default_license, model_card
-from .graph import Graph
-from .methods import build_decoder, build_vision, decoder_settings
-from .plans import PlanOptions, PlanWriter, Role
-from .products import Blocks, Form, Rows
-from .profiles import PlanLimits
-from .quantize_graph import Precision, halve_graph, quantize_graph
-from .retrieval_output import EmbeddingReference
-from .scenarios import pick_images
+from .graph.builder import Graph
+from .graph.embedding import EmbeddingReference
+from .methods.registry import build_decoder, build_vision, decoder_settings
+from .quantize.products import Blocks, Form, Rows
+from .quantize.rewrite import Precision, halve_graph, quantize_graph
 from .staging import staged_folder
-from .verify import VALUE_SCALES, Check, VerificationError, verify_bundle
+from .tensorrt.plans import PlanOptions, PlanWriter, Role
+from .tensorrt.profiles import PlanLimits
+from .verify.checks import VALUE_SCALES, Check, VerificationError, verify_bundle
+from .verify.scenarios import pick_images
 from .vocabulary import Vocabulary
 
 ROLES: tuple[Role, ...] = ("vision", "decoder")

@@ -22,15 +22,15 @@ from ..files import hash_files
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings, SearchDefaults
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings
-from .graph import Array
-from .merge import Weights
-from .methods import restored_tower_weights, split_decoder, split_vision
-from .quantize_graph import float_graph, read_weights
-from .retrieval_output import projection_weights
+from .graph.builder import Array
+from .graph.clip import PREFIX as CLIP_PREFIX
+from .graph.clip import unfold_clip
+from .graph.embedding import projection_weights
+from .graph.onnx_tower import extract_tower
+from .methods.merge import Weights
+from .methods.registry import restored_tower_weights, split_decoder, split_vision
+from .quantize.rewrite import float_graph, read_weights
 from .staging import staged_folder
-from .vision_clip import PREFIX as CLIP_PREFIX
-from .vision_clip import unfold_clip
-from .vision_onnx import extract_tower
 
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # in order of Pillow's numbers
 

@@ -13,12 +13,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ..batches import encode_caption, encode_text
-from ..data import clean_caption, load_records
+from ..data.records import clean_caption, load_records
 from ..runtime.bundle import TokenSettings
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from ..runtime.settings import TextSettings
+from ..training.batches import encode_caption, encode_text
 
 
 @dataclass(frozen=True)

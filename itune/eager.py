@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .backbones import CACHE_ARGUMENT, VisionTower
-from .captioning import CaptionModel, Visual
+from .methods.base import CaptionModel, Visual
 from .runtime.engines.base import Bool, Candidates, Int64, UInt8
 from .runtime.search import NATIVE, top_k
 

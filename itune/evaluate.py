@@ -10,22 +10,22 @@ from typing import Any
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from .batches import caption_head, encode_text, special_token
 from .checkpoint import CONFIG_FILE, CheckpointError, find_checkpoint
-from .data import Record
+from .data.features import Features
+from .data.records import Record
 from .eager import EagerEngine
-from .features import Features
 from .files import atomic_path
-from .methods import LoadedCheckpoint
+from .methods.registry import LoadedCheckpoint
 from .metrics import Scores, score
-from .retrieval import EmbeddingEngine, load_head
+from .retrieval.encoder import EmbeddingEngine, load_head
 from .runtime import Captioner
 from .runtime.bundle import TokenSettings
 from .runtime.engines.base import Int64
 from .runtime.errors import ImageError
-from .runtime.retriever import Retriever
+from .runtime.retrieval.retriever import Retriever
 from .runtime.search import SearchConfig, search
 from .runtime.settings import RetrievalSettings, TextSettings
+from .training.batches import caption_head, encode_text, special_token
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""

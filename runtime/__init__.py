@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention.explanation import Explanation
+    from .attention.heatmap import draw_heatmap
     from .bundle import Bundle
     from .captioner import Candidate, Caption, Captioner
-    from .datastore import Datastore
     from .errors import BundleError, DatastoreError, EngineError, ImageError, ItuneError, SearchError
-    from .explanation import Explanation
-    from .heatmap import draw_heatmap
+    from .retrieval.datastore import Datastore
 
 _MODULES = {
     "Bundle": ".bundle",

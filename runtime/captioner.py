@@ -22,12 +22,12 @@ from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
-from .retriever import Retriever
+from .retrieval.retriever import Retriever
 from .search import PADDING, SearchConfig, search
 from .settings import ImageSettings
 
 if TYPE_CHECKING:
-    from .explanation import Explainer, Explanation, Layer
+    from .attention.explanation import Explainer, Explanation, Layer
 
 ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
 """The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
@@ -267,7 +267,7 @@ class Captioner:
             if self._explainer is None:
                 if self.bundle is None:
                     raise ItuneError("attention is read from a bundle, and this model is none: export it first")
-                from .explanation import Explainer
+                from .attention.explanation import Explainer
 
                 self._explainer = Explainer.load(self.bundle, self.tokenizer, self.threads)
             return self._explainer

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import WEIGHTS_FILE, ClipCapCheckpoint, Source, VisionSource, save_config
-from itune.clipcap import ClipCapConfig, ClipCapModel
+from itune.methods.clipcap import ClipCapConfig, ClipCapModel
 from itune.runtime.settings import TextSettings
 from tests.conftest import make_clip
 

@@ -14,8 +14,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-    from itune.data import Record
-    from itune.methods import LoadedCheckpoint
+    from itune.data.records import Record
+    from itune.methods.registry import LoadedCheckpoint
+
+pytest_plugins = ["tests.export.fixtures", "tests.runtime.fixtures"]
 
 # Two processes with two threads each would fight over two cores.
 torch.set_num_threads(1)
@@ -166,10 +168,10 @@ def make_checkpoint(
     seed: int = 0,
 ) -> Path:
     """An adapter checkpoint with random weights and biases that look hard at the image."""
-    from itune.adapter import AdapterConfig
     from itune.backbones import load_language_model, load_vision_tower
     from itune.checkpoint import WEIGHTS_FILE, ITuningCheckpoint, Source, VisionSource, save_config
-    from itune.model import ITuningModel
+    from itune.methods.adapter import AdapterConfig
+    from itune.methods.ituning import ITuningModel
     from itune.runtime.settings import TextSettings
 
     language, tower = load_language_model(str(language_model)), load_vision_tower(str(vision))
@@ -219,7 +221,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def records(photos: list[Path]) -> list[Record]:
     """Five photos with two captions each, where a test file has no records of its own."""
-    from itune.data import Record
+    from itune.data.records import Record
 
     return [Record(path, (CAPTIONS[i], CAPTIONS[i + 1]), path.stem) for i, path in enumerate(photos[:5])]
 

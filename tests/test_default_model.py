@@ -14,10 +14,10 @@ from PIL import Image
 
 from benchmarks.parity import compare
 from itune import Captioner
-from itune.data import load_records
+from itune.data.records import load_records
 from itune.evaluate import caption_records, score_captions
 from itune.export.bundle import export_bundle
-from itune.export.graph import Graph
+from itune.export.graph.builder import Graph
 from itune.export.restore import restore_bundle
 from itune.runtime.bundle import default_bundle
 from tests.conftest import REPOSITORY

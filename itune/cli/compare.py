@@ -20,8 +20,8 @@ from ..runtime.image import SUFFIXES
 from . import common
 
 if TYPE_CHECKING:
-    from ..data import Record
-    from ..export.compare import Row
+    from ..data.records import Record
+    from ..export.compare.comparison import Row
 
 RESULT, PICTURE = "comparison.json", "comparison.png"
 
@@ -67,8 +67,8 @@ def compare(
     common.require("export", "torch", "transformers", "safetensors", "onnx")
     common.require("benchmark", "matplotlib")
     common.exit_when_asked()
-    from ..export.compare import Comparison, Variant
-    from ..export.picture import draw
+    from ..export.compare.comparison import Comparison, Variant
+    from ..export.compare.picture import draw
     from ..files import atomic_path
     from ..runtime.engines.onnxruntime import available_cpus
 
@@ -123,7 +123,7 @@ def _stage(description: str) -> Iterator[Callable[[int, int], None]]:
 
 def _records(data: Path | None, images: Path | None, split: str | None) -> list[Record]:
     """The photos of a split with their captions, or those of a folder without any."""
-    from ..data import Record, load_records
+    from ..data.records import Record, load_records
 
     if data is not None:
         return load_records(data, images=images, split=split)

@@ -16,8 +16,8 @@ from ..runtime.errors import ItuneError
 from . import common
 
 if TYPE_CHECKING:
-    from ..datastore import Report, Source
-    from ..runtime.datastore import DatastoreManifest
+    from ..retrieval.build import Report, Source
+    from ..runtime.retrieval.datastore import DatastoreManifest
 
 Captions = Annotated[
     Path, typer.Option(help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL.")
@@ -74,7 +74,7 @@ def build(
     _version: common.Version = False,
 ) -> None:
     """Build a datastore from the captions of a file."""
-    from ..datastore import build_datastore
+    from ..retrieval.build import build_datastore
 
     source = _source(captions, images, split, cache_features, threads)
     with _reporting() as report:
@@ -104,7 +104,7 @@ def add(
     _version: common.Version = False,
 ) -> None:
     """Add the captions of a file, but for photos that are there already; till the end the datastore stays as it is."""
-    from ..datastore import add_to_datastore
+    from ..retrieval.build import add_to_datastore
 
     source = _source(captions, images, split, cache_features, threads)
     with _reporting() as report:
@@ -118,7 +118,7 @@ def info(
     _version: common.Version = False,
 ) -> None:
     """Say what a datastore holds, after checking every file's hash."""
-    from ..runtime.datastore import Datastore
+    from ..runtime.retrieval.datastore import Datastore
 
     manifest = Datastore.load(store, verify=True).manifest
     if as_json:
@@ -159,9 +159,9 @@ def search(
 ) -> int:
     """Print the captions that are found for images, and their scores. Exit status 1 if an image could not be read."""
     _require_torch(threads)
-    from ..datastore import encoder_of
-    from ..features import LiveFeatures
-    from ..runtime.datastore import Datastore
+    from ..data.features import LiveFeatures
+    from ..retrieval.build import encoder_of
+    from ..runtime.retrieval.datastore import Datastore
     from .run import expand
 
     datastore = Datastore.load(store)
@@ -198,7 +198,7 @@ def _require_torch(threads: int | None) -> None:
 def _source(captions: Path, images: Path | None, split: str, cache: Path | None, threads: int | None) -> Source:
     _require_torch(threads)
     common.exit_when_asked()
-    from ..datastore import Source
+    from ..retrieval.build import Source
 
     return Source(captions, images, None if split == "all" else split, cache)
 

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from . import common
 
 if TYPE_CHECKING:
-    from ..train import Progress as Standing
-    from ..train import Trainer
+    from ..training.loop import Progress as Standing
+    from ..training.loop import Trainer
 
 _LOG_SECONDS = 30.0
 

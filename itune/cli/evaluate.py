@@ -13,7 +13,7 @@ from ..runtime.errors import ItuneError
 from . import common
 
 if TYPE_CHECKING:
-    from ..data import Record
+    from ..data.records import Record
     from ..runtime import Captioner
 
 _ONLY_CAPTIONS = {"references"}
@@ -86,8 +86,8 @@ def evaluate(
     for option, path in written:
         common.check_writable(option, path)
     common.check_apart(written, _inputs(data, references, captions or []))
-    from ..caption_files import read_results
-    from ..data import load_records
+    from ..data.formats import read_results
+    from ..data.records import load_records
     from .scores import Captioned, report
 
     wanted = None if split == "all" else split
@@ -105,8 +105,8 @@ def evaluate(
             lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"
             raise ItuneError(f"{lacking} is missing: give a model and --data, or --captions and --references")
         common.require("train", "torch", "transformers", "safetensors")
-        from ..datastore import photos_in
         from ..evaluate import load_captioner
+        from ..retrieval.build import photos_in
 
         wanted = wanted or (None if split else "dev")
         records = load_records(data, images=images, split=wanted, captioned=False)[:limit]
@@ -152,7 +152,7 @@ def evaluate(
 
 def _inputs(data: Path | None, references: Path | None, captions: list[Path]) -> Iterator[tuple[str, Path]]:
     """What is read, and where."""
-    from ..caption_files import find_caption_file, holds
+    from ..data.formats import find_caption_file, holds
 
     for what, path in (("the captions of --data", data), ("the references", references)):
         if path is not None:

@@ -186,7 +186,7 @@ def export(
         return
 
     if import_ is not None:
-        from ..export.importing import LANGUAGE_MODEL, VISION, ImportOptions, import_checkpoint
+        from ..export.imports.clipcap import LANGUAGE_MODEL, VISION, ImportOptions, import_checkpoint
 
         options = ImportOptions(language_model or LANGUAGE_MODEL, vision or VISION, normalize)
         with console.status("importing"):
@@ -194,13 +194,13 @@ def export(
         console.print(f"{output}: try itune-export {output} -o BUNDLE", highlight=False)
         return
 
-    from ..data import load_records
+    from ..data.records import load_records
     from ..export.bundle import export_bundle
-    from ..export.dev_split import DEV_PHOTOS
-    from ..export.plans import PlanOptions
-    from ..export.profiles import MAX_BATCH, MAX_BEAMS, PlanLimits
-    from ..export.tensorrt import layer_table
-    from ..export.verify import Check, report_table
+    from ..export.tensorrt.library import layer_table
+    from ..export.tensorrt.plans import PlanOptions
+    from ..export.tensorrt.profiles import MAX_BATCH, MAX_BEAMS, PlanLimits
+    from ..export.verify.checks import Check, report_table
+    from ..export.verify.dev_split import DEV_PHOTOS
     from ..export.vocabulary import Vocabulary
 
     assert checkpoint is not None

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from ..caption_files import holds
+from ..data.formats import holds
 from ..files import atomic_path
 from ..runtime.errors import ItuneError
 from . import common
@@ -77,7 +77,7 @@ class Heatmaps:
             ImageError: the image cannot be read any more.
             FigureError: its figure cannot be written.
         """
-        from ..runtime.heatmap import draw_heatmap
+        from ..runtime.attention.heatmap import draw_heatmap
 
         explanation = captioner.explain(image, caption, layer=self.layer, **options)
         if self._lines is not None:

@@ -15,7 +15,7 @@ from ..runtime.errors import ItuneError
 from . import common
 
 if TYPE_CHECKING:
-    from ..data import Record
+    from ..data.records import Record
 
 HEADINGS = dict(
     zip(SCORES, ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "SPICE"), strict=True)

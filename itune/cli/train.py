@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checkpoint import CheckpointConfig, find_checkpoint, load_config, resolve_source
-from ..config import METHOD_FIELDS, METHODS, PRESETS, TrainConfig, flag, from_json, resolve
 from ..runtime.errors import ItuneError
+from ..training.config import METHOD_FIELDS, METHODS, PRESETS, TrainConfig, flag, from_json, resolve
 from . import common
 from .display import TrainingDisplay
 
 if TYPE_CHECKING:
-    from ..data import Record
-    from ..features import Features
-    from ..train import Trainer
+    from ..data.features import Features
+    from ..data.records import Record
+    from ..training.loop import Trainer
 
 _PRESETS, _METHODS = ", ".join(PRESETS), ", ".join(METHODS)
 
@@ -111,8 +111,8 @@ def train(
         init_from = None  # what the run began from
     config = _configuration(preset, overrides, output, resume, init_from)
     splits = Splits(data, images, dev_data, dev_fraction, dev_images)
-    from ..methods import check_hashes
-    from ..run_folder import LAST, only_run
+    from ..methods.registry import check_hashes
+    from ..training.run_folder import LAST, only_run
 
     with only_run(output):
         last = output / LAST
@@ -132,7 +132,7 @@ def train(
 def _configuration(
     preset: str, overrides: dict[str, Any], output: Path, resume: bool, init_from: Path | None
 ) -> TrainConfig:
-    from ..run_folder import holds_run
+    from ..training.run_folder import holds_run
 
     if resume:
         return _saved_configuration(output, overrides)
@@ -198,7 +198,7 @@ class Splits:
 
     def load(self, seed: int) -> tuple[list[Record], list[Record]]:
         """The training and the dev records."""
-        from ..data import load_records, split_records
+        from ..data.records import load_records, split_records
 
         if self.dev_data and self.dev_fraction is not None:
             raise ItuneError("--dev-data and --dev-fraction exclude each other: name a file or hold out a fraction")
@@ -217,10 +217,10 @@ def _prepare(
 ) -> Trainer:
     """`base`: of the checkpoint that the run goes on from, as whose prompts are worded and captions searched for."""
     from ..backbones import load_language_model, load_vision_tower
-    from ..features import FeatureCache, LiveFeatures
-    from ..methods import MODELS
-    from ..prompting import prepare_prompts
-    from ..train import Trainer, left_out
+    from ..data.features import FeatureCache, LiveFeatures
+    from ..methods.registry import MODELS
+    from ..training.loop import Trainer, left_out
+    from ..training.prompting import prepare_prompts
 
     console = common.console()
     console.print_json(data=config.to_json())
@@ -270,7 +270,7 @@ def _prepare(
 
 
 def _run(trainer: Trainer) -> None:
-    from ..train import Interrupted
+    from ..training.loop import Interrupted
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         trainer.stop_requested = True

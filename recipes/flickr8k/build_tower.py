@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from itune.export.quantize import snap_per_channel
+from itune.export.quantize.weights import snap_per_channel
 
 Array = NDArray[np.float32]
 

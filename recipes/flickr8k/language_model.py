@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from itune.export.quantize import snap_blockwise
+from itune.export.quantize.weights import snap_blockwise
 
 END = "<|endoftext|>"
 IGNORED = -100

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.batches import Batch, TokenizedRecord, caption_head, pack_batch, tokenize
-from itune.data import Record, load_records
-from itune.features import FeatureCache
-from itune.retrieval import Own, load_head, retrieve_for
-from itune.runtime.datastore import Datastore
-from itune.runtime.prompts import PromptWriter
+from itune.data.features import FeatureCache
+from itune.data.records import Record, load_records
+from itune.retrieval.encoder import Own, load_head, retrieve_for
+from itune.runtime.retrieval.datastore import Datastore
+from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import RetrievalSettings, TextSettings
+from itune.training.batches import Batch, TokenizedRecord, caption_head, pack_batch, tokenize
 
 POSITIONS = 128
 LONGEST_PROMPT = 100  # tokens

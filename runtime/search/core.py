@@ -11,7 +11,7 @@ from .numpy_search import NumpySearch
 from .numpy_top_k import numpy_top_k
 
 try:
-    from . import _native
+    import _itune_native
 except ImportError:  # built without a compiler
     NATIVE = False
 else:
@@ -49,7 +49,7 @@ MakeCore = Callable[[Int64, SearchConfig, int, int], Core]
 
 def native_search(prompts: Int64, config: SearchConfig, end_token: int, most_candidates: int) -> Core:
     """The core in C++."""
-    return _native.Search(
+    return _itune_native.Search(
         prompts,
         end_token=end_token,
         most_candidates=most_candidates,
@@ -77,7 +77,7 @@ def top_k(logits: Float32, k: int) -> Candidates:
     For engines that hand over raw logits. A row with NaN or +inf gets a logsumexp that is not finite, which the
     search refuses; one of -inf throughout gets -inf.
     """
-    return Candidates(*_native.top_k(logits, k)) if NATIVE else numpy_top_k(logits, k)
+    return Candidates(*_itune_native.top_k(logits, k)) if NATIVE else numpy_top_k(logits, k)
 
 
 make_core: MakeCore = native_search if NATIVE else NumpySearch

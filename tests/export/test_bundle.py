@@ -7,8 +7,8 @@ import pytest
 
 from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
-from itune.export.verify import VerificationError
-from itune.methods import LoadedCheckpoint
+from itune.export.verify.checks import VerificationError
+from itune.methods.registry import LoadedCheckpoint
 from itune.runtime import Captioner
 from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.errors import ItuneError

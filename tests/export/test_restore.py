@@ -8,10 +8,10 @@ import pytest
 
 from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
-from itune.export.graph import Graph
-from itune.export.quantize_graph import read_weights
+from itune.export.graph.builder import Graph
+from itune.export.quantize.rewrite import read_weights
 from itune.export.restore import restore_bundle
-from itune.methods import LoadedCheckpoint
+from itune.methods.registry import LoadedCheckpoint
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import BundleError, ItuneError
 from tests.conftest import assert_same_weights

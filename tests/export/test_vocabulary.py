@@ -10,11 +10,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
-from itune.export.graph import Graph
+from itune.export.graph.builder import Graph
 from itune.export.restore import restore_bundle
-from itune.export.verify import VerificationError
+from itune.export.verify.checks import VerificationError
 from itune.export.vocabulary import Vocabulary
-from itune.methods import LoadedCheckpoint
+from itune.methods.registry import LoadedCheckpoint
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle, TokenSettings
 from itune.runtime.engines.base import Candidates

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from itune.backbones import BackboneError, load_clip_projection, load_language_model, load_vision_tower
-from itune.retrieval import TextEncoder
+from itune.retrieval.encoder import TextEncoder
 
 WEIGHTS = "model.safetensors"
 CHANGES: dict[str, Callable[[bytes], bytes]] = {

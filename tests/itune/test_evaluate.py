@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from itune.cli.evaluate import main
-from itune.data import Record
+from itune.data.features import LiveFeatures
+from itune.data.records import Record
 from itune.eager import EagerEngine
 from itune.evaluate import caption_features, caption_records, load_captioner, score_captions, write_results
-from itune.features import LiveFeatures
-from itune.methods import LoadedCheckpoint
+from itune.methods.registry import LoadedCheckpoint
 from itune.runtime.search import SearchConfig
 from tests.conftest import CAPTIONS
 

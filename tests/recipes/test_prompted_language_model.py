@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from itune.backbones import load_language_model
-from itune.datastore import Source, build_datastore
+from itune.retrieval.build import Source, build_datastore
 from tests.conftest import CAPTIONS, REPOSITORY, random_photo
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from itune.export.bundle import export_bundle
-from itune.export.quantize_graph import Precision
+from itune.export.quantize.rewrite import Precision
 from itune.runtime import Caption, Captioner, ImageError, ItuneError
 from itune.runtime.captioner import SearchOptions
 from itune.runtime.image import decode

@@ -1,4 +1,4 @@
-// The Python module `itune.runtime.search._native`; _native.pyi tells Python about it.
+// The Python module `_itune_native`; _itune_native.pyi has its types.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -61,7 +61,7 @@ nb::tuple top_k(Input<float, 2> logits, std::size_t k) {
 
 }  // namespace
 
-NB_MODULE(_native, m) {
+NB_MODULE(_itune_native, m) {
     nb::object search_error = nb::module_::import_("itune.runtime.errors").attr("SearchError");
     nb::register_exception_translator(
         [](const std::exception_ptr& pointer, void* search_error) {

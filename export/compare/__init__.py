@@ -1,0 +1,1 @@
+"""Export a checkpoint in several precisions and measure them."""

@@ -1,0 +1,101 @@
+"""How far a bundle's next-token distributions are from another's, whatever a search would make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...runtime.bundle import TokenSettings
+from ...runtime.engines.base import Candidates, Engine, Int64, UInt8
+
+BATCH = 16
+"""Images whose captions are read at once."""
+Float64 = NDArray[np.float64]
+Example = tuple[UInt8, Sequence[int]]
+"""Pixels [H, W, 3] of an image, and the token ids of its caption."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over the positions of some captions, both decoders having read the same caption so far."""
+
+    kl: float
+    """KL(reference || other) in nats, over the tokens that the other can write."""
+    top1: float
+    """Fraction of positions with the same likeliest token."""
+    covered: float
+    """Probability that the reference gives to the tokens that the other can write: 1 without a shortlist."""
+    positions: int
+
+
+def measure_fidelity(
+    reference: Engine[Any],
+    other: Engine[Any],
+    examples: Sequence[Example],
+    tokens: TokenSettings,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Fidelity:
+    """Compare two engines of the same model on captions that are given (teacher forcing), end token included.
+
+    A caption is read up to the first token that `other` cannot read.
+    """
+    rows = []
+    for start in range(0, len(examples), BATCH):
+        rows += list(_compare_batch(reference, other, examples[start : start + BATCH], tokens))
+        progress(min(start + BATCH, len(examples)), len(examples))
+    found = np.concatenate(rows)
+    kl, top1, covered = found.mean(axis=0).tolist()
+    return Fidelity(kl, top1, covered, len(found))
+
+
+def _compare_batch(
+    reference: Engine[Any], other: Engine[Any], examples: Sequence[Example], tokens: TokenSettings
+) -> Iterator[Float64]:
+    """KL, agreement and covered probability of every row, [rows, 3], step by step."""
+    pixels = np.stack([image for image, _ in examples])
+    states = reference.encode(pixels), other.encode(pixels)
+    rows = np.arange(len(examples))
+    step = np.tile(np.array(tokens.head), (len(examples), 1))
+    captions = [caption for _, caption in examples]
+    for place in range(max(map(len, captions)) + 1):
+        expected, found = (
+            engine.step(step, rows, state, engine.most_candidates)
+            for engine, state in zip((reference, other), states, strict=True)
+        )
+        if not place:
+            readable = set(found.token_ids[0].tolist())
+            captions = [_readable_part(caption, readable) for caption in captions]
+        yield _compare(expected, found)[[place <= len(caption) for caption in captions]]
+        if place == max(map(len, captions)):
+            return
+        step = np.array([[caption[place] if place < len(caption) else tokens.end] for caption in captions])
+
+
+def _readable_part(caption: Sequence[int], readable: set[int]) -> Sequence[int]:
+    end = next((i for i, token in enumerate(caption) if token not in readable), len(caption))
+    return caption[:end]
+
+
+def _compare(expected: Candidates, found: Candidates) -> Float64:
+    """The same of every row, [rows, 3]."""
+    ids, q = _sorted(found)
+    all_ids, p = _sorted(expected)
+    covered = np.ones(len(p))
+    if len(ids) < len(all_ids):
+        p = p[:, np.searchsorted(all_ids, ids)]
+        covered = np.exp(p).sum(axis=1)
+        p = p - np.log(covered)[:, None]
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    same = expected.token_ids[:, 0] == found.token_ids[:, 0]
+    return np.stack([kl, same, covered], axis=1)
+
+
+def _sorted(candidates: Candidates) -> tuple[Int64, Float64]:
+    """The ids of a whole vocabulary, ascending, and their log-probabilities in every row."""
+    order = np.argsort(candidates.token_ids, axis=1)
+    logits = np.take_along_axis(candidates.logits, order, axis=1).astype(np.float64)
+    return candidates.token_ids[0, order[0]], logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

@@ -1,0 +1,73 @@
+"""Time bundles against each other: the same photo goes to one after the other, each in a process of its own.
+
+Taking turns photo by photo, a machine whose speed drifts slows all of them; in processes of their own, no bundle's
+threads are in another's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import sleep
+from typing import Any
+
+from ...runtime.captioner import Captioner, Timings
+from .worker import Worker
+
+_WARMUP = 2
+_PAUSE = 0.05  # seconds in which threads that wait by spinning go to sleep
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds from a photo's file to its caption, one photo at a time."""
+
+    encode: float
+    search: float
+    total: float
+    """Decoding the file included."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Timings]) -> Latency:
+        """Medians of some photos' times."""
+        return cls(
+            encode=median(sample.encode for sample in samples),
+            search=median(sample.search for sample in samples),
+            total=median(sum(asdict(sample).values()) for sample in samples),
+        )
+
+
+def measure_latency(
+    bundles: Mapping[str, Path],
+    photos: Sequence[Path],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    **search_options: Any,
+) -> dict[str, Latency]:
+    """Caption every photo with every bundle, and return the medians by the bundles' names.
+
+    `search_options` are those of `Captioner.caption`. Raises ItuneError if a bundle's process ends untimely.
+    """
+    samples: dict[str, list[Timings]] = {name: [] for name in bundles}
+    workers: dict[str, Worker] = {}
+    rounds = [*photos[:_WARMUP], *photos]
+    try:
+        for name, folder in bundles.items():
+            workers[name] = Worker(name, _load, folder, threads)
+        for number, photo in enumerate(rounds, 1):
+            for name, worker in workers.items():
+                samples[name].append(worker.call("caption", photo, **search_options).ms)
+                sleep(_PAUSE)
+            progress(number, len(rounds))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    warmup = len(rounds) - len(photos)
+    return {name: Latency.of(own[warmup:]) for name, own in samples.items()}
+
+
+def _load(folder: Path, threads: int | None) -> Captioner:
+    return Captioner.load(folder, threads=threads)

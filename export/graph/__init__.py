@@ -1,0 +1,1 @@
+"""Build ONNX graphs: the vision tower and the decoder."""

@@ -1,0 +1,194 @@
+"""A builder of ONNX graphs that keeps weights out of protobuf: GPT-2 large is over its 2 GB.
+
+Weights stay NumPy arrays, referenced and never copied, until `Graph.save` streams them to disk one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+from onnx import helper, numpy_helper
+
+from ...files import atomic_path
+from ...runtime.errors import ItuneError
+
+OPSET = 20
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+EXTERNAL_BYTES = 256 << 20
+"""Weights of this size and more go to a file of their own, which runtimes map instead of parsing."""
+_ALIGNMENT = 4096
+CONSTANT = "constant."
+"""What the names of `Graph.constant` begin with; all other initializers are weights."""
+
+Array = NDArray[Any]
+
+
+class Graph:
+    """A graph under construction, or read from a file: nodes, weights by name, inputs and outputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, Array] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.opsets = {"": OPSET}
+        self._scope = ""
+        self._taken: dict[str, int] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a graph; external weights stay on disk, mapped read-only."""
+        return cls.from_model(onnx.load(path, load_external_data=False), path.parent)
+
+    @classmethod
+    def from_model(cls, model: onnx.ModelProto, folder: Path) -> Self:
+        """Take a model apart; the files of its external weights are in `folder`.
+
+        Its own opset stays: convert it to `OPSET` before appending operators.
+        """
+        graph = cls(model.graph.name)
+        graph.nodes = list(model.graph.node)
+        graph.weights = {t.name: _read_tensor(t, folder) for t in model.graph.initializer}
+        graph.inputs = [i for i in model.graph.input if i.name not in graph.weights]
+        graph.outputs = list(model.graph.output)
+        graph.opsets = {opset.domain: opset.version for opset in model.opset_import}
+        names = [*graph.weights, *(i.name for i in graph.inputs)]
+        names += [name for node in graph.nodes for name in (node.name, *node.output)]
+        graph._taken = dict.fromkeys(names, 0)
+        return graph
+
+    def input(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> str:
+        """Declare an input; a dimension is its size, or the name of what varies."""
+        self.inputs.append(_value_info(self._claim(name), dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> str:
+        """Declare a value that `op(..., name=name)` has made to be an output of the graph."""
+        self.outputs.append(_value_info(name, dtype, shape))
+        return name
+
+    def initializer(self, name: str, array: Array) -> str:
+        """Add a weight under its full name (the scope does not apply)."""
+        self.weights[self._claim(name)] = array
+        return name
+
+    def constant(self, values: ArrayLike, dtype: DTypeLike = np.int64) -> str:
+        """A small constant, the same initializer for equal ones: axes, shapes, scalars."""
+        array = np.asarray(values, dtype)
+        name = f"{CONSTANT}{array.dtype}.{array.tolist()}".replace(" ", "")
+        if name not in self.weights:
+            self.initializer(name, array)
+        return name
+
+    def op(self, op_type: str, *inputs: str, name: str | None = None, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output and return the output's name; "" is an input left out."""
+        return self.ops(op_type, *inputs, names=[name], domain=domain, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: str,
+        names: Sequence[str | None],
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node with `len(names)` outputs; None is an output named after the node."""
+        node_name = self._free(f"{self._scope}{op_type}")
+        defaults = [node_name, *(f"{node_name}.{i}" for i in range(1, len(names)))]
+        outputs = [
+            default if name is None else self._claim(name) for name, default in zip(names, defaults, strict=True)
+        ]
+        if domain:
+            self.opsets.setdefault(domain, 1)
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=node_name, domain=domain, **attributes))
+        return outputs
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Within the block, nodes are named `name/...` (nested scopes join)."""
+        before, self._scope = self._scope, f"{self._scope}{name}/"
+        try:
+            yield
+        finally:
+            self._scope = before
+
+    def save(self, path: Path) -> list[Path]:
+        """Write the graph, the same bytes for the same graph; returns its files, the graph first.
+
+        When the weights exceed `EXTERNAL_BYTES` the larger ones go to `<path>.data`. Each file appears whole.
+        """
+        proto = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
+        model = helper.make_model(
+            proto,
+            opset_imports=[helper.make_opsetid(*opset) for opset in sorted(self.opsets.items())],
+            ir_version=IR_VERSION,
+            producer_name="itune",
+        )
+        files = [path]
+        if sum(array.nbytes for array in self.weights.values()) < EXTERNAL_BYTES:
+            model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
+        else:
+            data = path.with_name(path.name + ".data")
+            with atomic_path(data) as temporary, temporary.open("wb") as file:
+                for name, array in self.weights.items():
+                    model.graph.initializer.append(_stream_tensor(name, array, data.name, file))
+            files.append(data)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(model.SerializeToString(deterministic=True))
+        return files
+
+    def _claim(self, name: str) -> str:
+        if name in self._taken:
+            raise ValueError(f"the graph already has a value named {name!r}")
+        self._taken[name] = 0
+        return name
+
+    def _free(self, stem: str) -> str:
+        name = stem
+        while name in self._taken:
+            self._taken[stem] += 1
+            name = f"{stem}_{self._taken[stem]}"
+        return self._claim(name)
+
+
+def _value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+
+
+def _read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    path, offset = folder / where["location"], int(where.get("offset", 0))
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ItuneError(f"{path}: external weights outside the graph's folder are not read; put them beside it")
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    try:
+        return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
+    except (OSError, ValueError) as error:
+        raise ItuneError(f"{path}: weight {tensor.name} cannot be read ({error}); copy the file again") from error
+
+
+def _stream_tensor(name: str, array: Array, location: str, file: Any) -> onnx.TensorProto:
+    if array.nbytes < 1024:  # shape inference needs the constants at hand
+        return numpy_helper.from_array(array, name)
+    file.write(bytes(-file.tell() % _ALIGNMENT))
+    tensor = onnx.TensorProto(
+        name=name,
+        dims=array.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    entries = {"location": location, "offset": file.tell(), "length": array.nbytes}
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    np.ascontiguousarray(array).tofile(file)
+    return tensor

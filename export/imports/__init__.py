@@ -1,0 +1,1 @@
+"""Read the published checkpoints of other projects."""

@@ -1,0 +1,1 @@
+"""What each captioning method adds to the graphs."""

@@ -1,0 +1,1 @@
+"""Integer weights, and the graphs that compute with them."""

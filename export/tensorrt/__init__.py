@@ -1,0 +1,1 @@
+"""TensorRT plans, built from typed ONNX graphs."""

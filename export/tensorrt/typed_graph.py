@@ -1,0 +1,259 @@
+"""Rewrite an fp32 graph so that its precision stands in the graph itself, as strongly typed TensorRT networks want it.
+
+- fp16: products, caches, visual keys and values in half precision. In fp32 stay the sums that add up over the layers
+  (the residual stream), LayerNorm, every softmax, the adapters' Q K^T (a sum over up to 640 products that nothing
+  bounds), and the head: its logits and their log-sum-exp.
+- int8: the same, and products with a constant matrix between QuantizeLinear and DequantizeLinear: symmetric, zero
+  point 0, weights by output channel, activations by a scale for each tensor that was calibrated beforehand.
+  Attention, caches and depthwise convolutions stay in fp16.
+
+All operators are standard ones, so the same graph runs on ONNX Runtime. Weights keep their names; a quantised one is
+`NAME.int8` and `NAME.scales`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from ...runtime.errors import ItuneError
+from ..graph.builder import Array, Graph
+from ..graph.onnx_tower import PREFIX as TOWER
+from ..quantize.products import SCALES
+from ..quantize.rewrite import DEQUANTIZED, HEAD, INT8, Precision
+from ..quantize.weights import QMAX
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+Kind = int
+"""FLOAT or HALF."""
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+_FLOAT_OPS = (
+    "LayerNormalization", "InstanceNormalization", "GroupNormalization", "BatchNormalization", "LpNormalization",
+    "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceSum", "ReduceMean", "ReduceL2",
+    "ReduceLogSumExp", "QuantizeLinear", "DequantizeLinear", "TopK",
+)  # fmt: skip
+_ONE_FLOAT_INPUT = ("Resize",)  # its other inputs are float32 in any precision
+_LARGE = 1024
+"""Weights of so many values are stored in half precision, whatever they are computed in."""
+_TINY = np.float16(2**-24)
+
+
+def type_graph(graph: Graph, precision: Precision, ranges: Mapping[str, float] | None = None) -> None:
+    """Turn an fp32 graph into fp32, fp16 or int8 that TensorRT takes as it is.
+
+    `ranges`: for int8, the largest size of each value that `quantized_inputs` names.
+
+    Raises:
+        ItuneError: a weight is too large for half precision, or an operator with a graph inside cannot be typed.
+    """
+    cast_pixels_first(graph)
+    if precision != "fp32":
+        _Typer(graph, ranges if precision == "int8" else None).run()
+
+
+def cast_outputs(graph: Graph, kind: Kind) -> None:
+    """Give the float outputs of a typed graph another type: the vision graph's are what the decoder reads."""
+    other = {v.name: v for v in graph.outputs if v.type.tensor_type.elem_type in {FLOAT, HALF} - {kind}}
+    before = {name: f"{name}.{'fp32' if kind == HALF else 'fp16'}" for name in other}
+    for node in graph.nodes:
+        for names in (node.input, node.output):
+            names[:] = [before.get(name, name) for name in names]
+    for name, value in other.items():
+        graph.nodes.append(helper.make_node("Cast", [before[name]], [name], name=f"{name}.cast", to=kind))
+        value.type.tensor_type.elem_type = kind
+
+
+def cast_pixels_first(graph: Graph) -> None:
+    """Move the cast of a vision graph's bytes to its beginning: TensorRT does nothing else with uint8."""
+    pixels = [v.name for v in graph.inputs if v.type.tensor_type.elem_type == TensorProto.UINT8]
+    floats = {name: f"{name}.fp32" for name in pixels}
+    nodes = [helper.make_node("Cast", [old], [new], name=new, to=FLOAT) for old, new in floats.items()]
+    for node in graph.nodes:
+        of_bytes = bool(floats.keys() & set(node.input))
+        node.input[:] = [floats.get(name, name) for name in node.input]
+        if of_bytes and node.op_type == "Cast":
+            floats[node.output[0]] = node.input[0]
+            continue
+        if of_bytes and node.op_type != "Shape":
+            floats |= {name: name for name in node.output}
+        nodes.append(node)
+    graph.nodes = nodes
+
+
+def quantized_inputs(graph: Graph) -> list[str]:
+    """The activations of an fp32 graph that int8 rounds: one input of every product with a constant matrix."""
+    return list(dict.fromkeys(node.input[0] for node in graph.nodes if _weight_axis(node, graph.weights) is not None))
+
+
+def _weight_axis(node: onnx.NodeProto, weights: Mapping[str, Array]) -> int | None:
+    """The axis of the output channels of a product's constant weight; None if it is not to be quantised."""
+    weight = weights.get(node.input[1]) if len(node.input) > 1 else None
+    if weight is None or weight.dtype != np.float32 or node.input[0] in weights:
+        return None
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Conv":
+        return 0 if attributes.get("group", 1) == 1 else None
+    if weight.ndim != 2 or attributes.get("transA"):
+        return None
+    return {"MatMul": 1, "Gemm": 0 if attributes.get("transB") else 1}.get(node.op_type)
+
+
+def float_values(graph: Graph) -> set[str]:
+    """The names of all float32 values of a graph."""
+    weights = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in graph.weights.items()
+    ]
+    proto = helper.make_graph(graph.nodes, graph.name, [*graph.inputs, *weights], graph.outputs)
+    opsets = [helper.make_opsetid(*opset) for opset in graph.opsets.items()]
+    found = onnx.shape_inference.infer_shapes(helper.make_model(proto, opset_imports=opsets)).graph
+    values = [*found.input, *found.output, *found.value_info]
+    return {value.name for value in values if value.type.tensor_type.elem_type == FLOAT}
+
+
+class _Typer:
+    """Gives every float value of a graph its type, and casts where types meet."""
+
+    def __init__(self, graph: Graph, ranges: Mapping[str, float] | None) -> None:
+        self.graph, self.ranges = graph, ranges
+        self.floats = float_values(graph)
+        self.source = dict(graph.weights)
+        self.kinds: dict[str, Kind] = {}
+        """Of every float activation so far."""
+        self.casts: dict[tuple[str, Kind], str] = {}
+
+    def run(self) -> None:
+        g = self.graph
+        nodes, g.nodes = g.nodes, []
+        for value in g.inputs:
+            if value.type.tensor_type.elem_type == FLOAT:
+                value.type.tensor_type.elem_type = self.kinds[value.name] = HALF
+        for node in nodes:
+            self.rewrite(node)
+        for value in g.outputs:
+            if value.name in self.kinds:
+                value.type.tensor_type.elem_type = self.kinds[value.name]
+        used = {name for node in g.nodes for name in node.input}
+        g.weights = {name: array for name, array in g.weights.items() if name in used}
+
+    def rewrite(self, node: onnx.NodeProto) -> None:
+        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+            raise ItuneError(
+                f"node {node.name}: {node.op_type} holds a graph, which TensorRT plans here cannot; export the tower "
+                "without it"
+            )
+        if not self.floats.intersection((*node.input, *node.output)):
+            self.graph.nodes.append(node)
+            return
+        kind, inputs = self.kind(node), list(node.input)
+        axis = None if self.ranges is None else _weight_axis(node, self.source)
+        if axis is not None:
+            inputs[0] = self.quantized(inputs[0], kind)
+            inputs[1] = self.quantized_weight(inputs[1], kind, axis)
+        last = 1 if node.op_type in _ONE_FLOAT_INPUT else len(inputs)
+        for place, name in enumerate(inputs[:last]):
+            if name in self.floats and not (axis is not None and place < 2):
+                inputs[place] = self.cast(name, kind)
+        node.input[:] = inputs
+        self.graph.nodes.append(node)
+        self.kinds |= dict.fromkeys(self.floats.intersection(node.output), kind)
+
+    def kind(self, node: onnx.NodeProto) -> Kind:
+        """What a node computes in."""
+        if node.op_type in _FLOAT_OPS or node.op_type == "Cast" or node.name.startswith(HEAD):
+            return FLOAT
+        if node.op_type in _PRODUCTS:
+            return FLOAT if node.input[1].startswith("visual.") and node.input[1].endswith(".keys") else HALF
+        activations = [name for name in node.input if name in self.floats and name not in self.source]
+        if node.op_type == "Concat":
+            return HALF
+        if node.op_type == "Add" and len(activations) > 1 and not node.name.startswith(TOWER):
+            return FLOAT  # the residual stream
+        if not activations:
+            table = self.source.get(node.input[0]) if node.input else None
+            return HALF if node.op_type == "Gather" and table is not None and table.size >= _LARGE else FLOAT
+        return HALF if all(self.kinds[name] == HALF for name in activations) else FLOAT
+
+    def cast(self, name: str, kind: Kind) -> str:
+        """The value in that type."""
+        if name in self.source:
+            return self.weight(name, kind)
+        return name if self.kinds[name] == kind else self.append_cast(name, kind)
+
+    def append_cast(self, name: str, kind: Kind) -> str:
+        if (name, kind) not in self.casts:
+            suffix = "fp16" if kind == HALF else "fp32"
+            node = helper.make_node("Cast", [name], [f"{name}.{suffix}"], name=f"{name}.{suffix}", to=kind)
+            self.graph.nodes.append(node)
+            self.casts[name, kind] = node.output[0]
+        return self.casts[name, kind]
+
+    def weight(self, name: str, kind: Kind) -> str:
+        array = self.source[name]
+        if array.size >= _LARGE:
+            if self.graph.weights[name].dtype == np.float32:
+                self.graph.weights[name] = self.half(name)
+            return name if kind == HALF else self.append_cast(name, FLOAT)
+        if kind == FLOAT:
+            return name
+        small = f"{name}.fp16"
+        if small not in self.graph.weights:
+            self.graph.initializer(small, self.half(name))
+        return small
+
+    def half(self, name: str) -> Array:
+        array = self.source[name]
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.isfinite(half).all():
+            if array.size >= _LARGE:
+                raise ItuneError(f"weight {name} has values beyond 65504, too large for fp16: export it in fp32")
+            half = half.clip(np.finfo(np.float16).min, np.finfo(np.float16).max)  # a mask's, or the end of a Clip
+        return half
+
+    def quantized(self, name: str, kind: Kind) -> str:
+        """An activation, rounded to int8 and back."""
+        assert self.ranges is not None
+        x = self.cast(name, kind)
+        if (x, TensorProto.INT8) not in self.casts:
+            g, scale = self.graph, f"{x}.scale"
+            g.initializer(scale, _scales(np.array(self.ranges[name] / QMAX), kind))
+            zero = g.constant(0, np.int8)
+            codes, back = f"{x}{INT8}", f"{x}{DEQUANTIZED}"
+            g.nodes += [
+                helper.make_node("QuantizeLinear", [x, scale, zero], [codes], name=codes),
+                helper.make_node("DequantizeLinear", [codes, scale, zero], [back], name=back),
+            ]
+            self.casts[x, TensorProto.INT8] = back
+        return self.casts[x, TensorProto.INT8]
+
+    def quantized_weight(self, name: str, kind: Kind, axis: int) -> str:
+        codes, scales, back = f"{name}{INT8}", f"{name}{SCALES}", f"{name}{DEQUANTIZED}"
+        if codes not in self.graph.weights:
+            stored = _quantize(self.source[name], axis, kind)
+            for part, array in zip((codes, scales), stored, strict=True):
+                self.graph.initializer(part, array)
+            self.graph.nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [back], name=back, axis=axis))
+        return back
+
+
+def _quantize(weight: Array, axis: int, kind: Kind) -> tuple[Array, Array]:
+    """Codes int8 in the weight's shape and scales of its channels, in the type that they are multiplied in."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scales = _scales(np.abs(weight).max(axis=others) / QMAX, kind)
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    # Divided by the scale as it was rounded, which costs nothing that way.
+    codes = np.rint(weight / scales.astype(np.float32).reshape(shape)).clip(-QMAX, QMAX).astype(np.int8)
+    return codes, scales
+
+
+def _scales(steps: Array, kind: Kind) -> Array:
+    """Scales that are at least `steps`, so that nothing is clipped."""
+    if kind == FLOAT:
+        return np.where(steps > 0, steps, 1).astype(np.float32)
+    half = steps.astype(np.float16)
+    half = np.where(half.astype(np.float32) < steps, np.nextafter(half, np.float16(np.inf)), half)
+    return np.maximum(half, _TINY).astype(np.float16)

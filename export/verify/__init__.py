@@ -1,0 +1,1 @@
+"""Compare a bundle with the checkpoint that it came from."""

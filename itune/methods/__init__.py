@@ -1,0 +1,1 @@
+"""The captioning methods, one module each: I-Tuning, ClipCap and SmallCap."""

@@ -1,0 +1,1 @@
+"""Build the datastores that captions are retrieved from."""

@@ -1,0 +1,80 @@
+"""The folder of a training run: who may write to it, what an interruption left there, and its log of epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..data.records import Record
+from ..files import atomic_path, recover_folder
+from ..locking import only_writer
+from ..runtime.errors import ItuneError
+
+BEST, LAST, METRICS = "best", "last", "metrics.jsonl"
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a run has saved anything in a folder."""
+    return any((output / name).exists() for name in (BEST, LAST, METRICS)) or any(output.glob(f".{LAST}.*.old"))
+
+
+@contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Make the folder, and within the block be the only run that writes to it.
+
+    What one that was killed has left half-written is put back or cleared away.
+
+    Raises:
+        ItuneError: there can be no such folder, or another run is writing to it.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ItuneError(f"--output {output} cannot be a folder ({error.strerror}): name another") from None
+    busy = f"--output {output}: another training is writing to it; name another folder"
+    with _gone_if_empty(output), only_writer(output / ".lock", busy):
+        for name in (BEST, LAST):
+            recover_folder(output / name)
+            for half in (*output.glob(f".{name}.*.tmp"), *output.glob(f".{name}.*.old")):
+                shutil.rmtree(half, ignore_errors=True)
+        yield
+
+
+@contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def log_epoch(output: Path, epoch: int, values: Mapping[str, Any]) -> None:
+    """Add an epoch's line to `metrics.jsonl`, in place of one that a killed run has written before it saved."""
+    path = output / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _epoch(line) not in (None, epoch)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in [*kept, json.dumps({"epoch": epoch, **values})]))
+
+
+def _epoch(line: str) -> object:
+    try:
+        return json.loads(line).get("epoch")
+    except (ValueError, AttributeError):  # cut off
+        return None
+
+
+def fingerprint(*splits: Sequence[Record]) -> str:
+    """Of the photos' ids and captions, split by split, in their order."""
+    digest = hashlib.sha256()
+    for records in splits:
+        for record in records:
+            digest.update(f"{json.dumps([record.id, record.captions])}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What the adapters look at: heatmaps."""

@@ -1,0 +1,1 @@
+"""Retrieve captions of similar images, and write them into prompts."""

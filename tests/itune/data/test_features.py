@@ -1,0 +1,130 @@
+"""The feature cache: what an interruption, another process, changed photos and changed towers do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from itune.backbones import load_vision_tower
+from itune.data.features import FeatureCache, LiveFeatures
+
+
+@pytest.fixture
+def clip(clip_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(clip_folder, tmp_path / "clip")
+
+
+@pytest.fixture
+def live(clip_folder: Path) -> LiveFeatures:
+    return LiveFeatures(load_vision_tower(str(clip_folder)))
+
+
+def test_a_photo_is_read_as_it_was_prepared(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    mine = [Path(shutil.copy(photo, tmp_path / photo.name)) for photo in photos[:3]]
+    tower = load_vision_tower(str(clip))
+    expected = LiveFeatures(tower).read(mine)
+    cache = FeatureCache(tmp_path / "cache", tower)
+    assert cache.prepare(mine) == {}
+    os.utime(mine[0], (1, 1))
+    shutil.copy(photos[5], mine[1])
+    mine[2].unlink()
+    torch.testing.assert_close(cache.read(mine), expected, rtol=2e-3, atol=2e-3)
+    assert list(cache.prepare(mine)) == [mine[2]]
+
+
+def test_two_paths_to_one_photo(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "link.png").symlink_to(photos[0])
+    paths = [photos[0], tmp_path / "link.png", photos[1], photos[2]]
+    tower = load_vision_tower(str(clip))
+    for _ in range(2):
+        cache = FeatureCache(tmp_path / "cache", tower)
+        assert cache.prepare(paths) == {}
+        torch.testing.assert_close(cache.read(paths), LiveFeatures(tower).read(paths), rtol=2e-3, atol=2e-3)
+    (index,) = (tmp_path / "cache").glob("*/index.jsonl")
+    assert len(index.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("damage", [None, b"\xff\xfe\n", b"{}\n", b"3\n", b'"x\n'])
+def test_a_damaged_index_is_computed_anew(damage: bytes | None, clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    tower = load_vision_tower(str(clip))
+    FeatureCache(tmp_path / "cache", tower).prepare(photos)
+    (index,) = (tmp_path / "cache").glob("*/index.jsonl")
+    lines = index.read_bytes().splitlines(keepends=True)
+    if damage is None:
+        index.unlink()
+    else:
+        index.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+    cache = FeatureCache(tmp_path / "cache", tower)
+    assert cache.prepare(photos) == {}
+    torch.testing.assert_close(cache.read(photos), LiveFeatures(tower).read(photos), rtol=2e-3, atol=2e-3)
+    assert sorted(index.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_another_activation_is_another_tower(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    """The usual correction of a CLIP's config.json, of which the weights know nothing."""
+    found = []
+    for activation in ("quick_gelu", "gelu"):
+        config = json.loads((clip / "config.json").read_text())
+        (clip / "config.json").write_text(json.dumps(config | {"hidden_act": activation}))
+        cache = FeatureCache(tmp_path / "cache", load_vision_tower(str(clip)))
+        cache.prepare(photos)
+        found.append(cache.read(photos))
+    assert not torch.allclose(*found, rtol=1e-2)
+
+
+def test_cache_survives_interruption_and_skips_bad_photos(
+    live: LiveFeatures, photos: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8 no photo")
+    cache = FeatureCache(tmp_path / "cache", live.tower)
+    assert list(cache.prepare([photos[0], bad, photos[1]])) == [bad]
+    data = next((tmp_path / "cache").glob("*/features.f16"))
+    index = data.with_name("index.jsonl")
+    with data.open("ab") as file:
+        file.write(b"half a row")
+    with index.open("a") as file:
+        file.write('"half a li')
+    again = FeatureCache(tmp_path / "cache", live.tower)
+    assert again.prepare(photos) == {}
+    assert len(index.read_text().splitlines()) == len(photos)
+    torch.testing.assert_close(again.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
+
+
+def test_two_trainings_may_fill_one_cache_at_a_time(
+    live: LiveFeatures, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = LiveFeatures.embed
+
+    def slow(self: LiveFeatures, *arguments: Any) -> Any:
+        time.sleep(0.2)  # time enough for the other one to begin
+        return embed(self, *arguments)
+
+    monkeypatch.setattr(LiveFeatures, "embed", slow)
+    with ThreadPoolExecutor(2) as pool:
+        caches = [FeatureCache(tmp_path / "cache", live.tower) for _ in range(2)]
+        orders = (photos, photos[::-1])
+        running = [pool.submit(cache.prepare, order) for cache, order in zip(caches, orders, strict=True)]
+        assert [each.result() for each in running] == [{}, {}]
+    monkeypatch.undo()
+    index = next((tmp_path / "cache").glob("*/index.jsonl"))
+    assert len(index.read_text().splitlines()) == len(photos)
+    for cache in (*caches, FeatureCache(tmp_path / "cache", live.tower)):
+        assert cache.prepare(photos) == {}
+        torch.testing.assert_close(cache.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
+
+
+def test_mirrored_embeddings_are_those_of_the_mirrored_photo(live: LiveFeatures, photos: list[Path]) -> None:
+    pixels = live.pixels(photos[0])
+    assert not isinstance(pixels, str)
+    expected = live.tower.embed(np.ascontiguousarray(pixels[None, :, ::-1]))
+    torch.testing.assert_close(live.read([photos[0]], [True]), expected)

@@ -1,0 +1,373 @@
+"""Caption files of every format, good and bad: what is read, and what the sentence says when it cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from itune.data.records import DataError, Record, clean_caption, load_records, split_records
+from itune.runtime.settings import TextSettings
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write(path: Path, *lines: object) -> Path:
+    """Strings as they are, anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines), encoding="utf-8")
+    return path
+
+
+def captions(records: list[Record]) -> dict[str, tuple[str, ...]]:
+    return {record.id: record.captions for record in records}
+
+
+@pytest.fixture
+def flickr(tmp_path: Path) -> Path:
+    """A folder as Flickr8k's, with the texts that lie beside its captions."""
+    write(tmp_path / "Flickr8k.token.txt", *(f"{name}.jpg#{i}\t{name} {i} ." for name in "abcd" for i in range(2)))
+    write(tmp_path / "Flickr8k.lemma.token.txt", "a.jpg#0\ta be ?")
+    write(tmp_path / "Flickr_8k.trainImages.txt", "c.jpg", "a.jpg")
+    write(tmp_path / "Flickr_8k.devImages.txt", "b.jpg")
+    write(tmp_path / "Flickr_8k.testImages.txt", "d.jpg")
+    write(tmp_path / "training-notes.txt", "Just a text.")
+    write(tmp_path / "ExpertAnnotations.txt", "a.jpg\tb.jpg#2\t1")
+    touch(tmp_path, *(f"images/{name}.jpg" for name in "abcd"))
+    return tmp_path
+
+
+KARPATHY: dict[str, Any] = {
+    "images": [
+        {"filepath": "train2014", "filename": "1.jpg", "cocoid": 11, "imgid": 0, "split": "train"},
+        {"filepath": "val2014", "filename": "2.jpg", "cocoid": 22, "imgid": 1, "split": "restval"},
+        {"filepath": "val2014", "filename": "3.jpg", "cocoid": 33, "imgid": 2, "split": "val"},
+        {"filepath": "val2014", "filename": "4.jpg", "cocoid": 44, "imgid": 3, "split": "test"},
+    ],
+    "dataset": "coco",
+}
+for item in KARPATHY["images"]:
+    item["sentences"] = [{"raw": f" photo {item['cocoid']}\n", "tokens": []}, {"raw": "Second."}]
+
+
+def test_flickr8k(shared_data: Path) -> None:
+    folder = shared_data / "flickr8k"
+    if not folder.exists():
+        pytest.skip(f"needs {folder}")
+    train, dev = load_records(folder), load_records(folder, split="dev")
+    assert (len(train), len(dev)) == (6000, 1000)
+    assert Counter(len(record.captions) for record in train + dev) == {5: 7000}
+    assert not {record.id for record in train} & {record.id for record in dev}
+    assert dev[0].image.parent == folder / "images"
+    assert dev[0].id == dev[0].image.stem
+
+
+def test_token_file_with_split_lists(flickr: Path) -> None:
+    assert load_records(flickr) == [
+        Record(flickr / "images" / "a.jpg", ("a 0 .", "a 1 ."), "a"),
+        Record(flickr / "images" / "c.jpg", ("c 0 .", "c 1 ."), "c"),
+    ]
+    assert captions(load_records(flickr / "Flickr8k.token.txt", split="dev")) == {"b": ("b 0 .", "b 1 .")}
+    assert [record.id for record in load_records(flickr, split="test")] == ["d"]
+    assert [record.id for record in load_records(flickr, split=None)] == ["a", "b", "c", "d"]
+
+
+def test_lists_may_leave_the_suffix_out(flickr: Path) -> None:
+    for name in ("train", "dev", "test"):
+        (flickr / f"Flickr_8k.{name}Images.txt").unlink()
+    write(flickr / "train.txt", "a", "b")
+    write(flickr / "val.txt", "c")
+    assert [record.id for record in load_records(flickr)] == ["a", "b"]
+    assert [record.id for record in load_records(flickr, split="val")] == ["c"]
+
+
+def test_token_file_without_lists_is_all_train(tmp_path: Path) -> None:
+    file = write(tmp_path / "results_20130124.token", "1.jpg#0\tOne man .", "2.jpg#0\tTwo men .")
+    touch(tmp_path, "flickr30k-images/1.jpg", "flickr30k-images/2.jpg")
+    assert captions(load_records(tmp_path)) == {"1": ("One man .",), "2": ("Two men .",)}
+    with pytest.raises(DataError, match=r"does not say which photos are its dev split; .*--split all, .*--dev-data"):
+        load_records(file, split="dev")
+    assert captions(load_records(file, split="dev", undivided=True)) == captions(load_records(file))
+
+
+@pytest.mark.parametrize("layout", ["{filepath}/{filename}", "images/{filepath}/{filename}", "all/{filename}"])
+def test_karpathy(tmp_path: Path, layout: str) -> None:
+    file = write(tmp_path / "dataset_coco.json", KARPATHY)
+    touch(tmp_path, *(layout.format(**image) for image in KARPATHY["images"]))
+    assert captions(load_records(tmp_path)) == {"11": ("photo 11", "Second."), "22": ("photo 22", "Second.")}
+    for synonym in ("dev", "val", "validation"):
+        (record,) = load_records(file, split=synonym)
+        assert record.id == "33"
+        assert record.image == tmp_path / layout.format(**KARPATHY["images"][2])
+    assert len(load_records(file, split=None)) == 4
+
+
+def test_karpathy_without_folders_and_coco_ids(tmp_path: Path) -> None:
+    images = [{"filename": "x.jpg", "imgid": 7, "sentences": [{"raw": "x"}]}]
+    images += [{"filename": "y.jpg", "sentences": [{"raw": "y"}]}]
+    file = write(tmp_path / "dataset_flickr8k.json", {"images": images})
+    touch(tmp_path, "x.jpg", "y.jpg")
+    assert captions(load_records(file)) == {"7": ("x",), "y": ("y",)}
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "mine.jsonl",
+        {"image": "a.jpg", "captions": ["A dog."], "split": "train"},
+        "",
+        {"image": "deep/b.png", "captions": [" Two ", "", " . "], "split": "Validation"},
+        {"image": "c.jpg", "captions": "Just one.", "split": "training", "id": 3},
+    )
+    touch(tmp_path, "a.jpg", "deep/b.png", "c.jpg")
+    assert captions(load_records(file)) == {"a": ("A dog.",), "3": ("Just one.",)}
+    assert load_records(tmp_path, split="dev") == [Record(tmp_path / "deep" / "b.png", ("Two",), "deep/b")]
+    with pytest.raises(DataError, match=r"has no test split, only train \(2 photos\), dev \(1 photos\)"):
+        load_records(file, split="test")
+
+
+def test_a_single_line_is_jsonl_too(tmp_path: Path) -> None:
+    file = write(tmp_path / "one.json", {"image": "a.jpg", "captions": ["A dog."]})
+    touch(tmp_path, "a.jpg")
+    assert captions(load_records(file)) == {"a": ("A dog.",)}
+
+
+def test_images_folder_and_absolute_paths(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    touch(elsewhere, "a.jpg", "b.jpg")
+    file = write(
+        tmp_path / "texts" / "mine.jsonl",
+        {"image": "a.jpg", "captions": ["a"]},
+        {"image": str(elsewhere / "b.jpg"), "captions": ["b"]},
+    )
+    assert [r.image for r in load_records(file, images=elsewhere)] == [elsewhere / "a.jpg", elsewhere / "b.jpg"]
+    assert len(load_records(file, images=tmp_path)) == 2, "a folder in the given one will do"
+    with pytest.raises(DataError, match=r"1 of its 2 photos do not exist \(the first: .*a.jpg\); .*--images"):
+        load_records(file)
+    assert len(load_records(file, check_images=False)) == 2
+    with pytest.raises(DataError, match="nowhere: is not a folder"):
+        load_records(file, images=tmp_path / "nowhere")
+
+
+def test_byte_order_mark_and_windows_line_ends(flickr: Path) -> None:
+    for path in flickr.glob("*.txt"):
+        text = path.read_text(encoding="utf-8")
+        path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n\r\n").encode())
+    assert captions(load_records(flickr)) == {"a": ("a 0 .", "a 1 ."), "c": ("c 0 .", "c 1 .")}
+
+
+def test_a_photo_on_several_lines_gets_all_its_captions(tmp_path: Path) -> None:
+    lines = [{"image": name, "captions": [text]} for name, text in [("a.jpg", "1"), ("b.jpg", "2"), ("./a.jpg", "3")]]
+    file = write(tmp_path / "mine.jsonl", *lines)
+    touch(tmp_path, "a.jpg", "b.jpg")
+    assert captions(load_records(file)) == {"a": ("1", "3"), "b": ("2",)}
+
+
+def test_photos_without_captions_are_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.token", "a.jpg#0\t.", "a.jpg#1\t", "b.jpg#0\tb")
+    touch(tmp_path, "a.jpg", "b.jpg")
+    assert captions(load_records(file)) == {"b": ("b",)}
+    with pytest.raises(DataError, match="no photo of the split 'train' has a caption"):
+        load_records(write(tmp_path / "x.token", "a.jpg#0\t."))
+
+
+PHOTO = {"image": "a.jpg", "captions": ["a"]}
+BAD_FILES: list[tuple[list[object], str]] = [
+    ([""], "is empty; expected a Flickr token file"),
+    (["Hello"], "holds no captions; expected a Flickr token file"),
+    (["image,caption", "a.jpg,A dog"], "holds no captions"),
+    (["a.jpg#0\tA dog", "b.jpg A cat"], r"line 2: is not of the form photo.jpg#0 TAB caption: 'b.jpg A cat'"),
+    ([PHOTO, "", '{"image": "b.jpg"'], r"line 3: is not JSON \(Expecting ',' delimiter, column 18\)"),
+    ([PHOTO, ["b.jpg"]], r"line 2: must be \{\"image\": ..., \"captions\": \[...\]\}, not '\[\"b.jpg\"\]'"),
+    ([{"image": "a.jpg", "caption": "a"}], r"line 1: must be"),
+    ([PHOTO, {"image": 3, "captions": []}], "line 2, image: must be a string, not 3"),
+    ([PHOTO, {"image": "", "captions": []}], "line 2, image: must name a photo, not ''"),
+    ([{"image": "a.jpg", "captions": {"en": "a"}}], "line 1, captions: must be a list of strings"),
+    ([{"image": "a.jpg", "captions": ["a", None]}], r"line 1, captions\[1\]: must be a string, not None"),
+    ([{"image": "a.jpg", "captions": ["\ud800"]}], r"line 1, captions\[0\]: holds half of a surrogate pair"),
+    ([PHOTO | {"split": 1}], "line 1, split: must be a string, not 1"),
+    ([PHOTO | {"id": 1.5}], "line 1, id: must be a whole number or a name, not 1.5"),
+    ([PHOTO | {"id": " "}], "line 1, id: is empty"),
+    ([PHOTO | {"split": "dev"}, {"image": "b.jpg", "captions": []}], 'line 2: has no "split", though others have'),
+    ([PHOTO | {"split": "dev"}, PHOTO | {"split": "train"}], "line 2: puts a.jpg into 'train', but line 1 into 'dev'"),
+    ([PHOTO, PHOTO | {"image": "a.png"}], r"line 2: a.png has the id 'a' of a.jpg \(line 1\); ids must differ"),
+    (["{", ' "images": [', "  {"], r"is damaged JSON \(.*line 4 column 1"),
+    ([[PHOTO]], "is one JSON list; expected"),
+    ([{"images": {}}], r"images: must be a list of photos, not \{\}"),
+    ([{"images": [3]}], r"images\[0\]: must be an object, not 3"),
+    (
+        [{"images": [{"file_name": "a.jpg"}], "annotations": []}],
+        r"images\[0\]: has no 'id'",
+    ),
+    ([{"images": [{"filename": "a.jpg"}]}], r"images\[0\]: has no 'sentences'"),
+    ([{"images": [{"filename": "a.jpg", "sentences": ["a"]}]}], r"images\[0\].sentences: must be a list of objects"),
+    ([{"images": []}], r"images: must be a list of photos, not \[\]"),
+    (["[" * 100_000], "damaged JSON"),
+]
+
+
+@pytest.mark.parametrize(("lines", "message"), BAD_FILES)
+def test_bad_files_are_explained(tmp_path: Path, lines: list[object], message: str) -> None:
+    file = write(tmp_path / "captions.txt", *lines)
+    with pytest.raises(DataError, match=message) as error:
+        load_records(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(DataError, match=r"photo.jpg: is not UTF-8 text \(byte 0\); expected"):
+        load_records(tmp_path / "photo.jpg")
+    for missing in ("none.jsonl", "x" * 5000):
+        with pytest.raises(DataError, match=r"cannot be read \("):
+            load_records(tmp_path / missing)
+
+
+def test_folders_without_one_caption_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no caption file \(there is no .txt, .token, .json or .jsonl file"):
+        load_records(tmp_path)
+    write(tmp_path / "readme.txt", "Hello")
+    with pytest.raises(DataError, match=r"holds no caption file \(its text files are readme.txt\)"):
+        load_records(tmp_path)
+    write(tmp_path / "train.jsonl", PHOTO)
+    write(tmp_path / "dev.jsonl", PHOTO)
+    with pytest.raises(DataError, match=r"holds several caption files \(dev.jsonl, train.jsonl\); name the one"):
+        load_records(tmp_path)
+
+
+def test_bad_split_lists(flickr: Path) -> None:
+    write(flickr / "more-train.txt", "b.jpg")
+    with pytest.raises(DataError, match=r"Flickr_8k.trainImages.txt and more-train.txt both list train photos"):
+        load_records(flickr)
+    (flickr / "more-train.txt").unlink()
+    write(flickr / "Flickr_8k.testImages.txt", "d.jpg", "a.jpg")
+    with pytest.raises(DataError, match=r"trainImages.txt: lists a.jpg, as Flickr_8k.testImages.txt does"):
+        load_records(flickr)
+    write(flickr / "Flickr_8k.testImages.txt", "d.jpg", "e.jpg", "f.jpg")
+    with pytest.raises(DataError, match=r"testImages.txt: 2 of its 3 photos have no caption .*the first: 'e.jpg'"):
+        load_records(flickr)
+
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).map(str.strip)
+sayable = text.filter(lambda caption: any(character.isalnum() for character in caption))
+photo_names = st.from_regex(r"[a-z0-9_#. -]{0,6}[a-z0-9]", fullmatch=True).map(lambda name: f"{name}.jpg")
+corpora = st.dictionaries(photo_names, st.lists(sayable, min_size=1, max_size=3), min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(corpora)
+def test_every_format_gives_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, list[str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("formats")
+    expected = [tuple(texts) for texts in corpus.values()]
+    token = write(
+        folder / "a.token", *(f"{name}#{i}\t{text}" for name, ts in corpus.items() for i, text in enumerate(ts))
+    )
+    jsonl = write(folder / "a.jsonl", *({"image": name, "captions": texts} for name, texts in corpus.items()))
+    images = [{"filename": n, "sentences": [{"raw": text} for text in texts]} for n, texts in corpus.items()]
+    karpathy = write(folder / "a.json", {"images": images})
+    for file in (token, jsonl, karpathy):
+        records = load_records(file, check_images=False)
+        assert [record.captions for record in records] == expected
+        assert [record.image.name for record in records] == [name.strip() for name in corpus]
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([".", "/", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from(["image", "captions", "split", "id", "filename", "filepath", "sentences", "cocoid"])
+records_of_junk = st.lists(st.dictionaries(fields, json_values, max_size=6), max_size=3)
+junk = st.one_of(
+    st.binary(),
+    st.text(st.sampled_from('{}[]",:#019\t\n ab.\\')).map(str.encode),
+    records_of_junk.map(lambda items: "\n".join(map(json.dumps, items)).encode()),
+    records_of_junk.map(lambda items: json.dumps({"images": items}).encode()),
+    json_values.map(lambda value: json.dumps({"images": value}).encode()),
+    st.lists(json_values).map(
+        lambda values: json.dumps({"images": [{"filename": "a", "sentences": [{"raw": v}]} for v in values]}).encode()
+    ),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(junk, st.sampled_from([None, "train", "dev", "other"]))
+def test_junk_is_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, split: str | None
+) -> None:
+    folder = tmp_path_factory.mktemp("junk")
+    (folder / "captions.json").write_bytes(content)
+    for source in (folder, folder / "captions.json"):
+        with suppress(DataError):  # nothing else may come out
+            assert all(record.captions for record in load_records(source, split=split, check_images=False))
+
+
+@pytest.mark.parametrize(
+    ("caption", "rules", "expected"),
+    [
+        ("  A dog \t runs\n. ", {}, "A dog runs ."),
+        ("A dog runs .", {"strip_period": True}, "A dog runs"),
+        ("A Dog runs.", {"strip_period": True, "lower": True}, "a dog runs"),
+        ("Mr. Dog, no. 5", {"strip_period": True}, "Mr. Dog, no. 5"),
+        ("A DOG", {"lower": True}, "a dog"),
+        (" . ", {"strip_period": True}, ""),
+    ],
+)
+def test_clean_caption(caption: str, rules: dict[str, bool], expected: str) -> None:
+    assert clean_caption(caption, TextSettings.model_validate(rules)) == expected
+
+
+@settings(deadline=None)
+@given(st.text(), st.builds(TextSettings, lower=st.booleans(), strip_period=st.booleans()))
+def test_cleaning_twice_changes_nothing(caption: str, rules: TextSettings) -> None:
+    cleaned = clean_caption(caption, rules)
+    assert clean_caption(cleaned, rules) == cleaned
+    assert cleaned == cleaned.strip()
+
+
+def numbered(count: int) -> list[Record]:
+    return [Record(Path(f"{i}.jpg"), (f"photo {i}",), str(i)) for i in range(count)]
+
+
+def test_hold_out_is_about_the_fraction() -> None:
+    train, dev = split_records(numbered(5000), 0.1, seed=0)
+    assert 420 <= len(dev) <= 580
+    assert sorted(train + dev, key=lambda r: int(r.id)) == numbered(5000)
+    assert dev == sorted(dev, key=lambda r: int(r.id))
+    assert split_records(numbered(5000), 0.1, seed=1)[1] != dev
+
+
+@settings(deadline=None)
+@given(st.integers(2, 300), st.integers(0, 50), st.floats(0.01, 0.99), st.integers())
+def test_added_photos_move_no_other(count: int, added: int, fraction: float, seed: int) -> None:
+    train, dev = split_records(numbered(count), fraction, seed)
+    assert train
+    assert dev
+    more_train, more_dev = split_records(numbered(count + added)[::-1], fraction, seed)
+    # Only the single photo of a side that would be empty may come back to the other.
+    assert len(set(train) - set(more_train)) <= (len(train) == 1)
+    assert len(set(dev) - set(more_dev)) <= (len(dev) == 1)
+
+
+def test_what_cannot_be_held_out() -> None:
+    for fraction in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(DataError, match="must lie between 0 and 1"):
+            split_records(numbered(3), fraction, 0)
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        split_records(numbered(1), 0.5, 0)

@@ -1,0 +1,351 @@
+"""Training: resuming, cached features, accumulation, and itune-train as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from itune.backbones import load_language_model, load_vision_tower
+from itune.checkpoint import CheckpointError, load_config, resolve_source, save_config
+from itune.data.features import FeatureCache, Features, LiveFeatures
+from itune.data.records import Record
+from itune.methods.registry import LoadedCheckpoint
+from itune.runtime.bundle import SearchDefaults
+from itune.runtime.settings import TextSettings
+from itune.training.batches import epoch_steps, tokenize
+from itune.training.config import PRESETS, ConfigError, TrainConfig, flag, resolve
+from itune.training.loop import Interrupted, Progress, Trainer
+from tests.conftest import CAPTIONS
+
+
+class Quiet:
+    """A reporter that remembers losses, and stops the run after some steps."""
+
+    def __init__(self, stop: Trainer | None = None, after: int = 0) -> None:
+        self.losses: list[float] = []
+        self.ciders: list[float] = []
+        self.stop, self.after = stop, after
+
+    def step(self, progress: Progress, metrics: dict[str, float], images: int) -> None:
+        self.losses.append(metrics["loss"])
+        if self.stop and progress.step == self.after:
+            self.stop.stop_requested = True
+
+    def evaluating(self, done: int, images: int) -> None:
+        pass
+
+    def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
+        self.ciders.append(metrics["cider"])
+
+
+@pytest.fixture(scope="module")
+def records(photos: list[Path]) -> list[Record]:
+    """Six photos with one, two or three captions."""
+    return [
+        Record(path, tuple(CAPTIONS[(i + j) % 6] for j in range(1 + i % 3)), path.stem) for i, path in enumerate(photos)
+    ]
+
+
+def make_trainer(
+    language_model: Path, vision: Path, records: list[Record], output: Path, features: Features, **settings: object
+) -> Trainer:
+    values = {
+        "epochs": 2,
+        "batch_size": 6,
+        "images_per_forward": 2,
+        "learning_rate": 1e-2,
+        "precision": "fp32",
+        "num_beams": 2,
+        "max_new_tokens": 6,
+    }
+    config = resolve("small-data", language_model=str(language_model), vision=str(vision), **({**values, **settings}))
+    return Trainer(
+        config,
+        load_language_model(str(language_model)),
+        load_vision_tower(str(vision)),
+        features,
+        records[:5],
+        records[4:],
+        output,
+        torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def live(clip_folder: Path) -> LiveFeatures:
+    return LiveFeatures(load_vision_tower(str(clip_folder)))
+
+
+def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    def trainer(output: str) -> Trainer:
+        return make_trainer(language_model_folder, clip_folder, records, tmp_path / output, live)
+
+    whole, unbroken = trainer("whole"), Quiet()
+    whole.run(unbroken)
+    steps = len(unbroken.losses)
+    for after in (1, steps // 2, steps - 1):
+        first = trainer(f"stopped{after}")
+        before = Quiet(first, after)
+        with pytest.raises(Interrupted):
+            first.run(before)
+        second, rest = trainer(f"stopped{after}"), Quiet()
+        second.resume()
+        second.run(rest)
+        assert before.losses + rest.losses == unbroken.losses
+        expected = load_file(tmp_path / "whole" / "last" / "adapters.safetensors")
+        found = load_file(tmp_path / f"stopped{after}" / "last" / "adapters.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert unbroken.losses[-1] < unbroken.losses[0]
+    assert not list(tmp_path.rglob(".*")), "temporary files are left"
+
+
+def test_cached_features_give_the_same_losses_within_half_precision(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", live.tower)
+    assert cache.prepare([record.image for record in records], flip=True) == {}
+    losses = []
+    for name, features in (("live", live), ("cache", cache)):
+        reporter = Quiet()
+        make_trainer(language_model_folder, clip_folder, records, tmp_path / name, features).run(reporter)
+        losses.append(reporter.losses)
+    # The README states this tolerance: fp16 has 11 significant bits.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+def test_accumulation_does_not_change_the_step(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    losses = []
+    for size in (1, 5):
+        reporter = Quiet()
+        make_trainer(
+            language_model_folder,
+            clip_folder,
+            records,
+            tmp_path / str(size),
+            live,
+            images_per_forward=size,
+            batch_size=100,
+            dropout=0.0,
+            visual_dropout=0.0,
+            epochs=3,
+        ).run(reporter)
+        losses.append(reporter.losses)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_epoch_covers_every_caption_once(language_model_folder: Path, records: list[Record]) -> None:
+    tokenizer, text = load_language_model(str(language_model_folder)).tokenizer, TextSettings(prompt="a photo of")
+    tokenized = tokenize(records, tokenizer, text, max_caption_tokens=12)
+    config = resolve("small-data", batch_size=5, images_per_forward=2)
+    seen: list[tuple[int, ...]] = []
+    for epoch in (0, 1):
+        rows = [
+            tuple(row[scored].tolist())
+            for step in epoch_steps(tokenized, config, epoch)
+            for batch in step
+            for row, scored in zip(batch.input_ids, batch.mask, strict=True)
+            if scored.any()
+        ]
+        assert sorted(rows) == sorted(caption for record in tokenized for caption in record.captions)
+        seen.append(rows[0])
+    assert tokenizer.decode(list(seen[0])).startswith(" "), "after a prompt a caption begins with a space"
+    sided = ["left" in " ".join(record.captions) for record in records]
+    assert [not record.mirrorable for record in tokenized] == sided
+    assert any(sided)
+    cut = [c for record in tokenized for c in record.captions if len(c) == 12]
+    assert cut
+    assert all(c[-1] != 0 for c in cut), "a caption that was cut does not end"
+
+
+def test_a_stop_while_evaluating_is_heeded_and_loses_nothing(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    class Impatient(Quiet):
+        def evaluating(self, done: int, images: int) -> None:
+            assert self.stop
+            self.stop.stop_requested = True
+
+    def trainer(output: str) -> Trainer:
+        return make_trainer(language_model_folder, clip_folder, records, tmp_path / output, live)
+
+    whole, unbroken = trainer("whole"), Quiet()
+    whole.run(unbroken)
+    first = trainer("stopped")
+    before = Impatient(first)
+    with pytest.raises(Interrupted):
+        first.run(before)
+    assert before.ciders == []
+    second, rest = trainer("stopped"), Quiet()
+    second.resume()
+    second.run(rest)
+    assert before.losses + rest.losses == unbroken.losses
+    assert rest.ciders == unbroken.ciders
+    with pytest.raises(CheckpointError, match="stopped before anything was saved: start again without --resume"):
+        trainer("never").resume()
+
+
+def test_captions_are_cut_to_the_language_models_positions(
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+) -> None:
+    long = [replace(record, captions=(" ".join(["dog"] * 200),)) for record in records]
+    settings: dict[str, Any] = {"max_caption_tokens": 500, "epochs": 1, "prompt": "A photo of"}
+    trainer = make_trainer(language_model_folder, clip_folder, long, tmp_path / "run", live, **settings)
+    trainer.run(Quiet())  # positions beyond the last would be a traceback of torch's
+    positions = trainer.language.model.config.n_positions
+    assert {len(record.head) + len(caption) for record in trainer.records for caption in record.captions} == {positions}
+    settings["max_new_tokens"] = positions
+    with pytest.raises(ConfigError, match=rf"--max-new-tokens {positions}: .* give at most \d+, or a shorter --prompt"):
+        make_trainer(language_model_folder, clip_folder, long, tmp_path / "other", live, **settings)
+
+
+def test_presets_are_the_papers() -> None:
+    for name in ("base", "medium", "large", "large-drop18"):
+        assert (PRESETS[name].batch_size, PRESETS[name].epochs, PRESETS[name].num_beams) == (4096, 30, 5)
+    assert PRESETS["large-drop18"].first_adapter_layer == 18
+    assert TrainConfig() == PRESETS["base"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("dropout", 1.0),
+        ("warmup", -0.1),
+        ("precision", "fp8"),
+        ("lambda_", 0.0),
+        ("score_scale", 0.0),
+        ("bottleneck", 0),
+        ("bottleneck", 10**20),
+        ("seed", -1),
+        ("seed", 10**20),
+        ("epochs", 10**20),
+        ("num_beams", 1025),
+    ],
+)
+def test_settings_out_of_range_are_named_by_their_flag(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{flag(field)} must be"):
+        resolve("base", **{field: value})
+
+
+# The command line
+
+
+def itune_train(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "itune.cli.train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.fixture
+def arguments(language_model_folder: Path, clip_folder: Path, records: list[Record], tmp_path: Path) -> list[object]:
+    lines = [json.dumps({"image": str(r.image), "captions": r.captions}) for r in records]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    return [
+        *("--preset", "small-data", "--data", tmp_path / "captions.jsonl", "--dev-fraction", "0.3"),
+        *("--language-model", language_model_folder, "--vision", clip_folder),
+        *("--precision", "fp32", "--batch-size", "6", "--num-beams", "1", "--max-new-tokens", "4"),
+    ]
+
+
+def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "itune.cli.train", *map(str, arguments), "-o", str(output), "--epochs", "2000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (output / "last").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "add --resume to go on" in stderr
+    assert "Traceback" not in stderr
+    stopped = json.loads((output / "last" / "trainer.json").read_text())
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps(config | {"epochs": stopped["epoch"] + 1}))
+    changed = itune_train(*arguments, "-o", output, "--resume", "--heads", "2")
+    assert "--resume keeps the run's configuration: --heads was 1" in changed.stderr
+    resumed = itune_train(*arguments, "-o", output, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((output / "last" / "trainer.json").read_text())["epoch"] == stopped["epoch"] + 1
+    assert load_config(output / "last").training["epoch"] == stopped["epoch"] + 1
+    loaded = LoadedCheckpoint.load(output)
+    assert loaded.config.training["preset"] == "small-data"
+    assert str(tmp_path) not in (output / "best" / "itune.json").read_text(), "a path of this machine is in the model"
+    assert any((output / "tensorboard").iterdir())
+    saved = (output / "config.json").read_text()
+    (output / "config.json").write_text("[]")
+    assert f"--resume: {output / 'config.json'} is damaged" in itune_train(*arguments, "-o", output, "--resume").stderr
+    (output / "config.json").write_text(saved)
+    state = output / "last" / "trainer.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    damaged = itune_train(*arguments, "-o", output, "--resume")
+    assert damaged.returncode == 2
+    assert "last cannot be resumed (SafetensorError" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+
+
+def test_init_from_takes_shape_and_frozen_parts_over(
+    arguments: list[object], checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    searching = shutil.copytree(checkpoint_folder, tmp_path.with_name(f"{tmp_path.name}-checkpoint"))
+    config = load_config(checkpoint_folder)
+    sources = {
+        part: getattr(config, part).model_copy(update={"source": resolve_source(source, checkpoint_folder)})
+        for part, source in (("language_model", config.language_model.source), ("vision", config.vision.source))
+    }
+    search = SearchDefaults(length_penalty=0.5, early_stopping=True, num_beams=9)
+    save_config(config.model_copy(update={**sources, "search": search}), searching)
+    data = ["--data", tmp_path / "captions.jsonl", "--dev-fraction", "0.3", "--preset", "small-data"]
+    done = itune_train(
+        *data, "--init-from", searching, "--epochs", "1", "--learning-rate", "1e-9", "-o", tmp_path / "run",
+        "--num-beams", "2", "--max-new-tokens", "7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    own = {"num_beams": 2, "max_new_tokens": 7}
+    assert load_config(tmp_path / "run" / "best").search == search.model_copy(update=own)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"epochs": 2}))
+    done = itune_train(*data, "--resume", "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert load_config(tmp_path / "run" / "last").search == search.model_copy(update=own)
+    before, after = (load_file(f / "adapters.safetensors") for f in (checkpoint_folder, tmp_path / "run" / "last"))
+    assert all(torch.allclose(after[name], tensor, atol=1e-5) for name, tensor in before.items())
+    refused = itune_train(*data, "--init-from", checkpoint_folder, "--heads", "4", "-o", tmp_path / "other")
+    assert refused.returncode == 2
+    assert re.search(r"error: --heads 4 contradicts --init-from .* has 2$", refused.stderr.strip())
+
+
+def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], tmp_path: Path) -> None:
+    def expect(message: str, *extra: object) -> None:
+        done = itune_train(*arguments, *extra, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 2, done.stderr
+        assert re.search(message, done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+
+    expect("--resume: .* holds no run to resume", "-o", tmp_path / "none", "--resume")
+    expect(
+        "cannot be fetched from the hub .* give the path of its folder",
+        "-o",
+        tmp_path / "x",
+        "--language-model",
+        "somebody/gpt2",
+    )
+    expect("absent.jsonl", "-o", tmp_path / "x", "--data", tmp_path / "absent.jsonl")
+    expect("--dev-data and --dev-fraction exclude", "-o", tmp_path / "x", "--dev-data", arguments[3])

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from itune.runtime.errors import DatastoreError
+from itune.runtime.manifest import FileHash
+from itune.runtime.retrieval.consensus import NGramWeights, consensus
+from itune.runtime.retrieval.datastore import MANIFEST, Datastore, DatastoreManifest, caption_key
+from itune.runtime.retrieval.nearest import FlatRanking
+from itune.runtime.settings import EncoderIdentity
+
+DIM = 8
+ENCODER = EncoderIdentity(source="tower", sha256="a" * 64, pooling="mean", dim=DIM)
+
+
+def write_texts(folder: Path, name: str, texts: Sequence[str]) -> None:
+    lines = [f"{text}\n".encode() for text in texts]
+    (folder / f"{name}.txt").write_bytes(b"".join(lines))
+    np.save(folder / f"{name}.npy", np.cumsum([0, *map(len, lines)]))
+
+
+def make_store(
+    folder: Path, kind: Any, rows: Any, captions: Sequence[Sequence[str]], mean: Any = None, **fields: Any
+) -> Path:
+    """A datastore as `itune-datastore` would write it; entry i is of photo `p{i}`."""
+    folder.mkdir(parents=True)
+    rows = np.asarray(rows, np.float32)
+    np.save(folder / "embeddings.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    ends = np.cumsum([0, *map(len, captions)])
+    np.save(folder / "entries.npy", np.stack([np.arange(len(rows)), ends[:-1], ends[1:]], axis=1))
+    write_texts(folder, "captions", [text for texts in captions for text in texts])
+    write_texts(folder, "images", [f"p{i}" for i in range(len(rows))])
+    if mean is not None:
+        np.save(folder / "mean.npy", np.asarray(mean, np.float32))
+    manifest = DatastoreManifest(
+        kind=kind,
+        encoder=ENCODER,
+        entries=len(rows),
+        captions=int(ends[-1]),
+        images=len(rows),
+        index="flat",
+        centered=mean is not None,
+        files={path.name: FileHash.of(path) for path in folder.iterdir()},
+    )
+    (folder / MANIFEST).write_text(manifest.model_copy(update=fields).to_json())
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """Captions of four photos along the axes, one of them there twice."""
+    texts = [["a dog"], ["A  dog ."], ["two men"], ["ein Löwe gähnt"], ["the sea"]]
+    rows = np.eye(DIM)[[0, 0, 1, 2, 3]]
+    return make_store(tmp_path / "words", "text", rows, texts)
+
+
+def query(*values: float) -> Any:
+    return np.array([[*values, *([0.0] * (DIM - len(values)))]], np.float32)
+
+
+def test_text_to_text_best_first_without_repeats(words: Path) -> None:
+    store = Datastore.load(words, encoder=ENCODER.model_copy(update={"source": "elsewhere"}))
+    (found,) = store.search(query(3, 2, 1), 9)
+    assert [(each.caption, each.image) for each in found] == [
+        ("a dog", "p0"),
+        ("two men", "p2"),
+        ("ein Löwe gähnt", "p3"),
+        ("the sea", "p4"),
+    ]
+    assert found[0].score == pytest.approx(3 / 14**0.5)
+    assert [each.caption for each in store.search(query(3, 2, 1), 2)[0]] == ["a dog", "two men"]
+    assert store.search(query(1), 0) == [[]]
+    assert store.search(np.empty((0, DIM), np.float32), 4) == []
+
+
+def test_ties_stand_in_order_of_the_entry(words: Path) -> None:
+    (found,) = Datastore.load(words).search(query(1, 1, 1, 1), 4)
+    assert [each.image for each in found] == ["p0", "p2", "p3", "p4"]
+
+
+def test_what_is_left_out(words: Path) -> None:
+    store = Datastore.load(words)
+    both = np.concatenate([query(1, 0.5), query(1, 0.5)])
+    found = store.search(both, 2, exclude_images=[{"p0"}, ()])
+    assert [[each.image for each in captions] for captions in found] == [["p1", "p2"], ["p0", "p2"]]
+    found = store.search(both, 2, exclude_captions=[["a DOG."], ()])
+    assert found[0][0].caption == "two men"
+    assert found[1][0].caption == "a dog"
+
+
+def test_looks_further_where_the_nearest_say_the_same(tmp_path: Path) -> None:
+    rows = np.zeros((300, DIM))
+    rows[:, 0], rows[:, 1] = 1, np.arange(300) / 1000
+    store = Datastore.load(make_store(tmp_path / "s", "text", rows, [*[["same"]] * 298, ["other"], ["third"]]))
+    assert [each.caption for each in store.search(query(1), 3)[0]] == ["same", "other", "third"]
+
+
+def test_images_give_the_captions_that_their_neighbours_agree_on(tmp_path: Path) -> None:
+    near = [["a red car", "a dog runs on grass"], ["a dog runs on the grass"], ["the dog runs on grass"], ["a kite"]]
+    rows = np.array([[1, 0.1 * i, *[0] * (DIM - 2)] for i in range(4)])
+    store = Datastore.load(make_store(tmp_path / "s", "image", rows, near))
+    (found,) = store.search(query(1), 4)
+    assert found[0].caption == "a dog runs on grass"
+    assert [each.caption for each in found].index("a kite") == 3
+    assert {each.image: each.score for each in found}["p0"] == pytest.approx(1)
+    (others,) = store.search(query(1), 4, exclude_images=[{"p1"}], exclude_captions=[["A red car."]])
+    assert {each.caption for each in others} == {"a dog runs on grass", "the dog runs on grass", "a kite"}
+
+
+def test_only_the_nearest_photos_are_asked(tmp_path: Path) -> None:
+    rows = np.array([[1, 0.01 * i, *[0] * (DIM - 2)] for i in range(60)])
+    texts = [[f"one of {i}"] if i < 20 else ["many say this"] for i in range(60)]
+    store = Datastore.load(make_store(tmp_path / "s", "image", rows, texts))
+    assert "many say this" not in {each.caption for each in store.search(query(1), 20)[0]}
+    assert "many say this" in {each.caption for each in store.search(query(1), 21)[0]}
+
+
+def test_queries_are_centred_as_entries_were(tmp_path: Path) -> None:
+    mean = np.full(DIM, 0.5)
+    store = Datastore.load(make_store(tmp_path / "s", "text", np.eye(DIM), [[f"axis {i}"] for i in range(DIM)], mean))
+    (found,) = store.search(query(0.5, 0.5, 0.5, 0.9, 0.5, 0.5, 0.5, 0.5), 1)
+    assert (found[0].caption, found[0].score) == ("axis 3", pytest.approx(1))
+
+
+def test_agrees_with_sorting_everything_and_with_other_batches(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40_000, DIM))
+    rows[100:200] = rows[:100]  # equal ones far apart
+    store = Datastore.load(make_store(tmp_path / "s", "text", rows, [[f"text {i}"] for i in range(len(rows))]))
+    queries = rng.normal(size=(16, DIM)).astype(np.float32)
+    queries[:4] = rows[100:104]
+    found = store.search(queries, 7)
+    exact = store.embeddings.astype(np.float64)
+    for each, captions in zip(queries.astype(np.float64), found, strict=True):
+        scores = (exact @ (each / np.linalg.norm(each))).astype(np.float32)
+        expected = np.lexsort((np.arange(len(scores)), -scores))[:7]
+        assert [int(caption.image[1:]) for caption in captions] == expected.tolist()
+    assert [store.search(each[None], 7)[0] for each in queries] == found
+    assert [found[i][0].image for i in range(4)] == ["p0", "p1", "p2", "p3"]
+    few = FlatRanking(store.embeddings, queries).best(0, 10**6)
+    assert len(few[0]) == len(rows)
+
+
+def test_consensus_counts_votes_and_rare_words() -> None:
+    same, other = ["a", "dog", "runs", "on", "grass"], ["two", "men", "sit", "idle"]
+    rarity = NGramWeights([same, other])
+    np.testing.assert_allclose(consensus([same, same, other], np.array([1.0, 3, 5]), rarity), [3, 1, 0], atol=1e-12)
+    assert consensus([[], ["a"]], np.ones(2), rarity).tolist() == [0, 0]
+    common = NGramWeights([["a", "dog"], ["a", "cat"], ["a", "bird"], ["a", "bee"]])
+    agreement = consensus([["a", "dog"], ["a", "cat"], ["the", "dog"]], np.ones(3), common)
+    assert agreement[2] > agreement[1] == 0  # "a" says nothing, as all captions hold it
+    assert caption_key(" A  Dog .") == "a dog"
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(content | fields))
+
+
+BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
+    (shutil.rmtree, "is not a folder; a datastore is the folder that itune-datastore build writes"),
+    (lambda folder: (folder / MANIFEST).unlink(), "is not a datastore: it has no datastore.json"),
+    (lambda folder: (folder / MANIFEST).write_text("{"), "is not JSON"),
+    (lambda folder: (folder / MANIFEST).write_text("[]"), "format is None"),
+    (lambda folder: edit(folder, format=2), "format is 2, but this itune reads version 1; build the datastore again"),
+    (lambda folder: edit(folder, kind="video"), "kind: Input should be 'text' or 'image'"),
+    (lambda folder: edit(folder, files={}), "is not listed"),
+    (lambda folder: edit(folder, files={"../x": {"sha256": "a" * 64, "bytes": 1}}), "files"),
+    (lambda folder: edit(folder, entries=4), "embeddings.npy has shape (5, 8) instead of (4, 8)"),
+    (lambda folder: (folder / "captions.txt").unlink(), "captions.txt is missing; copy the datastore again"),
+    (lambda folder: (folder / "captions.txt").write_text("short"), "captions.txt is damaged (5 bytes instead of"),
+    (lambda folder: flip(folder / "embeddings.npy"), "embeddings.npy is damaged (wrong SHA-256)"),
+    (lambda folder: resave(folder, "entries", np.full((5, 3), 9)), "names captions or photos that are not there"),
+    (lambda folder: resave(folder, "captions", np.arange(6)), "captions.npy does not fit captions.txt"),
+    (lambda folder: resave(folder, "captions", np.zeros((2, 2))), "captions.npy holds float64 [2, 2]"),
+    (lambda folder: resave(folder, "entries", np.tile([0, 0, 5], (5, 1))), "names captions or photos that are not"),
+    (lambda folder: resave(folder, "entries", np.tile([0, 1, 1], (5, 1))), "names captions or photos that are not"),
+    (lambda folder: rewrite(folder, "entries.npy", b"PK\x03\x04 no archive"), "entries.npy is not a NumPy array"),
+    (lambda folder: rewrite(folder, "entries.npy", header("{'descr': '<f4', (((")), "entries.npy is not a NumPy array"),
+    (
+        lambda folder: rewrite(
+            folder, "entries.npy", header("{'descr': '<i8', 'fortran_order': False, 'shape': (9223372036854775808, 3)}")
+        ),
+        "entries.npy is not a NumPy array",
+    ),
+    (
+        lambda folder: (resave(folder, "captions", np.zeros(1, int)), rewrite(folder, "captions.txt", b"")),
+        "captions.npy does not fit captions.txt",
+    ),
+    (lambda folder: edit(folder, index="ivf"), "is not listed"),
+    (lambda folder: edit(folder, nprobe=3), "index flat and nprobe 3"),
+    (lambda folder: edit(folder, nprobe=1 << 70), "nprobe: Input should be less than or equal to"),
+]
+
+
+def header(text: str) -> bytes:
+    """A .npy file that is one."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def resave(folder: Path, name: str, array: Any) -> None:
+    """As somebody would who also corrects the hash."""
+    np.save(folder / f"{name}.npy", array)
+    list_file(folder, f"{name}.npy")
+
+
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    """The same with any content."""
+    (folder / name).write_bytes(content)
+    list_file(folder, name)
+
+
+def list_file(folder: Path, name: str, **fields: Any) -> None:
+    """Put a file's hash into the manifest."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    edit(folder, files=files | {name: FileHash.of(folder / name).model_dump()}, **fields)
+
+
+@pytest.mark.parametrize(("breakage", "reason"), BREAKAGES, ids=[reason[:30] for _, reason in BREAKAGES])
+def test_what_is_wrong_is_one_sentence(words: Path, breakage: Callable[[Path], object], reason: str) -> None:
+    breakage(words)
+    with pytest.raises(DatastoreError) as error:
+        Datastore.load(words)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_encoders_datastore_is_refused_with_both_names(words: Path) -> None:
+    for update in ({"sha256": "b" * 64}, {"pooling": "projection"}, {"dim": 9}):
+        with pytest.raises(DatastoreError, match=r"was built with tower .* come from other .*itune-datastore build"):
+            Datastore.load(words, encoder=ENCODER.model_copy(update=update | {"source": "other"}))
+    store = Datastore.load(words)
+    with pytest.raises(DatastoreError, match=r"takes embeddings \[images, 8\], not \[1, 9\]"):
+        store.search(np.ones((1, 9), np.float32), 1)
+    with pytest.raises(DatastoreError, match="not finite"):
+        store.search(query(np.nan), 1)
+
+
+def test_a_large_datastore_without_faiss_says_what_to_install(words: Path, tmp_path: Path) -> None:
+    (words / "index.faiss").write_bytes(b"no index")
+    list_file(words, "index.faiss", index="ivf", nprobe=1)
+    code = (
+        "import sys; sys.modules['faiss'] = None\n"
+        "from itune.runtime import Datastore, DatastoreError\n"
+        f"try: Datastore.load({str(words)!r})\nexcept DatastoreError as error: print(error)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'itune[retrieval]'" in done.stdout
+    pytest.importorskip("faiss")
+    with pytest.raises(DatastoreError, match=r"index\.faiss: faiss cannot read it"):
+        Datastore.load(words)
+
+
+def test_indices_that_are_not_as_they_should_be(words: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    rows = np.load(words / "embeddings.npy")
+    faiss.write_index(faiss.IndexFlatIP(DIM), str(words / "index.faiss"))
+    list_file(words, "index.faiss", index="ivf", nprobe=1)
+    with pytest.raises(DatastoreError, match=r"index\.faiss: (faiss cannot read it|holds 0 vectors)"):
+        Datastore.load(words)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(DIM), DIM, 1, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    index.add_with_ids(rows, np.array([0, 1, 2, 3, 1 << 40]))
+    faiss.write_index(index, str(words / "index.faiss"))
+    list_file(words, "index.faiss")
+    assert len(Datastore.load(words).search(query(1), 4)[0]) <= 4  # what the last id names is left out
+
+
+def test_photos_that_say_the_same_do_not_hide_the_others(tmp_path: Path) -> None:
+    rows = [[1, 0.01 * i, 0, 0, 0, 0, 0, 0] for i in range(40)]
+    captions = [["Normal chest."]] * 25 + [[f"Chest {i}."] for i in range(15)]
+    store = Datastore.load(make_store(tmp_path / "photos", "image", rows, captions))
+    (found,) = store.search(query(1), 4)
+    assert found[0].caption == "Normal chest."
+    assert len({caption_key(each.caption) for each in found}) == 4
+    (found,) = store.search(query(1), 100)
+    assert len(found) == 16
+
+
+def test_consensus_of_many_captions_takes_little_memory() -> None:
+    words = [[f"w{(7 * i + j) % 5000}" for j in range(10)] for i in range(4000)]
+    rarity = NGramWeights(words[::10])
+    tracemalloc.start()
+    agreement = consensus(words, np.ones(len(words)), rarity)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert np.isfinite(agreement).all()
