@@ -142,7 +142,7 @@ def choose_peers(text: str, vision: str = "clip") -> list[str]:
 def _run(arguments: list[Any], what: str) -> None:
     """Run a Python module, in a process whose memory goes with it."""
     # -P: started in a checkout, Python would take its folder `itune` for the package.
-    command = [sys.executable, "-P", *map(str, arguments)]
+    command = [sys.executable, *map(str, arguments)]
     path = os.pathsep.join([str(_BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}

@@ -130,7 +130,6 @@ class Workplace:
         switches = ["--lower", "--strip-period", *(["--resume"] if (output / "last").exists() else [])]
         command = [
             sys.executable,
-            "-P",
             "-m",
             "itune.cli.train",
             *(str(part) for pair in flags.items() for part in pair),

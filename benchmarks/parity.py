@@ -19,7 +19,7 @@ import numpy as np
 from rich.progress import track
 
 from itune import Captioner, ItuneError
-from itune.evaluate import load_captioner
+from itune.loading import load_captioner
 from itune.runtime.image import SUFFIXES, decode, preprocess
 from itune.runtime.search import PADDING, SearchConfig, search
 

@@ -23,15 +23,14 @@ from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    ITuningCheckpoint,
     Source,
     VisionSource,
     load_config,
     save_config,
 )
 from itune.files import atomic_folder
-from itune.methods.adapter import AdapterConfig
-from itune.methods.ituning import ITuningModel
+from itune.methods.ituning.model import AdapterConfig, ITuningModel
+from itune.methods.ituning.settings import ITuningCheckpoint
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings
 

@@ -223,7 +223,7 @@ def _bundle(workplace: Workplace, run: Run) -> Path:
 
 def _itune(command: str, *arguments: Any) -> None:
     """Run one of the project's commands, in a process of its own."""
-    process = subprocess.run([sys.executable, "-P", "-m", f"itune.cli.{command}", *map(str, arguments)], check=False)
+    process = subprocess.run([sys.executable, "-m", f"itune.cli.{command}", *map(str, arguments)], check=False)
     if process.returncode:
         raise ItuneError(f"itune {command} stopped; start again to go on")
 

@@ -17,9 +17,8 @@ from .. import __version__
 from ..backbones import ClipTower, VisionTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, load_config
 from ..data.records import Record
-from ..evaluate import eager_captioner
 from ..files import hash_files, listed_files
-from ..methods.registry import LoadedCheckpoint
+from ..loading import LoadedCheckpoint, eager_captioner
 from ..retrieval.encoder import RetrievalHead, load_head
 from ..runtime.bundle import (
     MANIFEST,
@@ -27,7 +26,6 @@ from ..runtime.bundle import (
     DecoderSettings,
     Manifest,
     RestoreSettings,
-    SearchDefaults,
     TensorSpec,
     square_grid,
 )
@@ -36,7 +34,7 @@ from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from ..runtime.manifest import FileHash
 from ..runtime.search import SearchConfig
-from ..runtime.settings import RetrievalSettings, Size
+from ..runtime.settings import RetrievalSettings, SearchDefaults, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph.builder import Graph
 from .graph.embedding import EmbeddingReference

@@ -19,9 +19,9 @@ from transformers import CLIPVisionConfig
 from ..backbones import PREPROCESSOR
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, parse_config, save_config
 from ..files import hash_files
-from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings, SearchDefaults
+from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
 from ..runtime.errors import BundleError
-from ..runtime.settings import ImageSettings
+from ..runtime.settings import ImageSettings, SearchDefaults
 from .graph.builder import Array
 from .graph.clip import PREFIX as CLIP_PREFIX
 from .graph.clip import unfold_clip

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from .files import atomic_path
-from .runtime.bundle import SearchDefaults
 from .runtime.errors import ItuneError
-from .runtime.settings import ImageSettings, Method, RetrievalSettings, Settings, TextSettings
+from .runtime.settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, TextSettings
 
 if TYPE_CHECKING:
     from .backbones import LanguageModel, VisionTower
@@ -97,71 +96,14 @@ class CheckpointConfig(Settings):
         return self
 
 
-class ITuningCheckpoint(CheckpointConfig):
-    """I-Tuning's."""
-
-    method: Literal["i-tuning"] = "i-tuning"
-    bottleneck: int = Field(gt=0)
-    heads: int = Field(default=1, gt=0)
-    lambda_: float = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
-    score_scale: float
-    first_adapter_layer: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _begins(self) -> Self:
-        if self.text.begin is None:
-            raise ValueError("text.begin is null: a caption needs a token to begin with")
-        return self
-
-
-class SmallCapCheckpoint(CheckpointConfig):
-    """SmallCap's; its tensors are `layers.{i}.{norm,query,key,value,output}.{weight,bias}`."""
-
-    method: Literal["smallcap"] = "smallcap"
-    heads: int = Field(gt=0)
-    attention_width: int = Field(gt=0)
-    """Width of each head's queries, keys and values."""
-
-
-class ClipCapCheckpoint(CheckpointConfig):
-    """ClipCap's."""
-
-    method: Literal["clipcap"] = "clipcap"
-    mapper: Literal["transformer", "mlp"]
-    prefix_length: int = Field(gt=0)
-    clip_length: int | None = Field(default=None, gt=0)
-    mapper_layers: int | None = Field(default=None, gt=0)
-    mapper_heads: int | None = Field(default=None, gt=0)
-    pooling: Literal["projected", "cls", "mean"]
-    projected_width: int | None = Field(default=None, gt=0)
-    """Width of CLIP's projected embedding; with `pooling` projected only."""
-    layer_norm_eps: float = Field(default=1e-5, gt=0)
-    """Of the layer norm before CLIP's projection."""
-    normalize: bool = False
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if self.mapper == "transformer" and None in (self.clip_length, self.mapper_layers, self.mapper_heads):
-            raise ValueError("mapper transformer needs clip_length, mapper_layers and mapper_heads")
-        if (self.pooling == "projected") != (self.projected_width is not None):
-            raise ValueError("pooling projected and projected_width: give both or neither")
-        return self
-
-
-CONFIGS: dict[Method, type[CheckpointConfig]] = {
-    "i-tuning": ITuningCheckpoint,
-    "clipcap": ClipCapCheckpoint,
-    "smallcap": SmallCapCheckpoint,
-}
-
-
 def parse_config(content: dict[str, Any]) -> CheckpointConfig:
     """The content of an `itune.json`; raises pydantic's ValidationError."""
+    from .methods.schemas import CHECKPOINTS
+
     method = content.get("method", "i-tuning")
-    for name, known in CONFIGS.items():
-        if method == name:
-            return known.model_validate(content)
-    return CheckpointConfig.model_validate(content)  # which refuses it
+    # The base class refuses an unknown method.
+    schema = next((schema for name, schema in CHECKPOINTS.items() if name == method), CheckpointConfig)
+    return schema.model_validate(content)
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -7,25 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from .checkpoint import CONFIG_FILE, CheckpointError, find_checkpoint
 from .data.features import Features
 from .data.records import Record
 from .eager import EagerEngine
 from .files import atomic_path
-from .methods.registry import LoadedCheckpoint
 from .metrics import Scores, score
-from .retrieval.encoder import EmbeddingEngine, load_head
 from .runtime import Captioner
-from .runtime.bundle import TokenSettings
-from .runtime.engines.base import Int64
 from .runtime.errors import ImageError
-from .runtime.retrieval.retriever import Retriever
 from .runtime.search import SearchConfig, search
-from .runtime.settings import RetrievalSettings, TextSettings
-from .training.batches import caption_head, encode_text, special_token
+from .runtime.settings import TextSettings
+from .training.batches import caption_head, special_token
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""
@@ -59,59 +52,6 @@ def caption_features(
         if progress:
             progress(len(captions), len(images))
     return captions
-
-
-def load_captioner(
-    folder: Path,
-    *,
-    engine: str = "auto",
-    threads: int | None = None,
-    datastore: Path | None = None,
-    retrieve: int | None = None,
-) -> Captioner:
-    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`).
-
-    `datastore` and `retrieve` as in `Captioner.load`; of a checkpoint that was trained without retrieval, too.
-    """
-    checkpoint = find_checkpoint(folder)
-    if not (checkpoint / CONFIG_FILE).is_file():
-        return Captioner.load(folder, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
-    loaded = LoadedCheckpoint.load(checkpoint)
-    captioner = eager_captioner(loaded)
-    trained = loaded.config.retrieval
-    if datastore is not None or retrieve or trained is not None:
-        pooling = None if trained is None else trained.encoder.pooling
-        head = load_head(loaded.tower, loaded.config.vision.source, pooling)
-        captioner.retriever = Retriever.load(
-            trained or RetrievalSettings(k=0, encoder=head.encoder),
-            loaded.config.text,
-            loaded.language.tokenizer,
-            model=folder,
-            datastore=datastore,
-            k=retrieve,
-        )
-        captioner.engine = EmbeddingEngine(captioner.engine, head)
-    return captioner
-
-
-def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -> Captioner:
-    """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` as in `EagerEngine`."""
-    text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
-    try:
-        tokens = TokenSettings(
-            begin=None if text.begin is None else special_token(tokenizer, text.begin, "begin"),
-            end=special_token(tokenizer, text.end, "end"),
-            prompt=encode_text(tokenizer, text.prompt),
-            prefix=loaded.model.prefix_length,
-            vocab_size=gpt2.vocab_size,
-            shortlist=None if vocabulary is None else len(vocabulary),
-            max_positions=gpt2.n_positions,
-        )
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"the checkpoint does not fit its language model: {reason}") from None
-    engine = EagerEngine(loaded.model, loaded.tower, vocabulary)
-    return Captioner(engine, tokenizer, loaded.config.image, tokens, loaded.config.search.within(tokens.room))
 
 
 def caption_records(

@@ -19,14 +19,14 @@ _MODULES = {
     "Candidate": ".captioner",
     "Caption": ".captioner",
     "Captioner": ".captioner",
-    "Datastore": ".datastore",
+    "Datastore": ".retrieval.datastore",
     "DatastoreError": ".errors",
     "EngineError": ".errors",
-    "Explanation": ".explanation",
+    "Explanation": ".attention.explanation",
     "ImageError": ".errors",
     "ItuneError": ".errors",
     "SearchError": ".errors",
-    "draw_heatmap": ".heatmap",
+    "draw_heatmap": ".attention.heatmap",
 }
 __all__ = [
     "Bundle",

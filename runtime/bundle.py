@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from .errors import BundleError
 from .manifest import Count, FileHash, FileName, ManifestFolder, Positive, Sha256
-from .settings import MOST_BEAMS, ImageSettings, Method, RetrievalSettings, Settings, Size, TextSettings
+from .settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, Size, TextSettings
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -151,22 +151,6 @@ class DecoderSettings(Settings):
     """The factor on Q K^T, already folded into the graph's weights, as lambda is."""
     visual_tokens: Positive
     visual_width: Positive
-
-
-class SearchDefaults(Settings):
-    """The search options of a caption that asks for nothing else, in the words of `transformers.generate`."""
-
-    num_beams: Annotated[Positive, Field(le=MOST_BEAMS)] = 5
-    max_new_tokens: Positive = 32
-    min_new_tokens: Count = 0
-    length_penalty: Finite = 1.0
-    early_stopping: bool | Literal["never"] = False
-    no_repeat_ngram_size: Count = 0
-    repetition_penalty: Annotated[Finite, Field(ge=1)] = 1.0
-
-    def within(self, room: int) -> SearchDefaults:
-        """The same with captions of at most `room` tokens, which is what a decoder has positions for."""
-        return self.model_copy(update={"max_new_tokens": min(self.max_new_tokens, room)})
 
 
 class RestoreSettings(Settings):

@@ -11,20 +11,21 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from .bundle import DEFAULT, TOKENIZER, Bundle, SearchDefaults, TokenSettings
+from .bundle import DEFAULT, TOKENIZER, Bundle, TokenSettings
 from .engines.base import Engine
-from .errors import BundleError, ImageError, ItuneError, SearchError
+from .errors import BundleError, ImageError, ItuneError, SearchError, reason
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
 from .retrieval.retriever import Retriever
 from .search import PADDING, SearchConfig, search
-from .settings import ImageSettings
+from .settings import ImageSettings, SearchDefaults
 
 if TYPE_CHECKING:
     from .attention.explanation import Explainer, Explanation, Layer
@@ -74,38 +75,6 @@ class Caption:
     ms: Timings
     retrieved: tuple[str, ...] | None = None
     """The datastore's captions in the prompt, the most similar first; None where nothing is retrieved."""
-
-
-class SearchOptions(TypedDict, total=False):
-    """Options of a caption, as in `transformers.generate`; left out or None is the bundle's default."""
-
-    num_beams: int | None
-    """1 is greedy search. Bundles say 5 unless exported otherwise."""
-    max_new_tokens: int | None
-    """The end token counts."""
-    min_new_tokens: int | None
-    length_penalty: float | None
-    """Exponent of the length that divides the score: above 0 favours longer captions."""
-    early_stopping: bool | Literal["never"] | None
-    no_repeat_ngram_size: int | None
-    """No n-gram of this size occurs twice; 0 is off."""
-    repetition_penalty: float | None
-    """Above 1, tokens of the caption so far become less likely; 1 is off."""
-    bad_words: Sequence[str] | None
-    """Words or phrases that are never written, spelled as they would be in a caption."""
-    num_return: int | None
-    """Candidates per image; left out, all beams or one sample."""
-    do_sample: bool | None
-    """Draw captions at random, with the probabilities that the model gives them, instead of searching for the
-    best: num_beams is then 1."""
-    temperature: float | None
-    """Below 1, likely tokens are drawn more often than the model says; 1 is off."""
-    top_k: int | None
-    """Draw from so many best tokens (50); 0 is the whole vocabulary, which is slower."""
-    top_p: float | None
-    """Draw from the best tokens that reach this probability together; 1 is off."""
-    seed: int | None
-    """The same seed draws the same captions of an image, whatever else is in its batch."""
 
 
 class Captioner:
@@ -204,9 +173,7 @@ class Captioner:
         )
 
     @overload
-    def caption(
-        self, images: T, *, batch_size: int = 8, workers: int | None = None, **options: Unpack[SearchOptions]
-    ) -> Caption: ...
+    def caption(self, images: T, *, batch_size: int = 8, workers: int | None = None, **options: Any) -> Caption: ...
 
     @overload
     def caption(
@@ -215,7 +182,7 @@ class Captioner:
         *,
         batch_size: int = 8,
         workers: int | None = None,
-        **options: Unpack[SearchOptions],
+        **options: Any,
     ) -> list[Caption]: ...
 
     def caption(
@@ -224,7 +191,7 @@ class Captioner:
         *,
         batch_size: int = 8,
         workers: int | None = None,
-        **options: Unpack[SearchOptions],
+        **options: Any,
     ) -> Caption | list[Caption]:
         """Caption one image, or each image of a list.
 
@@ -246,7 +213,7 @@ class Captioner:
         *,
         batch_size: int = 8,
         workers: int | None = None,
-        **options: Unpack[SearchOptions],
+        **options: Any,
     ) -> Iterator[tuple[T, Caption | ImageError]]:
         """Caption images as they come, in order; a bad image yields its error and stops nothing.
 
@@ -278,7 +245,7 @@ class Captioner:
         caption: Caption | str | None = None,
         *,
         layer: Layer = "last",
-        **options: Unpack[SearchOptions],
+        **options: Any,
     ) -> Explanation:
         """What the adapters look at while the model writes a caption of an image: a heatmap for every token.
 
@@ -366,12 +333,15 @@ class Captioner:
         spelled = {space + word.strip() for word in words for space in ("", " ")}
         return tuple(tuple(self.tokenizer.encode(word, add_special_tokens=False).ids) for word in sorted(spelled))
 
-    def _config(self, options: SearchOptions) -> SearchConfig:
+    def _config(self, options: dict[str, Any]) -> SearchConfig:
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         bad_words = self._spellings(given.pop("bad_words", ()))
         if given.get("do_sample"):
             given.setdefault("num_beams", 1)
-        config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
+        try:
+            config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
+        except ValidationError as error:
+            raise SearchError(reason(error)) from None
         # The last token is not fed back, so it needs no position.
         room = self.tokens.room
         if self.retriever is not None:

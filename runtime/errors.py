@@ -1,4 +1,10 @@
-"""The errors that a user can mend. Command lines print them as one sentence, without a traceback."""
+"""The errors that a user can fix. The command lines print them as one sentence, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class ItuneError(Exception):
@@ -23,3 +29,31 @@ class SearchError(ItuneError):
 
 class EngineError(ItuneError):
     """An engine cannot run here: no GPU, a library that is missing, or a plan for another machine."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library says about bad input, in one line: pydantic's first field and message, or the first line."""
+    if hasattr(error, "error_count") and hasattr(error, "errors"):  # pydantic's ValidationError, without importing it
+        first = error.errors(include_url=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"])).encode("unicode_escape").decode()
+        message: str = first["msg"].removeprefix("Value error, ")
+        if first["type"] not in ("value_error", "missing", "extra_forbidden"):
+            message += f", not {ascii(first['input'])[:60]}"
+        return f"{field}: {message}" if field else message
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
+
+
+@contextmanager
+def reading(path: Path | str, error: type[ItuneError] = ItuneError, mend: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong while `path` is read into one `error` that names it; an ItuneError passes unchanged.
+
+    `mend` tells the user what to do about it.
+    """
+    try:
+        yield
+    except ItuneError:
+        raise
+    except Exception as cause:  # on damaged files the libraries raise nearly everything
+        raise error(f"{path}: {reason(cause)}{f'; {mend}' if mend else ''}") from cause

@@ -20,7 +20,31 @@ _Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Settings(BaseModel):
     """Base of every model that is read from JSON: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+class SearchDefaults(Settings):
+    """The search options that a checkpoint and a bundle store, as in `transformers.generate`."""
+
+    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] = 5
+    """Beams; 1 is greedy search."""
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 32
+    """Longest caption in tokens, the end token included."""
+    min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Shortest caption in tokens."""
+    length_penalty: _Finite = 1.0
+    """Exponent of the length that divides the score: above 0 favours longer captions, below 0 shorter ones."""
+    early_stopping: bool | Literal["never"] = False
+    """True: stop once `num_beams` captions are finished. False: stop once no running beam scores better at its present
+    length. "never": the same at the most favourable length."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """No n-gram of this size occurs twice; 0 is off."""
+    repetition_penalty: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Above 1, tokens of the caption so far become less likely; 1 is off."""
+
+    def within(self, room: int) -> SearchDefaults:
+        """The same options for captions of at most `room` tokens."""
+        return self.model_copy(update={"max_new_tokens": min(self.max_new_tokens, room)})
 
 
 class ImageSettings(Settings):

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, ClipCapCheckpoint, Source, VisionSource, save_config
-from itune.methods.clipcap import ClipCapConfig, ClipCapModel
+from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel
+from itune.methods.clipcap.settings import ClipCapCheckpoint
 from itune.runtime.settings import TextSettings
 from tests.conftest import make_clip
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
     from itune.data.records import Record
-    from itune.methods.registry import LoadedCheckpoint
+    from itune.loading import LoadedCheckpoint
 
 pytest_plugins = ["tests.export.fixtures", "tests.runtime.fixtures"]
 
@@ -169,9 +169,9 @@ def make_checkpoint(
 ) -> Path:
     """An adapter checkpoint with random weights and biases that look hard at the image."""
     from itune.backbones import load_language_model, load_vision_tower
-    from itune.checkpoint import WEIGHTS_FILE, ITuningCheckpoint, Source, VisionSource, save_config
-    from itune.methods.adapter import AdapterConfig
-    from itune.methods.ituning import ITuningModel
+    from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+    from itune.methods.ituning.model import AdapterConfig, ITuningModel
+    from itune.methods.ituning.settings import ITuningCheckpoint
     from itune.runtime.settings import TextSettings
 
     language, tower = load_language_model(str(language_model)), load_vision_tower(str(vision))

@@ -12,8 +12,18 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = {"itune": "itune", "export": "itune.export", "runtime": "itune.runtime"}
-RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "PIL", "pydantic", "pydantic_core", "rich", "tokenizers", "typer"}
-RUNTIME_LIBRARIES |= {"faiss"}  # where a datastore is too large for NumPy alone
+RUNTIME_LIBRARIES = {
+    "numpy",
+    "onnxruntime",
+    "PIL",
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "tokenizers",
+    "typer",
+    "_itune_native",
+}
+RUNTIME_LIBRARIES |= {"_itune_native", "faiss"}  # where a datastore is too large for NumPy alone
 
 
 def imported(path: Path) -> set[str]:

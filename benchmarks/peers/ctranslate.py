@@ -63,7 +63,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     """Write the checkpoint's GPT-2 in int8; its vocabulary is the token ids, so that no tokenizer is needed."""
     from ctranslate2.converters.transformers import GPT2Loader
 
-    from itune.methods.registry import LoadedCheckpoint
+    from itune.loading import LoadedCheckpoint
 
     gpt2 = LoadedCheckpoint.load(checkpoint).language.model
     spec = GPT2Loader().get_model_spec(gpt2)

@@ -117,7 +117,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     from transformers import DynamicCache
 
     from itune.backbones import CACHE_ARGUMENT, ClipTower
-    from itune.methods.registry import LoadedCheckpoint
+    from itune.loading import LoadedCheckpoint
 
     loaded = LoadedCheckpoint.load(checkpoint)
     model, tower = loaded.model, loaded.tower

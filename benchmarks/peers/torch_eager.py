@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from itune.backbones import ClipTower
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint
 from itune.runtime.engines.base import UInt8
 
 

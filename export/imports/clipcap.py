@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ...backbones import LanguageModel, VisionTower, load_clip_projection, load_language_model, load_vision_tower
-from ...checkpoint import CONFIG_FILE, CONFIGS, WEIGHTS_FILE, CheckpointError, Source, VisionSource, save_config
+from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, Source, VisionSource, save_config
 from ...files import hash_files
 from ...methods.base import CaptionModel
-from ...methods.clipcap import ClipCapConfig, ClipCapModel, Pooling
+from ...methods.clipcap.model import ClipCapConfig, ClipCapModel, Pooling
+from ...methods.schemas import CHECKPOINTS
 from ...retrieval.encoder import load_head
-from ...runtime.bundle import TOKENIZER, SearchDefaults
-from ...runtime.settings import RetrievalSettings, TextSettings
+from ...runtime.bundle import TOKENIZER
+from ...runtime.settings import RetrievalSettings, SearchDefaults, TextSettings
 from ..staging import staged_folder
 from .smallcap import SEARCH, TEXT, is_smallcap, language_model_state, read_smallcap, retrieved_captions
 from .state_dicts import State, fitted, read_state, weight
@@ -87,7 +88,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             weights = sorted((folder / _FINE_TUNED).glob("*.safetensors"))
             source = Source(source=_FINE_TUNED, sha256=hash_files(weights))
         imported.model.save_adapters(folder / WEIGHTS_FILE)
-        config = CONFIGS[imported.model.method](
+        config = CHECKPOINTS[imported.model.method](
             language_model=source,
             vision=VisionSource.of_tower(tower, options.vision, output),
             image=tower.image,

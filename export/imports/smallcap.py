@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ...backbones import ClipTower, LanguageModel, VisionTower
 from ...checkpoint import CheckpointError
-from ...methods.smallcap import CrossAttentionConfig, SmallCapModel
-from ...runtime.bundle import SearchDefaults
-from ...runtime.settings import TextSettings
+from ...methods.smallcap.model import CrossAttentionConfig, SmallCapModel
+from ...runtime.settings import SearchDefaults, TextSettings
 from .state_dicts import State, fitted, weight
 
 _CROSS = re.compile(r"decoder\.transformer\.h\.(\d+)\.(crossattention\.\w+_(?:attn|proj)|ln_cross_attn)\.(weight|bias)")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...methods.clipcap import ClipCapModel
+from ...methods.clipcap.model import ClipCapModel
 from ..graph.builder import Array, Graph
 from ..graph.decoder import Decoder, arrays, language_model_weights
 from ..graph.ops import append_activation

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from ...methods.ituning import ITuningModel
+from ...methods.ituning.model import ITuningModel
 from ..graph.builder import Array, Graph
 from ..graph.decoder import Decoder, arrays, language_model_weights
 from ..graph.ops import append_activation

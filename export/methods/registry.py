@@ -6,9 +6,9 @@ from typing import Any
 
 from ...backbones import VisionTower
 from ...methods.base import CaptionModel
-from ...methods.clipcap import ClipCapModel
-from ...methods.ituning import ITuningModel
-from ...methods.smallcap import SmallCapModel
+from ...methods.clipcap.model import ClipCapModel
+from ...methods.ituning.model import ITuningModel
+from ...methods.smallcap.model import SmallCapModel
 from ...retrieval.encoder import RetrievalHead
 from ...runtime.bundle import MANIFEST, Manifest
 from ...runtime.errors import BundleError

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ...methods.smallcap import SmallCapModel
+from ...methods.smallcap.model import SmallCapModel
 from ..graph.builder import Array, Graph
 from ..graph.decoder import Decoder, arrays, language_model_weights
 from .ituning import append_projections

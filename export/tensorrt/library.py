@@ -149,8 +149,7 @@ def build_plan(
 
 
 def _command(request: PlanRequest) -> list[str]:
-    # -P: started in a checkout, Python would take its folder `itune` for the package.
-    return [sys.executable, "-P", "-m", "itune.export.tensorrt.plan_builder", request.model_dump_json()]
+    return [sys.executable, "-m", "itune.export.tensorrt.plan_builder", request.model_dump_json()]
 
 
 def _follow(

@@ -22,10 +22,11 @@ from rich import box
 from rich.table import Table
 
 from ...data.records import Record
-from ...runtime.bundle import Bundle, SearchDefaults
+from ...runtime.bundle import Bundle
 from ...runtime.captioner import Captioner
 from ...runtime.engines.base import Int64
 from ...runtime.errors import ItuneError
+from ...runtime.settings import SearchDefaults
 from .dev_split import DevScores, caption_dev_split, compare_dev_split, write_dev_split
 from .scenarios import Array, Scenario, beside_loud_image, pick_images, record, replay
 
@@ -139,8 +140,10 @@ def report_table(checks: Sequence[Check], title: str) -> Table:
 
 def write_reference(checkpoint: Path, folder: Path, images: Path | None, shortlist: Int64 | None = None) -> None:
     """Play the scenarios and caption the images in eager PyTorch; keep everything in `folder`."""
-    from ...evaluate import eager_captioner  # torch, which `compare` does without
-    from ...methods.registry import LoadedCheckpoint
+    from ...loading import (
+        LoadedCheckpoint,
+        eager_captioner,  # torch, which `compare` does without
+    )
 
     loaded = LoadedCheckpoint.load(checkpoint)
     captioner = eager_captioner(loaded, shortlist)
@@ -299,8 +302,7 @@ def _dev_checks(scores: DevScores, limits: Limits) -> list[Check]:
 
 
 def _run(*arguments: object) -> None:
-    # -P: started in a checkout, Python would take its folder `itune` for the package.
-    command = [sys.executable, "-P", "-m", "itune.export.verify.checks", *map(str, arguments)]
+    command = [sys.executable, "-m", "itune.export.verify.checks", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise VerificationError(f"verification was killed by signal {-done.returncode}, perhaps for want of memory")

@@ -12,9 +12,9 @@ import numpy as np
 
 from ...data.records import Record
 from ...metrics import score
-from ...runtime.bundle import SearchDefaults
 from ...runtime.captioner import Captioner
 from ...runtime.errors import ImageError, ItuneError
+from ...runtime.settings import SearchDefaults
 
 DEV_PHOTOS = 200
 """Of a dev split, unless more are asked for."""

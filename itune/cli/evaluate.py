@@ -105,7 +105,7 @@ def evaluate(
             lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"
             raise ItuneError(f"{lacking} is missing: give a model and --data, or --captions and --references")
         common.require("train", "torch", "transformers", "safetensors")
-        from ..evaluate import load_captioner
+        from ..loading import load_captioner
         from ..retrieval.build import photos_in
 
         wanted = wanted or (None if split else "dev")

@@ -9,14 +9,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import common
-
-if TYPE_CHECKING:
-    from ..runtime.captioner import SearchOptions
 
 STDIN = "-"
 
@@ -104,7 +101,7 @@ def run(
         captioner.explainer.reader.choose(heatmaps.layer)  # what cannot be shown is told before anything is captioned
     if STDIN in sources:
         workers = 0  # reading ahead would wait for stdin before it captions what comes first
-    options: SearchOptions = {
+    options: dict[str, Any] = {
         "num_beams": num_beams,
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,

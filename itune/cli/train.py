@@ -111,7 +111,7 @@ def train(
         init_from = None  # what the run began from
     config = _configuration(preset, overrides, output, resume, init_from)
     splits = Splits(data, images, dev_data, dev_fraction, dev_images)
-    from ..methods.registry import check_hashes
+    from ..loading import check_hashes
     from ..training.run_folder import LAST, only_run
 
     with only_run(output):

@@ -156,6 +156,13 @@ class CaptionModel(nn.Module, ABC):
         """Within the block every layer's attention over the image [images, heads, queries, N] is appended."""
         yield
 
+    def language_model_state(self) -> dict[str, Tensor]:
+        """The frozen language model's weights under GPT-2's own names; a tied head is left out."""
+        state: dict[str, Tensor] = self.language_model.state_dict()
+        if self.language_model.lm_head.weight is self.language_model.transformer.wte.weight:
+            del state["lm_head.weight"]
+        return state
+
     def adapter_state(self) -> dict[str, Tensor]:
         """The trainable weights under their checkpoint names."""
         return {f"{self.weights_prefix}{name}": weight for name, weight in self.adapters.state_dict().items()}

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..backbones import LanguageModel, VisionTower
 from ..checkpoint import (
-    CONFIGS,
     WEIGHTS_FILE,
     CheckpointError,
     Source,
@@ -39,10 +38,10 @@ from ..evaluate import caption_features
 from ..files import atomic_folder, atomic_path
 from ..methods.base import write_tensors
 from ..methods.registry import MODELS
+from ..methods.schemas import CHECKPOINTS
 from ..metrics import CiderD
-from ..runtime.bundle import SearchDefaults
 from ..runtime.search import SearchConfig
-from ..runtime.settings import RetrievalSettings
+from ..runtime.settings import RetrievalSettings, SearchDefaults
 from .averaging import WeightAverage
 from .batches import Batch, TokenizedRecord, caption_head, epoch_steps, steps_per_epoch, tokenize
 from .config import ConfigError, TrainConfig
@@ -334,7 +333,7 @@ class Trainer:
             self.model.save_adapters(folder / WEIGHTS_FILE)
         config = self.config
         save_config(
-            CONFIGS[config.method](
+            CHECKPOINTS[config.method](
                 language_model=Source.of_language_model(self.language, config.language_model, home),
                 vision=VisionSource.of_tower(self.tower, config.vision, home),
                 image=self.tower.image,

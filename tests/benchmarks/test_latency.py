@@ -160,7 +160,7 @@ def test_random_captioners_look_at_their_image(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(LATENCY.parent))
     from random_init import Geometry, build_checkpoint
 
-    from itune.evaluate import load_captioner
+    from itune.loading import load_captioner
     from tests.conftest import random_photo
 
     tiny = Geometry(

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import ITuningCheckpoint, Source, VisionSource, save_config
+from itune.checkpoint import Source, VisionSource, save_config
 from itune.export.graph.builder import Graph
-from itune.methods.adapter import AdapterConfig
-from itune.methods.ituning import ITuningModel
+from itune.methods.ituning.model import AdapterConfig, ITuningModel
+from itune.methods.ituning.settings import ITuningCheckpoint
 from itune.runtime.settings import TextSettings
 
 # For the processes that the verification starts, as for this one.

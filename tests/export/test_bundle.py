@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
 from itune.export.verify.checks import VerificationError
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.errors import ItuneError

@@ -6,12 +6,11 @@ import numpy as np
 import onnx
 import pytest
 
-from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.quantize.rewrite import read_weights
 from itune.export.restore import restore_bundle
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import BundleError, ItuneError
 from tests.conftest import assert_same_weights

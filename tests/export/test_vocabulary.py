@@ -8,13 +8,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.restore import restore_bundle
 from itune.export.verify.checks import VerificationError
 from itune.export.vocabulary import Vocabulary
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle, TokenSettings
 from itune.runtime.engines.base import Candidates

@@ -13,8 +13,8 @@ from itune.cli.evaluate import main
 from itune.data.features import LiveFeatures
 from itune.data.records import Record
 from itune.eager import EagerEngine
-from itune.evaluate import caption_features, caption_records, load_captioner, score_captions, write_results
-from itune.methods.registry import LoadedCheckpoint
+from itune.evaluate import caption_features, caption_records, score_captions, write_results
+from itune.loading import LoadedCheckpoint, load_captioner
 from itune.runtime.search import SearchConfig
 from tests.conftest import CAPTIONS
 

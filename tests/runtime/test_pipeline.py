@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from PIL import Image
 from itune.export.bundle import export_bundle
 from itune.export.quantize.rewrite import Precision
 from itune.runtime import Caption, Captioner, ImageError, ItuneError
-from itune.runtime.captioner import SearchOptions
 from itune.runtime.image import decode
 from itune.runtime.pipeline import decode_ahead
 
@@ -238,7 +238,7 @@ def test_threads_share_a_captioner(
     captioner = Captioner.load(tmp_path / "bundle", threads=2)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"")
-    options: tuple[SearchOptions, ...] = (
+    options: tuple[dict[str, Any], ...] = (
         {"num_beams": 1},
         {"num_beams": 3, "max_new_tokens": 9},
         {"num_beams": 5, "no_repeat_ngram_size": 2},

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from itune.eager import EagerEngine
-from itune.evaluate import eager_captioner
 from itune.export.compare.fidelity import measure_fidelity
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 
 CAPTIONS = [[70, 80, 301, 9], [44], [12, 13, 14, 15, 16, 17], [], [301, 302, 303]]
 

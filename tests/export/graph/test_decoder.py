@@ -8,9 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.export.graph.builder import Graph
 from itune.export.methods.registry import build_decoder
-from itune.methods.adapter import AdapterConfig
-from itune.methods.ituning import ITuningModel
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint
+from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.runtime.engines.onnxruntime import open_session
 from itune.runtime.errors import ItuneError
 

@@ -13,12 +13,11 @@ import torch
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.cli.run import main
-from itune.evaluate import load_captioner
 from itune.export.bundle import export_bundle
 from itune.export.methods.registry import build_vision
 from itune.export.restore import restore_bundle
 from itune.export.verify.checks import Check
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, load_captioner
 from itune.retrieval.build import Source, build_datastore
 from itune.retrieval.encoder import load_head
 from itune.runtime import Captioner, DatastoreError, ItuneError

@@ -17,7 +17,7 @@ from itune.export.graph.onnx_tower import append_onnx
 from itune.export.graph.ops import append_activation
 from itune.export.methods.ituning import projection_weights, split_projections
 from itune.export.methods.registry import build_vision
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint
 from itune.runtime.errors import ItuneError
 
 

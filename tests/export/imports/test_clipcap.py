@@ -18,9 +18,8 @@ from transformers import CLIPVisionModelWithProjection, GPT2LMHeadModel
 
 from itune.checkpoint import CheckpointError, load_config
 from itune.data.records import Record
-from itune.evaluate import eager_captioner
 from itune.export.imports.clipcap import ImportOptions, import_checkpoint
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings
 from tests.clipcap import papers_transformer
@@ -179,7 +178,7 @@ def test_weights_that_no_training_makes(
 
 
 def itune(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-P", "-m", f"itune.cli.{command}", *map(str, arguments)]
+    line = [sys.executable, "-m", f"itune.cli.{command}", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
 
 

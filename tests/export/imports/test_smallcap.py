@@ -16,10 +16,10 @@ from transformers import GPT2LMHeadModel
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
 from itune.cli.train import _inherit
-from itune.evaluate import load_captioner
 from itune.export.bundle import export_bundle
 from itune.export.imports.clipcap import ImportOptions, import_checkpoint
-from itune.methods.registry import MODELS, LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, load_captioner
+from itune.methods.registry import MODELS
 from itune.retrieval.build import Source, build_datastore
 from itune.runtime import Captioner
 from itune.runtime.image import decode, preprocess

@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from itune.evaluate import eager_captioner
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.methods.clipcap import fold_mapper, unfold_mapper
@@ -21,7 +20,7 @@ from itune.export.tensorrt.plans import PlanOptions
 from itune.export.tensorrt.profiles import PlanLimits
 from itune.export.verify.checks import compare, write_reference
 from itune.export.vocabulary import Vocabulary
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle
 from tests.clipcap import SHAPES, save_clipcap

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, SmallCapCheckpoint, Source, VisionSource, save_config
-from itune.evaluate import load_captioner
+from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
 from itune.export.bundle import export_bundle
 from itune.export.restore import restore_bundle
 from itune.export.verify.checks import Check
-from itune.methods.registry import LoadedCheckpoint
-from itune.methods.smallcap import CrossAttentionConfig, SmallCapModel
+from itune.loading import LoadedCheckpoint, load_captioner
+from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
+from itune.methods.smallcap.settings import SmallCapCheckpoint
 from itune.retrieval.build import Source as Captions
 from itune.retrieval.build import build_datastore
 from itune.retrieval.encoder import load_head

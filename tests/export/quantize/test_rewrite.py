@@ -13,7 +13,7 @@ from itune.export.methods.registry import build_decoder, build_vision
 from itune.export.quantize.products import Blocks, Rows
 from itune.export.quantize.rewrite import float_graph, halve_graph, quantize_graph, read_weights
 from itune.export.quantize.weights import snap_blockwise, snap_per_channel
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint
 from itune.runtime.engines.onnxruntime import open_session
 from itune.runtime.errors import ItuneError
 

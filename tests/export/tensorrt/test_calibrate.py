@@ -9,7 +9,7 @@ from itune.export.graph.builder import Graph
 from itune.export.methods.registry import build_decoder, build_vision
 from itune.export.tensorrt.calibrate import PHOTOS, RANDOM, Histogram, calibration_images, choose_ranges
 from itune.export.tensorrt.typed_graph import quantized_inputs
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from itune.runtime.errors import ItuneError
 

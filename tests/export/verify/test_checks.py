@@ -10,18 +10,18 @@ import pytest
 from rich.console import Console
 
 from itune.data.records import Record
-from itune.evaluate import caption_records, eager_captioner, score_captions
+from itune.evaluate import caption_records, score_captions
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.verify import checks as verify
 from itune.export.verify.checks import LIMITS, Check, VerificationError, compare, report_table, write_reference
 from itune.export.verify.dev_split import compare_dev_split, write_dev_split
 from itune.export.verify.scenarios import Scenario, beside_loud_image, pick_images
-from itune.methods.registry import LoadedCheckpoint
-from itune.runtime.bundle import MANIFEST, SearchDefaults
+from itune.loading import LoadedCheckpoint, eager_captioner
+from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import ItuneError
 from itune.runtime.manifest import FileHash
-from itune.runtime.settings import ImageSettings
+from itune.runtime.settings import ImageSettings, SearchDefaults
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
 PRECISIONS = ("fp32", "fp16", "int8", "int4")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from itune.cli import common, export
-from itune.evaluate import eager_captioner
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 
 ITUNE_EXPORT = Path(sys.executable).with_name("itune-export")
@@ -123,7 +122,7 @@ def test_missing_libraries_are_named(run, monkeypatch):
 
 def test_help_is_fast_and_needs_no_torch():
     code = "import sys; from itune.cli import export; print({'torch', 'onnx', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from itune.methods.adapter import AdapterConfig, ITuningAdapter, count_parameters
+from itune.methods.ituning.model import AdapterConfig, ITuningAdapter, count_parameters
 from itune.runtime.errors import ItuneError
 
 

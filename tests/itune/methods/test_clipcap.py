@@ -17,9 +17,8 @@ from itune.checkpoint import CheckpointError, load_config
 from itune.data.features import LiveFeatures
 from itune.data.records import Record
 from itune.eager import EagerEngine
-from itune.evaluate import eager_captioner
-from itune.methods.clipcap import ClipCapConfig, ClipCapModel, ImagePrefix
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, eager_captioner
+from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel, ImagePrefix
 from itune.runtime.errors import ItuneError
 from itune.runtime.search import SearchConfig, search
 from itune.runtime.settings import TextSettings

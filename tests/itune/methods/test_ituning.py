@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError
 from itune.eager import EagerEngine, candidates
-from itune.methods.ituning import ITuningModel
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint
+from itune.methods.ituning.model import ITuningModel
 from itune.runtime.search import NATIVE, SearchConfig, search
 
 

@@ -17,10 +17,10 @@ from itune.backbones import LanguageModel, load_language_model, load_vision_towe
 from itune.cli.train import main
 from itune.data.features import LiveFeatures
 from itune.data.records import load_records
-from itune.evaluate import load_captioner
+from itune.loading import load_captioner
 from itune.methods.base import CaptionModel
-from itune.methods.ituning import AdapterConfig, ITuningModel
-from itune.methods.smallcap import CrossAttentionConfig, SmallCapModel, count_parameters
+from itune.methods.ituning.model import AdapterConfig, ITuningModel
+from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel, count_parameters
 from itune.retrieval.build import Source, build_datastore
 from itune.runtime.errors import DatastoreError, ItuneError, SearchError
 from itune.runtime.settings import TextSettings

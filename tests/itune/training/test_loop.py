@@ -23,9 +23,8 @@ from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError, load_config, resolve_source, save_config
 from itune.data.features import FeatureCache, Features, LiveFeatures
 from itune.data.records import Record
-from itune.methods.registry import LoadedCheckpoint
-from itune.runtime.bundle import SearchDefaults
-from itune.runtime.settings import TextSettings
+from itune.loading import LoadedCheckpoint
+from itune.runtime.settings import SearchDefaults, TextSettings
 from itune.training.batches import epoch_steps, tokenize
 from itune.training.config import PRESETS, ConfigError, TrainConfig, flag, resolve
 from itune.training.loop import Interrupted, Progress, Trainer

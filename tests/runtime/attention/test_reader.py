@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from itune.evaluate import load_captioner
 from itune.export.bundle import export_bundle
 from itune.export.graph import builder as graph_module
 from itune.export.graph.builder import Graph
 from itune.export.tensorrt.typed_graph import FLOAT, HALF, cast_outputs, type_graph
-from itune.methods.registry import LoadedCheckpoint
+from itune.loading import LoadedCheckpoint, load_captioner
 from itune.runtime import BundleError, Captioner, Explanation, ItuneError
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.image import decode, preprocess

@@ -12,7 +12,7 @@ import pytest
 
 from itune import Captioner
 from itune.cli import run as command
-from itune.evaluate import load_captioner
+from itune.loading import load_captioner
 from itune.runtime.captioner import ENGINES
 from itune.runtime.engines import choice, onnxruntime_cuda
 from itune.runtime.engines.cuda import CudaDevice

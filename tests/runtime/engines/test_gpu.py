@@ -41,7 +41,7 @@ def plans(request, gpu, checkpoint_folder, photos, tmp_path_factory) -> tuple[Pa
     limits = ["--gpu", gpu, "--max-batch", MAX_BATCH, "--max-beams", 5, "--max-new-tokens", 16, "-o", folder]
     calibration = ["--calibration-data", photos[0].parent] if request.param == "int8" else []
     arguments = [str(each) for each in (*command, *limits, *calibration)]
-    done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, request.param
 

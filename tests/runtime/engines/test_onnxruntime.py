@@ -17,8 +17,7 @@ from itune.eager import EagerEngine
 from itune.export.methods.registry import build_decoder, build_vision
 from itune.export.quantize.products import Blocks, Rows
 from itune.export.quantize.rewrite import quantize_graph
-from itune.methods.adapter import AdapterConfig
-from itune.methods.ituning import ITuningModel
+from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.engines import onnxruntime as onnxruntime_engine
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session

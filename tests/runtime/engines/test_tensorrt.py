@@ -8,13 +8,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from itune import Captioner
 from itune.runtime.bundle import MANIFEST, Bundle, PlanSettings, ProfileRange
-from itune.runtime.captioner import SearchOptions
 from itune.runtime.engines import tensorrt as tensorrt_engine
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from itune.runtime.engines.tensorrt import ALIGNMENT, Layout, TensorRTEngine
@@ -23,7 +23,7 @@ from itune.runtime.errors import BundleError, EngineError, SearchError
 from tests.runtime.fake_gpu import FakeDevice, FakeTensorRT
 from tests.runtime.plans import BATCH, BEAMS, POSITIONS, K, make_plan_bundle
 
-CASES: dict[str, SearchOptions] = {
+CASES: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1, "max_new_tokens": 8},
     "beams": {"num_beams": 5, "max_new_tokens": 12},
     "constraints": {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 4, "no_repeat_ngram_size": 2},

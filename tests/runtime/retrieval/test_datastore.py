@@ -261,7 +261,7 @@ def test_a_large_datastore_without_faiss_says_what_to_install(words: Path, tmp_p
         f"try: Datastore.load({str(words)!r})\nexcept DatastoreError as error: print(error)\n"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'itune[retrieval]'" in done.stdout
     pytest.importorskip("faiss")
     with pytest.raises(DatastoreError, match=r"index\.faiss: faiss cannot read it"):

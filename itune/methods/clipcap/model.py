@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from ..backbones import ClipProjection, load_clip_projection, vision_kind
-from ..checkpoint import CheckpointConfig, ClipCapCheckpoint
-from ..runtime.errors import ItuneError
-from ..runtime.settings import Method, TextSettings
-from ..training.config import ConfigError, TrainConfig
-from .base import CaptionModel, Visual
+from ...backbones import ClipProjection, load_clip_projection, vision_kind
+from ...checkpoint import CheckpointConfig
+from ...runtime.errors import ItuneError
+from ...runtime.settings import Method, TextSettings
+from ...training.config import ConfigError, TrainConfig
+from ..base import CaptionModel, Visual
+from .settings import ClipCapCheckpoint
 
 Pooling = Literal["projected", "cls", "mean"]
 _MLP_RATIO = 2

@@ -21,11 +21,12 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from ..checkpoint import CheckpointConfig, SmallCapCheckpoint
-from ..runtime.errors import ItuneError
-from ..runtime.settings import Method
-from ..training.config import TrainConfig
-from .base import CaptionModel, Visual
+from ...checkpoint import CheckpointConfig
+from ...runtime.errors import ItuneError
+from ...runtime.settings import Method
+from ...training.config import TrainConfig
+from ..base import CaptionModel, Visual
+from .settings import SmallCapCheckpoint
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""Names of graph inputs, outputs and nodes that the exporter writes and the runtime reads."""
+
+from __future__ import annotations
+
+VISUAL = "visual."
+"""Prefix of what the vision graph passes to the decoder: `visual.{layer}.keys`, `.values`, or `visual.prefix`."""
+EMBEDDING = "visual.embedding"
+"""The vision graph's output that a datastore is searched with: float32 [images, D], of length 1."""
+PAST, PRESENT = "past_key_values.", "present."
+"""Prefixes of the decoder's cache as input and as output: `past_key_values.{layer}.key`, `present.{layer}.value`."""
+HEAD = "head/"
+"""Prefix of the names of the language-model head's nodes."""
+RESIDUAL = "residual"
+"""Scope of the additions to the residual stream, in the decoder and in a CLIP tower."""
+
+
+def keys(layer: int) -> str:
+    """The visual keys of an adapted layer [images, heads, width, N]."""
+    return f"{VISUAL}{layer}.keys"
+
+
+def values(layer: int) -> str:
+    """The visual values of an adapted layer [images, heads, N, width]."""
+    return f"{VISUAL}{layer}.values"
+
+
+def past(layer: int, part: str) -> str:
+    """The cached keys or values (`part` is "key" or "value") of a decoder layer, as an input."""
+    return f"{PAST}{layer}.{part}"
+
+
+def present(layer: int, part: str) -> str:
+    """The same as an output."""
+    return f"{PRESENT}{layer}.{part}"
+
+
+def visual_attention(layer: int, method: str) -> str:
+    """The output of the softmax over the image in a decoder layer [images, heads, rows / images * T, N].
+
+    I-Tuning with one head has no axis for heads.
+    """
+    scope = {"i-tuning": "mlp/adapter", "smallcap": "cross_attn"}[method]
+    return f"h.{layer}/{scope}/Softmax"
