@@ -86,11 +86,11 @@ def caption_head(bundle: BundleFolder, new_tokens: int) -> list[int]:
     manifest = bundle.manifest
     retrieval = manifest.retrieval
     if retrieval is None or not retrieval.k:
-        return manifest.tokens.head
+        return manifest.tokens.prompt_tokens
     tokens = manifest.tokens.model_copy(update={"prompt": []})
     writer = PromptWriter(Tokenizer.from_file(str(bundle.path(TOKENIZER))), manifest.text, retrieval)
     similar = [RETRIEVED[i % len(RETRIEVED)] for i in range(retrieval.k)]
-    return [*tokens.head, *writer.write(similar, tokens.room - new_tokens)[0]]
+    return [*tokens.prompt_tokens, *writer.write(similar, tokens.room - new_tokens)[0]]
 
 
 def plan_options(arguments: argparse.Namespace) -> Callable[[str], list[Any]]:

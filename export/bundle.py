@@ -24,12 +24,12 @@ from ..runtime.bundle import (
     MANIFEST,
     TOKENIZER,
     DecoderSettings,
+    GraphEntry,
     Manifest,
     RestoreSettings,
     TensorSpec,
     square_grid,
 )
-from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from ..runtime.manifest import FileHash

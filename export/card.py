@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import PurePosixPath
 
-from ..runtime.bundle import Graph, Manifest
+from ..runtime.bundle import GraphEntry, Manifest
 from ..runtime.settings import Method
 
 MODEL_CARD = "README.md"
@@ -95,7 +95,7 @@ def _adapters(manifest: Manifest) -> str:
     return f"{place}, bottleneck {width}, heads {decoder.adapter_heads}"
 
 
-def _plans(manifest: Manifest, graphs: list[Graph]) -> str:
+def _plans(manifest: Manifest, graphs: list[GraphEntry]) -> str:
     """The section on TensorRT plans: what they run on, and for how much they have room."""
     rows = []
     for graph in graphs:
@@ -106,7 +106,7 @@ def _plans(manifest: Manifest, graphs: list[Graph]) -> str:
             f"{plan.flavour} {plan.version} | {plan.source} |\n"
         )
     largest = {name: sizes.max for graph in graphs if graph.plan for name, sizes in graph.plan.profiles[0].items()}
-    images, rows_, prompt = largest["pixels"][0], largest["tokens"][0], len(manifest.tokens.head)
+    images, rows_, prompt = largest["pixels"][0], largest["tokens"][0], len(manifest.tokens.prompt_tokens)
     tokens = largest["mask"][1] - 2 * prompt
     return f"""That takes the TensorRT plans, on a GPU of one of the compute capabilities below, with the very TensorRT
 that built them. Anywhere else, `--engine onnxruntime` runs the ONNX graphs that they come from.

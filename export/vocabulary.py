@@ -73,7 +73,7 @@ class Vocabulary:
                 counts.update(encode_caption(tokenizer, text, caption))
             found = set(sorted(counts, key=lambda token: (-counts[token], token))[: self.size])
         single_bytes = (tokenizer.token_to_id(byte) for byte in ByteLevel.alphabet())
-        always = {*tokens.text_head, tokens.end, *(token for token in single_bytes if token is not None)}
+        always = {*tokens.text_prompt_tokens, tokens.end, *(token for token in single_bytes if token is not None)}
         return np.array(sorted(found | always), np.int64)
 
 

@@ -5,29 +5,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .errors import BundleError, DatastoreError, EngineError, ImageError, ItuneError, SearchError
+
 if TYPE_CHECKING:
     from .attention.explanation import Explanation
     from .attention.heatmap import draw_heatmap
     from .bundle import Bundle
     from .captioner import Candidate, Caption, Captioner
-    from .errors import BundleError, DatastoreError, EngineError, ImageError, ItuneError, SearchError
     from .retrieval.datastore import Datastore
 
 _MODULES = {
     "Bundle": ".bundle",
-    "BundleError": ".errors",
     "Candidate": ".captioner",
     "Caption": ".captioner",
     "Captioner": ".captioner",
     "Datastore": ".retrieval.datastore",
-    "DatastoreError": ".errors",
-    "EngineError": ".errors",
     "Explanation": ".attention.explanation",
-    "ImageError": ".errors",
-    "ItuneError": ".errors",
-    "SearchError": ".errors",
     "draw_heatmap": ".attention.heatmap",
 }
+"""Imported when first used: `import itune` must be fast."""
 __all__ = [
     "Bundle",
     "BundleError",

@@ -1,31 +1,32 @@
 """`Captioner`: images in, captions out. It joins an engine, the search, a tokenizer and the preprocessing.
 
-Nothing here knows which engine runs: a bundle's graphs and the eager PyTorch reference are driven alike.
+It works with any engine: those that run a bundle's graphs, and eager PyTorch.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, StringConstraints
 from tokenizers import Tokenizer
 
-from .bundle import DEFAULT, TOKENIZER, Bundle, TokenSettings
+from .bundle import DEFAULT, FOLDER, TOKENIZER, Bundle, TokenSettings
 from .engines.base import Engine
-from .errors import BundleError, ImageError, ItuneError, SearchError, reason
+from .errors import BundleError, ImageError, ItuneError, SearchError, reading
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
 from .retrieval.retriever import Retriever
 from .search import PADDING, SearchConfig, search
-from .settings import ImageSettings, SearchDefaults
+from .settings import ImageSettings, SearchDefaults, Settings
+from .text import decode_text, encode_caption, encode_text
 
 if TYPE_CHECKING:
     from .attention.explanation import Explainer, Explanation, Layer
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
 """The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
 MAX_WORKERS = 4
-"""Threads that decode images, unless more are asked for; each may hold a large photo in memory."""
+"""Default maximum of decoding threads; each may hold a large photo in memory."""
 MOST = 4096
-"""Threads, workers, or images in a batch."""
+"""Maximum of threads, workers, and images in a batch."""
 T = TypeVar("T", bound=Source)
 
 
@@ -46,7 +47,7 @@ class _Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the captions that the search kept."""
+    """One of the captions that the search found for an image."""
 
     caption: str
     score: float
@@ -63,7 +64,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Caption:
-    """What an image shows, in the words of the first candidate."""
+    """The best caption of an image, and the other candidates."""
 
     caption: str
     score: float
@@ -74,7 +75,28 @@ class Caption:
     """The captions of all beams, best first, or the samples in the order of drawing; the first is `caption`."""
     ms: Timings
     retrieved: tuple[str, ...] | None = None
-    """The datastore's captions in the prompt, the most similar first; None where nothing is retrieved."""
+    """The datastore's captions in the prompt, the most similar first; None: nothing is retrieved."""
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """The bundle that a captioner runs, and how it was loaded."""
+
+    bundle: Bundle
+    engine_name: str
+    """One of ENGINES."""
+    engine_notice: str | None = None
+    """How "auto" chose the engine, as a sentence for the user; None: as usual."""
+    threads: int | None = None
+    """Threads of the engine; None: its own choice."""
+
+
+class _StreamOptions(Settings):
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 1
+    workers: Annotated[int, Field(ge=0, le=MOST)] = 0
+    bad_words: list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]] = Field(
+        default_factory=list
+    )
 
 
 class Captioner:
@@ -92,29 +114,14 @@ class Captioner:
         image: ImageSettings,
         tokens: TokenSettings,
         search: SearchDefaults,
-        workers: int = 1,
-        engine_name: str = "",
-        engine_notice: str | None = None,
         retriever: Retriever | None = None,
-        bundle: Bundle | None = None,
-        threads: int | None = None,
+        loaded: LoadedBundle | None = None,
     ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.image = image
-        self.tokens = tokens
-        self.search = search
-        self.workers = workers
-        self.engine_name = engine_name
-        """Which of ENGINES runs the model."""
-        self.engine_notice = engine_notice
-        """What is worth telling about how "auto" chose it, as a sentence; None if nothing is."""
-        self.retriever = retriever
-        """Where captions for the prompts come from; None where prompts have none."""
-        self.bundle = bundle
-        """What was loaded; None for a model that is no bundle, such as a checkpoint in PyTorch."""
-        self.threads = threads
-        """Of the engine; None is its choice."""
+        """`retriever` None: prompts without retrieved captions. `loaded` None: no bundle, but PyTorch."""
+        self.engine, self.tokenizer, self.image, self.tokens, self.search = engine, tokenizer, image, tokens, search
+        self.retriever, self.loaded = retriever, loaded
+        self.workers = 1
+        """Threads that decode images, unless `stream` sets others."""
         self._explainer: Explainer | None = None
         self._loading = threading.Lock()
 
@@ -130,144 +137,143 @@ class Captioner:
     ) -> Captioner:
         """Load a bundle: `folder`, or the model that is installed with the package.
 
-        `engine` is one of ENGINES; `threads` None lets the engine choose. A bundle that was made for retrieval takes
-        `retrieve` captions (None: as many as it was trained with; 0: none) of `datastore` into each prompt; left out,
-        of the folder `datastore` in the bundle.
+        `engine` is one of ENGINES; `threads` None lets the engine choose. A bundle made for retrieval takes `retrieve`
+        captions (None: as many as in training; 0: none) of `datastore` into each prompt; the default datastore is the
+        folder `datastore` in the bundle.
 
         Raises:
-            BundleError: the bundle is missing, damaged or of another schema version, or not made for retrieval.
-            DatastoreError: the datastore is missing, damaged or of another encoder.
+            BundleError: the bundle is missing, damaged, of another schema version, or not made for retrieval.
+            DatastoreError: the datastore is missing, damaged, or was built with another encoder.
             EngineError: the engine cannot run here; with "auto", a bundle of TensorRT plans where there is no GPU.
         """
-        if engine not in ENGINES:
-            raise ItuneError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
-        if threads is not None:
-            _check_count("threads", threads, 1)
+        if engine not in ENGINES or not 1 <= (1 if threads is None else threads) <= MOST or (retrieve or 0) < 0:
+            raise ItuneError(
+                f"engine {engine!r}, threads {threads}, retrieve {retrieve}: engine must be one of "
+                f"{', '.join(ENGINES)}, threads 1 to {MOST}, retrieve at least 0"
+            )
         bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
-        path = bundle.path(TOKENIZER)
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise BundleError(f"{path} is not a tokenizer ({error}); export the bundle again") from error
-        retriever = Retriever.of_bundle(bundle, tokenizer, None if datastore is None else Path(datastore), retrieve)
+        with reading(bundle.path(TOKENIZER), BundleError, FOLDER.mend):
+            tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
+        manifest = bundle.manifest
+        retriever = Retriever.load(
+            manifest.retrieval,
+            manifest.text,
+            tokenizer,
+            model=bundle.folder,
+            datastore=None if datastore is None else Path(datastore),
+            k=retrieve,
+        )
         # Slow to import: only once the bundle is good.
         from .engines.choice import load_engine
         from .engines.onnxruntime import available_cpus
 
-        manifest = bundle.manifest
-        loaded = load_engine(bundle, engine, threads)
-        # The thread that runs the model decodes, too, while it would wait.
-        workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
-        return cls(
-            loaded.engine,
-            tokenizer,
-            manifest.image,
-            loaded.tokens,
-            manifest.search,
-            workers,
-            loaded.name,
-            loaded.notice,
-            retriever,
-            bundle,
-            threads,
-        )
+        chosen = load_engine(bundle, engine, threads)
+        loaded = LoadedBundle(bundle, chosen.name, chosen.notice, threads)
+        captioner = cls(chosen.engine, tokenizer, manifest.image, chosen.tokens, manifest.search, retriever, loaded)
+        # The thread that runs the model also decodes while it would wait.
+        captioner.workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
+        return captioner
+
+    @property
+    def engine_name(self) -> str:
+        """The engine that runs the model, one of ENGINES; "" for eager PyTorch."""
+        return self.loaded.engine_name if self.loaded else ""
+
+    @property
+    def engine_notice(self) -> str | None:
+        """How "auto" chose the engine, as a sentence for the user; None: as usual."""
+        return self.loaded.engine_notice if self.loaded else None
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The bundle that was loaded; None for a checkpoint in PyTorch."""
+        return self.loaded.bundle if self.loaded else None
 
     @overload
     def caption(self, images: T, *, batch_size: int = 8, workers: int | None = None, **options: Any) -> Caption: ...
 
     @overload
     def caption(
-        self,
-        images: list[T] | tuple[T, ...],
-        *,
-        batch_size: int = 8,
-        workers: int | None = None,
-        **options: Any,
+        self, images: list[T] | tuple[T, ...], *, batch_size: int = 8, workers: int | None = None, **options: Any
     ) -> list[Caption]: ...
 
     def caption(
-        self,
-        images: T | list[T] | tuple[T, ...],
-        *,
-        batch_size: int = 8,
-        workers: int | None = None,
-        **options: Any,
+        self, images: T | list[T] | tuple[T, ...], *, batch_size: int = 8, workers: int | None = None, **options: Any
     ) -> Caption | list[Caption]:
         """Caption one image, or each image of a list.
 
-        An image is a path, an encoded file's bytes, a Pillow image or an array (see `image.decode`). Several
-        threads may share a Captioner. See `stream` for `batch_size` and `workers`.
+        An image is a path, the bytes of an encoded file, a Pillow image or an array (see `image.decode`). `options`
+        are the fields of `SearchConfig`, with `bad_words` as a list of words; None stands for the default. Several
+        threads may share a Captioner. `batch_size` and `workers` are explained at `stream`.
 
         Raises:
             ImageError: an image cannot be decoded; `stream` goes on with the others.
-            SearchError: the options contradict each other or the model.
+            SearchError: an unknown option, or options that contradict each other or the model.
         """
-        if isinstance(images, list | tuple):
-            results = self.stream(images, batch_size=batch_size, workers=workers, **options)
-            return [_raise_error(result) for _, result in results]
-        return _raise_error(next(self.stream([images], batch_size=1, workers=0, **options))[1])
+        if not isinstance(images, list | tuple):
+            return self.caption([images], batch_size=1, workers=0, **options)[0]
+        captions = []
+        for _, result in self.stream(images, batch_size=batch_size, workers=workers, **options):
+            if isinstance(result, ImageError):
+                raise result
+            captions.append(result)
+        return captions
 
     def stream(
-        self,
-        images: Iterable[T],
-        *,
-        batch_size: int = 8,
-        workers: int | None = None,
-        **options: Any,
+        self, images: Iterable[T], *, batch_size: int = 8, workers: int | None = None, **options: Any
     ) -> Iterator[tuple[T, Caption | ImageError]]:
-        """Caption images as they come, in order; a bad image yields its error and stops nothing.
+        """Caption images as they come, in order; a bad image yields its error, and the others go on.
 
-        While `batch_size` images go through the model together, `workers` threads decode the next files; None is
-        one fewer than the engine has threads, and MAX_WORKERS at most. At most 2 * batch_size images are
-        taken ahead of what was yielded, and without workers batch_size: memory does not grow with their number. What
-        `images` raises comes after the captions of what it gave before.
+        While `batch_size` images go through the model together, `workers` threads decode the next files (None: one
+        fewer than the engine's threads, at most MAX_WORKERS). At most 2 * batch_size images are taken and not yet
+        yielded, and without workers batch_size: memory does not grow with their number. An exception of the iterable
+        `images` is raised after the captions of the images before it.
         """
-        _check_count("batch_size", batch_size, 1)
         workers = self.workers if workers is None else workers
-        _check_count("workers", workers, 0)
-        return self._stream(images, batch_size, workers, self._config(options))
+        own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
+        return self._stream(images, own.batch_size, own.workers, config)
 
     @property
     def explainer(self) -> Explainer:
-        """What `explain` reads attention with, loaded once it is asked for; raises as that does."""
+        """Reads the attention for `explain`; loaded on first use.
+
+        Raises:
+            BundleError: the captioner runs no bundle, or one whose attention cannot be shown.
+        """
         with self._loading:
             if self._explainer is None:
-                if self.bundle is None:
-                    raise ItuneError("attention is read from a bundle, and this model is none: export it first")
                 from .attention.explanation import Explainer
 
-                self._explainer = Explainer.load(self.bundle, self.tokenizer, self.threads)
+                threads = self.loaded.threads if self.loaded else None
+                self._explainer = Explainer.load(self.bundle, self.tokenizer, threads)
             return self._explainer
 
     def explain(
-        self,
-        image: Source,
-        caption: Caption | str | None = None,
-        *,
-        layer: Layer = "last",
-        **options: Any,
+        self, image: Source, caption: Caption | str | None = None, *, layer: Layer = "last", **options: Any
     ) -> Explanation:
-        """What the adapters look at while the model writes a caption of an image: a heatmap for every token.
+        """Where the adapters look in an image while the model writes its caption: a heatmap for every token.
 
-        The caption is the search's, with `options`, unless `caption` is given: a result, or a text of yours that the
-        model is made to write. Either way its tokens go through the decoder once, on the CPU, whichever engine
-        captions: the bundle's ONNX graphs are loaded for it on the first call. `layer` is a decoder layer with an
-        adapter, "last" of them, or their "mean". `draw_heatmap` makes a figure of the result.
+        The caption is the search's, with `options`, unless `caption` is given: a result, or your own text, which the
+        model is made to write. Its tokens go through the decoder once, on the CPU, whichever engine captions: the
+        bundle's ONNX graphs are loaded for it on the first call. `layer` is an adapted decoder layer, "last", or their
+        "mean". `draw_heatmap` draws the result.
 
         Raises:
             ImageError: the image cannot be decoded.
-            BundleError: nothing in the bundle shows attention (TensorRT plans alone, a method without adapters), or
-                it does not tell where its visual tokens lie in the image.
+            BundleError: the bundle has no attention to show (TensorRT plans only, a method without adapters), or does
+                not say where its visual tokens lie in the image.
             ItuneError: there is no adapter on `layer`, or the model cannot write `caption`.
         """
         explainer = self.explainer
         explainer.reader.choose(layer)
-        photo, config = decode(image), self._config(options)
+        photo, (_, config) = decode(image), self._options(options)
         if caption is None:
             caption = self.caption(photo, **options)
-        tokens = explainer.encode(caption) if isinstance(caption, str) else caption.tokens
-        if self.retriever is None:
-            return explainer.explain(photo, tokens, layer)
+        if isinstance(caption, str):
+            with reading("caption"):  # half of a surrogate pair, which is no character
+                tokens = tuple(encode_caption(self.tokenizer, explainer.manifest.text, caption))
+        else:
+            tokens = caption.tokens
         return explainer.explain(photo, tokens, layer, lambda state: self.prompts(state, config)[0][0])
 
     def _stream(
@@ -279,7 +285,7 @@ class Captioner:
                 captions = iter(self._caption_batch(good, config) if good else ())
                 for source, image in batch:
                     yield source, image if isinstance(image, ImageError) else next(captions)
-                del batch  # first let go of its images
+                del batch  # release its images before the next batch
 
     def _decode(self, source: Source) -> _Decoded | ImageError:
         start = perf_counter()
@@ -294,75 +300,44 @@ class Captioner:
         state = self.engine.encode(np.stack([image.pixels for image in images]))
         encoded = perf_counter()
         prompts, retrieved = self.prompts(state, config)
-        multiple = 1 if self.retriever is None else PADDING  # else all prompts are alike
+        multiple = 1 if self.retriever is None else PADDING  # without a retriever all prompts are alike
         found = search(self.engine, state, prompts, config, self.tokens.end, multiple=multiple)
         encode_ms = 1000 * (encoded - start) / len(images)
         search_ms = 1000 * (perf_counter() - encoded) / len(images)
         captions = []
         for image, hypotheses, similar in zip(images, found, retrieved, strict=True):
-            candidates = tuple(Candidate(self._text(each.tokens), each.score) for each in hypotheses)
-            captions.append(
-                Caption(
-                    caption=candidates[0].caption,
-                    score=candidates[0].score,
-                    tokens=hypotheses[0].tokens,
-                    candidates=candidates,
-                    ms=Timings(decode_image=image.ms, encode=encode_ms, search=search_ms),
-                    retrieved=similar,
-                )
-            )
+            candidates = tuple(Candidate(decode_text(self.tokenizer, h.tokens), h.score) for h in hypotheses)
+            best, ms = candidates[0], Timings(image.ms, encode_ms, search_ms)
+            captions.append(Caption(best.caption, best.score, hypotheses[0].tokens, candidates, ms, similar))
         return captions
 
     def prompts(self, state: Any, config: SearchConfig) -> tuple[list[list[int]], list[tuple[str, ...] | None]]:
-        """What comes before each image's caption, and the retrieved captions in it."""
+        """The prompt tokens of each image in `state`, and the retrieved captions in them."""
         if self.retriever is None:
-            return [self.tokens.head] * state.images, [None] * state.images
-        # In place of the prompt that the bundle has without retrieval.
+            return [self.tokens.prompt_tokens] * state.images, [None] * state.images
+        # The retrieval prompt replaces the bundle's own.
         tokens = self.tokens.model_copy(update={"prompt": []})
         room = tokens.room - config.max_new_tokens
-        prompts, retrieved = self.retriever.prompts(getattr(state, "embedding", None), state.images, room)
-        return [[*tokens.head, *prompt] for prompt in prompts], [*retrieved]
+        prompts, retrieved = self.retriever.prompts(state.embedding, state.images, room)
+        return [[*tokens.prompt_tokens, *prompt] for prompt in prompts], [*retrieved]
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return " ".join(self.tokenizer.decode(list(tokens), skip_special_tokens=True).split())
-
-    def _spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of each word at the start of a caption and, after a space, within it."""
-        if isinstance(words, str) or not all(word.strip() for word in words):
-            raise SearchError(f"bad_words must be a list of words, not {words!r}")
-        spelled = {space + word.strip() for word in words for space in ("", " ")}
-        return tuple(tuple(self.tokenizer.encode(word, add_special_tokens=False).ids) for word in sorted(spelled))
-
-    def _config(self, options: dict[str, Any]) -> SearchConfig:
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        bad_words = self._spellings(given.pop("bad_words", ()))
-        if given.get("do_sample"):
-            given.setdefault("num_beams", 1)
-        try:
-            config = SearchConfig(**{**self.search.model_dump(), **given}, bad_words=bad_words)
-        except ValidationError as error:
-            raise SearchError(reason(error)) from None
-        # The last token is not fed back, so it needs no position.
+    def _options(self, options: dict[str, Any]) -> tuple[_StreamOptions, SearchConfig]:
+        """Validate the options of `stream`."""
+        chosen = {name: value for name, value in options.items() if value is not None}
+        if chosen.get("do_sample"):
+            chosen.setdefault("num_beams", 1)
+        with reading("search options", SearchError):
+            own = _StreamOptions(**{name: chosen.pop(name) for name in _StreamOptions.model_fields if name in chosen})
+            # A word has other tokens at the start of a caption than after a space.
+            words = sorted({space + word for word in own.bad_words for space in ("", " ")})
+            banned = tuple(tuple(encode_text(self.tokenizer, word)) for word in words)
+            config = SearchConfig(**(self.search.model_dump() | chosen), bad_words=banned)
         room = self.tokens.room
         if self.retriever is not None:
             room += len(self.tokens.prompt) - self.retriever.writer.shortest
         if config.max_new_tokens > room:
-            plan = ", which itune-export --max-new-tokens sets" if self.engine_name == "tensorrt" else ""
             raise SearchError(
-                f"max_new_tokens must be at most {room}, the decoder's positions after the prompt{plan}, "
-                f"not {config.max_new_tokens}"
+                f"max_new_tokens must be at most {room}, not {config.max_new_tokens}: no more positions are left after "
+                "the prompt (itune-export --max-new-tokens sets those of a TensorRT plan)"
             )
-        return config
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ItuneError(f"{name} must be at least {least}, not {value}")
-    if value > MOST:
-        raise ItuneError(f"{name} must be at most {MOST}, not {value}")
-
-
-def _raise_error(result: Caption | ImageError) -> Caption:
-    if isinstance(result, ImageError):
-        raise result
-    return result
+        return own, config

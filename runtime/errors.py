@@ -1,4 +1,4 @@
-"""The errors that a user can fix. The command lines print them as one sentence, without a traceback."""
+"""Errors that a user can fix. The command lines print them as one sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class ItuneError(Exception):
-    """Something the user gave cannot be used; the message names the file, the field and the mend."""
+    """Base of all errors that a user can fix; the message names the file, the field and the mend."""
 
 
 class ImageError(ItuneError):
@@ -20,15 +20,15 @@ class BundleError(ItuneError):
 
 
 class DatastoreError(ItuneError):
-    """A datastore is missing, incomplete, damaged, or of another encoder than the one that asks."""
+    """A datastore is missing, incomplete, damaged, or was built with another encoder."""
 
 
 class SearchError(ItuneError):
-    """Search options contradict each other, or the engine's candidates cannot answer them exactly."""
+    """Search options contradict each other or the model."""
 
 
 class EngineError(ItuneError):
-    """An engine cannot run here: no GPU, a library that is missing, or a plan for another machine."""
+    """An engine cannot run here: no GPU, a missing library, or a plan for another machine."""
 
 
 def reason(error: BaseException) -> str:
@@ -37,7 +37,7 @@ def reason(error: BaseException) -> str:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(map(str, first["loc"])).encode("unicode_escape").decode()
         message: str = first["msg"].removeprefix("Value error, ")
-        if first["type"] not in ("value_error", "missing", "extra_forbidden"):
+        if first["type"] not in ("value_error", "missing", "extra_forbidden", "json_invalid"):
             message += f", not {ascii(first['input'])[:60]}"
         return f"{field}: {message}" if field else message
     if isinstance(error, OSError) and error.strerror:
@@ -47,9 +47,9 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def reading(path: Path | str, error: type[ItuneError] = ItuneError, mend: str = "") -> Iterator[None]:
-    """Turn whatever goes wrong while `path` is read into one `error` that names it; an ItuneError passes unchanged.
+    """Turn any exception while `path` is read into one `error` that names it; an ItuneError passes unchanged.
 
-    `mend` tells the user what to do about it.
+    `mend` says what the user can do about it.
     """
     try:
         yield

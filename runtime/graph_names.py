@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 VISUAL = "visual."
-"""Prefix of what the vision graph passes to the decoder: `visual.{layer}.keys`, `.values`, or `visual.prefix`."""
+"""Prefix of the tensors from the vision graph to the decoder: `visual.{layer}.keys`, `.values`, or `visual.prefix`."""
 EMBEDDING = "visual.embedding"
-"""The vision graph's output that a datastore is searched with: float32 [images, D], of length 1."""
+"""Output of the vision graph that a datastore is searched with: float32 [images, D], of length 1."""
 PAST, PRESENT = "past_key_values.", "present."
 """Prefixes of the decoder's cache as input and as output: `past_key_values.{layer}.key`, `present.{layer}.value`."""
 HEAD = "head/"
@@ -25,19 +25,19 @@ def values(layer: int) -> str:
 
 
 def past(layer: int, part: str) -> str:
-    """The cached keys or values (`part` is "key" or "value") of a decoder layer, as an input."""
+    """Input of the decoder: a layer's cached keys or values (`part` is "key" or "value")."""
     return f"{PAST}{layer}.{part}"
 
 
 def present(layer: int, part: str) -> str:
-    """The same as an output."""
+    """Output of the decoder: a layer's cached keys or values after the step."""
     return f"{PRESENT}{layer}.{part}"
 
 
 def visual_attention(layer: int, method: str) -> str:
-    """The output of the softmax over the image in a decoder layer [images, heads, rows / images * T, N].
+    """Output of the softmax over the image in a decoder layer [images, heads, rows / images * T, N].
 
-    I-Tuning with one head has no axis for heads.
+    I-Tuning with one head has no axis for the heads.
     """
     scope = {"i-tuning": "mlp/adapter", "smallcap": "cross_attn"}[method]
     return f"h.{layer}/{scope}/Softmax"

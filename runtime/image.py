@@ -1,35 +1,35 @@
-"""Photos to pixels: decode whatever a user (or an attacker) hands over, resize it as the tower expects it.
+"""Photos to pixels: decode any image file safely, then resize it as the vision tower expects.
 
-Resizing and cropping follow transformers' `CLIPImageProcessor` (Pillow backend) to the pixel.
+Resizing and cropping match transformers' `CLIPImageProcessor` (Pillow backend) exactly.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from .errors import ImageError
+from .errors import ImageError, reading
 from .settings import ImageSettings
 
 Source: TypeAlias = str | Path | bytes | Image.Image | NDArray[Any]
-"""What counts as an image: a path, an encoded file's bytes, a Pillow image, or an array (see `decode`)."""
+"""An image: a path, the bytes of an encoded file, a Pillow image, or an array (see `decode`)."""
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own decompression-bomb limit, where it only warns; decoded, that is 360 MB."""
+"""Pillow's limit for decompression bombs, at which it only warns; decoded, this is 360 MB."""
 MAX_ASPECT = 500
+"""Longest side / shortest side: a thinner strip, resized by its short edge, would fill the memory."""
 _LARGE = 25_000_000
 _ONE_LARGE = threading.Lock()
-"""Held while an image of more than _LARGE pixels is decoded: threads must not multiply what the largest one takes."""
+"""Held while an image of more than _LARGE pixels is decoded, so that threads do not multiply its memory."""
 
 # Not every format that Pillow knows: opening an EPS file would start Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
@@ -37,9 +37,9 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".webp"}
     | {".tif", ".tiff", ".jp2", ".ico", ".avif"}
 )
-"""Of the files that count as images in a folder; a file that is named itself may have any."""
+"""Suffixes of the image files in a folder; a file that the user names may have any suffix."""
 _ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
+_ORIENTATIONS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,27 +56,32 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Arrays are uint8, or float in 0..1, of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha last).
 
     Raises:
-        ImageError: in one sentence that names the file, if it is not an image, damaged or too large.
+        ImageError: not an image, damaged or too large; one sentence that names the file.
     """
-    name = _name(source)
-    with _no_warnings():  # bombs are refused below, and broken metadata does no harm
+    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "filename", "")) or "the image"
+    # Bombs are refused in _finish, and broken metadata does no harm.
+    with reading(name, ImageError), _no_warnings():
         if isinstance(source, Image.Image):
-            return _finish(source, name, max_pixels)
+            return _finish(source, max_pixels)
         if isinstance(source, np.ndarray):
-            return _finish(_from_array(source), name, max_pixels)
-        with _open(source, name) as file:
-            return _finish(_identify(file, name), name, max_pixels)
+            return _finish(_from_array(source), max_pixels)
+        Image.preinit()  # else Pillow imports all its formats to try the first of _FORMATS
+        with io.BytesIO(source) if isinstance(source, bytes | bytearray) else Path(source).open("rb") as file:
+            try:
+                return _finish(Image.open(file, formats=_FORMATS), max_pixels)
+            except UnidentifiedImageError as error:
+                raise ValueError(f"empty, or in no supported format ({', '.join(_FORMATS)})") from error
 
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:
-    """Resize an RGB image and crop its centre (padding with black what is missing) -> uint8 [H, W, 3]."""
+    """Resize an RGB image and crop its centre, padding with black where it is smaller -> uint8 [H, W, 3]."""
     size, box = _placement(image.size, settings)
     resized = image.resize(size, Image.Resampling[settings.interpolation.upper()])
     return np.array(resized.crop(box), dtype=np.uint8)
 
 
 def seen_box(size: tuple[int, int], settings: ImageSettings) -> tuple[float, float, float, float]:
-    """What the tower sees of a photo of `size` = (width, height): left, top, right, bottom in the photo's pixels.
+    """The part of a photo of `size` = (width, height) that the tower sees: left, top, right, bottom in its pixels.
 
     Negative, or beyond the size, where `preprocess` pads.
     """
@@ -86,7 +91,7 @@ def seen_box(size: tuple[int, int], settings: ImageSettings) -> tuple[float, flo
 
 
 def _placement(size: tuple[int, int], settings: ImageSettings) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """(width, height) that a photo of `size` is resized to, and the box that is cropped out of it then."""
+    """The (width, height) that a photo of `size` is resized to, and the box that is then cropped."""
     height, width = settings.size
     if settings.resize == "shortest_edge":
         short = settings.size[0]
@@ -100,10 +105,10 @@ def _placement(size: tuple[int, int], settings: ImageSettings) -> tuple[tuple[in
 
 
 class _Decoding(threading.local):
-    """Whether this thread decodes; matches the module of a warning as a filter's regular expression would.
+    """Matches the module of a warning, as a filter's regular expression would, while this thread decodes.
 
-    `warnings.catch_warnings` changes the filters of all threads, and threads that use it at the same time restore
-    each other's.
+    `warnings.catch_warnings` does not work here: it changes the filters of all threads, and threads that use it at the
+    same time restore each other's.
     """
 
     active = False
@@ -130,101 +135,53 @@ def _no_warnings() -> Iterator[None]:
         _decoding.active = False
 
 
-def _name(source: Source) -> str:
-    if isinstance(source, str | Path):
-        return str(source)
-    return str(getattr(source, "filename", "")) or "the image"
-
-
-def _open(source: object, name: str) -> IO[bytes]:
-    if isinstance(source, bytes | bytearray):
-        return io.BytesIO(source)
-    if not isinstance(source, str | Path):
-        kind = type(source).__name__
-        raise ImageError(f"a {kind} is not an image: give a path, bytes, a Pillow image or an array")
-    try:
-        return Path(source).open("rb")
-    except IsADirectoryError as error:
-        raise ImageError(f"{name} is a folder without images, not an image") from error
-    except OSError as error:
-        raise ImageError(f"{name} cannot be read ({error.strerror})") from error
-    except ValueError as error:  # a null character in the path
-        raise ImageError(f"{name!r} is not a path ({error})") from error
-
-
-def _identify(file: IO[bytes], name: str) -> Image.Image:
-    Image.preinit()  # else Pillow imports all its formats to try the first of _FORMATS
-    try:
-        return Image.open(file, formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        if file.seekable() and not file.seek(0, os.SEEK_END):
-            raise ImageError(f"{name} is empty") from error
-        raise ImageError(f"{name} is in no known image format ({', '.join(_FORMATS)})") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large ({error})") from error
-    except Exception as error:  # as in _finish
-        raise ImageError(f"{name} is damaged ({error})") from error
-
-
-def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _finish(image: Image.Image, max_pixels: int) -> Image.Image:
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(f"{name} is too large: {width} x {height} = {width * height} pixels, over {max_pixels}")
-    # A thin strip, resized by its short edge, would fill the memory.
-    if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
-        raise ImageError(f"{name} is no photo: {width} x {height} pixels, longer than {MAX_ASPECT} : 1")
+    if width * height > max_pixels or not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"{width} x {height} = {width * height} pixels; at most {max_pixels} pixels and sides of "
+            f"{MAX_ASPECT} : 1 are supported"
+        )
     with _ONE_LARGE if width * height > _LARGE else nullcontext():
-        try:
-            image.load()
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-            raise ImageError(f"{name} is truncated or damaged ({error})") from error
-        try:
-            return _to_rgb(_upright(image), name)
-        except ValueError as error:
-            raise ImageError(f"{name}: pixels of mode {image.mode} cannot become RGB ({error})") from error
+        image.load()
+        return _to_rgb(_upright(image))
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
-    described = f"an array of {array.dtype} {list(array.shape)}"
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ImageError(f"{described} is not an image: its shape must be [H, W], or [H, W, 1, 3 or 4 channels]")
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too
-            raise ImageError(f"{described} is not an image: its values must lie in 0..1")
-        array = np.rint(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ImageError(f"{described} is not an image: its values must be uint8, or float in 0..1")
-    return Image.fromarray(np.ascontiguousarray(array))
+    pixels = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    image_shape = pixels.size and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
+    if image_shape and np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1:
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    if not image_shape or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"an array of {array.dtype} {list(array.shape)}; arrays must be uint8, or float in 0..1, of shape [H, W] "
+            "or [H, W, 1, 3 or 4 channels]"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        method = _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG))
     except Exception:  # a broken EXIF block is no reason to refuse good pixels
         return image
-    method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode, name))
+        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_8_bit(values: NDArray[Any], mode: str, name: str) -> NDArray[np.uint8]:
-    """Scale grey values. Modes I and F do not say what white is: the first usual value above all pixels."""
+def _to_8_bit(values: NDArray[Any], mode: str) -> NDArray[np.uint8]:
+    """Scale grey values. Modes I and F do not define white: take the first usual value above all pixels."""
     low, high = float(values.min()), float(values.max())
-    whites = [65535.0] if mode.startswith("I;16") else [255.0, 65535.0]
-    if mode == "F":
-        whites.insert(0, 1.0)
+    whites = [65535.0] if mode.startswith("I;16") else [1.0] * (mode == "F") + [255.0, 65535.0]
     white = next((white for white in whites if high <= white), None)
     if white is None or not low >= 0:
-        raise ImageError(f"{name} has grey values from {low:g} to {high:g}, which no known range explains")
+        raise ValueError(f"grey values from {low:g} to {high:g} are outside 0 to {whites[-1]:g}")
     return np.rint(values * (255 / white)).astype(np.uint8)

@@ -1,29 +1,29 @@
-"""Folders that are described by a manifest in JSON: reading it, and checking the files that it lists.
+"""Folders described by a JSON manifest: read the manifest, and check the files that it lists.
 
-Such a folder (a bundle, a datastore) comes from anywhere, so nothing in it is believed: the manifest is parsed
-strictly, every file that it names must lie inside the folder and have the size and the SHA-256 that the manifest gives,
-and whatever is wrong becomes one sentence.
+A bundle or a datastore may come from anywhere. The manifest is parsed strictly; each file must lie inside the folder
+and have the size and SHA-256 that the manifest records.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Generic, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import AfterValidator, Field
 
-from .errors import ItuneError
+from .errors import ItuneError, reading
 from .settings import Settings
 
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    elsewhere = path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or "\\" in name
-    if elsewhere or not path.parts or not name.isprintable():
-        raise ValueError(f"{name!r} names no file inside the folder")
+    leaves = path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or "\\" in name
+    if leaves or not path.parts or not name.isprintable():
+        raise ValueError(f"{name!r} is not a file name inside the folder")
     return name
 
 
@@ -35,10 +35,13 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class FileHash(Settings):
-    """What a file of the folder must be."""
+    """Size and SHA-256 of a file."""
 
     sha256: Sha256
     bytes: Annotated[int, Field(ge=0)]
+
+    def __str__(self) -> str:
+        return f"{self.bytes} bytes with SHA-256 {self.sha256[:12]}"
 
     @classmethod
     def of(cls, path: Path) -> FileHash:
@@ -52,74 +55,32 @@ Model = TypeVar("Model", bound=Settings)
 
 @dataclass(frozen=True)
 class ManifestFolder(Generic[Model]):
-    """A kind of folder: the name and the model of its manifest, and the words of what is said about a broken one."""
+    """A kind of folder. All its problems become an `error` that names the file and ends with `mend`."""
 
-    noun: str
-    """Such as "bundle"."""
     manifest: str
-    """The manifest's file name."""
+    """File name of the manifest."""
     model: type[Model]
-    version_field: str
-    version: int
     error: type[ItuneError]
-    maker: str
-    """The command that writes such a folder."""
-    rebuild: str
-    """What mends a manifest, such as "export the bundle again"."""
-
-    @property
-    def mend(self) -> str:
-        """What mends a damaged file."""
-        return f"copy the {self.noun} again, or {self.rebuild}"
+    mend: str
+    """What the user can do, such as "export the bundle again"."""
 
     def read(self, folder: Path) -> Model:
-        """Parse the manifest; the files that it lists are not looked at.
+        """Parse the manifest, without looking at the files that it lists."""
+        with reading(folder / self.manifest, self.error, self.mend):
+            return self.model.model_validate_json((folder / self.manifest).read_bytes(), strict=True)
 
-        Raises:
-            ItuneError: of the class `error`: no such folder or manifest, another version, or a broken field.
+    def check(
+        self, folder: Path, files: Mapping[str, FileHash], needed: Collection[str], hash_up_to: float = inf
+    ) -> None:
+        """Compare the `needed` files and all that the manifest lists with its `files`.
+
+        Sizes are always compared, hashes of files up to `hash_up_to` bytes.
         """
-        path = folder / self.manifest
-        if not folder.is_dir():
-            raise self.error(f"{folder} is not a folder; a {self.noun} is the folder that {self.maker} writes")
-        try:
-            text = path.read_bytes()
-        except FileNotFoundError:
-            raise self.error(f"{folder} is not a {self.noun}: it has no {self.manifest}") from None
-        except OSError as error:
-            raise self.error(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            content = from_json(text, allow_inf_nan=False)
-        except ValueError as error:
-            raise self.error(f"{path} is not JSON ({error}); {self.mend}") from error
-        version = content.get(self.version_field) if isinstance(content, dict) else None
-        if version != self.version:
-            raise self.error(
-                f"{path}: {self.version_field} is {version!r}, but this itune reads version {self.version}; "
-                f"{self.rebuild} with this itune"
-            )
-        try:
-            return self.model.model_validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            field = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
-            raise self.error(f"{path}: {field or 'content'}: {first['msg']}; {self.rebuild}") from error
-
-    def check(self, folder: Path, name: str, expected: FileHash, *, verify: bool) -> None:
-        """Compare a file's size with the manifest's, and with `verify` its hash.
-
-        Raises:
-            ItuneError: of the class `error`: the file is missing, damaged, unreadable or outside the folder.
-        """
-        path = folder / name
-        try:
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise self.error(f"{path} leads out of the {self.noun}'s folder; put a copy of the file there")
-            if not path.is_file():
-                raise self.error(f"{path} is missing; {self.mend}")
-            size = path.stat().st_size
-            if size != expected.bytes:
-                raise self.error(f"{path} is damaged ({size} bytes instead of {expected.bytes}); {self.mend}")
-            if verify and FileHash.of(path) != expected:
-                raise self.error(f"{path} is damaged (wrong SHA-256); {self.mend}")
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
-            raise self.error(f"{path} cannot be read: {error}") from error
+        for name in sorted(files.keys() | set(needed)):
+            with reading(folder / name, self.error, self.mend):
+                path, listed = (folder / name).resolve(), files.get(name)
+                outside, size = not path.is_relative_to(folder.resolve()), path.stat().st_size
+                wrong = outside or listed is None or size != listed.bytes
+                if wrong or (size <= hash_up_to and FileHash.of(path) != listed):
+                    problem = "outside the folder" if outside else "damaged"
+                    raise ValueError(f"{problem} ({size} bytes; {self.manifest} lists {listed})")

@@ -1,4 +1,4 @@
-"""What the checkpoint (`itune.json`) and the bundle (`bundle.json`) both say about pixels and text."""
+"""Settings that the checkpoint (`itune.json`) and the bundle (`bundle.json`) share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _Pixels = Annotated[int, Field(gt=0, le=8192)]
 Size = tuple[_Pixels, _Pixels]
 """(height, width)."""
 Method = Literal["i-tuning", "clipcap", "smallcap"]
-"""How a frozen language model is given the image."""
+"""How the image reaches the frozen language model."""
 MOST_BEAMS = 1024
-"""Each takes a row of the decoder and its cache."""
+"""Maximum of `num_beams`: each beam takes a row of the decoder and its cache."""
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
-    """Base of every model that is read from JSON: immutable, and an unknown field is an error."""
+    """Base of all models that are read from JSON: immutable; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
@@ -29,9 +29,9 @@ class SearchDefaults(Settings):
     num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] = 5
     """Beams; 1 is greedy search."""
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 32
-    """Longest caption in tokens, the end token included."""
+    """Maximum length of a caption in tokens, the end token included."""
     min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Shortest caption in tokens."""
+    """Minimum length of a caption in tokens."""
     length_penalty: _Finite = 1.0
     """Exponent of the length that divides the score: above 0 favours longer captions, below 0 shorter ones."""
     early_stopping: bool | Literal["never"] = False
@@ -48,11 +48,11 @@ class SearchDefaults(Settings):
 
 
 class ImageSettings(Settings):
-    """How a decoded RGB photo becomes the vision tower's uint8 pixels [H, W, 3], and their normalisation.
+    """How a decoded RGB photo becomes the vision tower's uint8 pixels [H, W, 3], and how those are normalised.
 
     `shortest_edge` resizes the shorter side to `size[0]`, keeping the aspect ratio, then crops `crop` from the
-    centre (CLIP); `squash` resizes to `size` = (height, width) outright. The tower sees
-    `(pixels / 255 - mean) / std`, which the exported vision graph does itself.
+    centre (CLIP); `squash` resizes to `size` = (height, width), whatever the aspect ratio. The tower sees
+    `(pixels / 255 - mean) / std`, which the exported vision graph computes itself.
     """
 
     size: Size
@@ -69,25 +69,25 @@ class ImageSettings(Settings):
 
 
 class TextSettings(Settings):
-    """How captions are written: `begin` [prompt] caption `end`, both ends being single tokens."""
+    """How captions are written: `begin` [prompt] caption `end`; `begin` and `end` are single tokens."""
 
     prompt: str = ""
     begin: str | None = "<|endoftext|>"
-    """None: nothing stands between the image's embeddings and the prompt."""
+    """None: no token comes between the image's embeddings and the prompt."""
     end: str = "<|endoftext|>"
     lower: bool = False
     strip_period: bool = False
 
 
 class EncoderIdentity(Settings):
-    """What an embedding comes from: only those of one encoder can be compared.
+    """Identifies the encoder of an embedding: only embeddings of the same encoder can be compared.
 
     `pooling` "mean" is the mean over an image's visual embeddings; "projection" is CLIP's own image or text feature
-    (for an image, post-layernorm of CLS and `visual_projection`).
+    (for an image, post-layernorm of CLS, then `visual_projection`).
     """
 
     source: str
-    """Where the encoder was loaded from; informational, `sha256` of its weight files identifies it."""
+    """Where the encoder was loaded from; for information only: `sha256` of its weight files identifies it."""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     pooling: Literal["mean", "projection"]
     dim: Annotated[int, Field(gt=0)]
@@ -101,22 +101,22 @@ class EncoderIdentity(Settings):
 
 
 class RetrievalSettings(Settings):
-    """How captions of similar images are put before a caption (SmallCap, Ramos et al. 2023, section 3.2)."""
+    """How captions of similar images become the prompt (SmallCap, Ramos et al. 2023, section 3.2)."""
 
     k: Annotated[int, Field(ge=0)] = 4
-    """Captions in the prompt; 0 is none unless a caption asks for some."""
+    """Number of captions in the prompt; 0: none by default."""
     template: str = "Similar images show\n\n{captions}.\n\nThis image shows "
-    """`{captions}` stands for the retrieved captions, the most similar first."""
+    """The prompt; `{captions}` is replaced by the retrieved captions, the most similar first."""
     separator: str = "\n\n"
     empty: str = "This image shows "
-    """The prompt where nothing was retrieved."""
+    """The prompt when no caption was retrieved."""
     max_caption_tokens: Annotated[int, Field(gt=0)] = 25
-    """What is longer is cut."""
+    """Longer captions are cut."""
     encoder: EncoderIdentity
 
     @field_validator("template")
     @classmethod
     def _has_place(cls, template: str) -> str:
         if template.count("{captions}") != 1:
-            raise ValueError("must hold {captions} once")
+            raise ValueError("must contain {captions} exactly once")
         return template

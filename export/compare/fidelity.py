@@ -59,7 +59,7 @@ def _compare_batch(
     pixels = np.stack([image for image, _ in examples])
     states = reference.encode(pixels), other.encode(pixels)
     rows = np.arange(len(examples))
-    step = np.tile(np.array(tokens.head), (len(examples), 1))
+    step = np.tile(np.array(tokens.prompt_tokens), (len(examples), 1))
     captions = [caption for _, caption in examples]
     for place in range(max(map(len, captions)) + 1):
         expected, found = (

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...backbones import OnnxTower, VisionTower
-from ...runtime.bundle import Graph as GraphEntry
-from ...runtime.bundle import Manifest, PlanSettings
+from ...runtime.bundle import GraphEntry, Manifest, PlanSettings
 from ...runtime.errors import ItuneError
 from ..graph.builder import Graph
 from ..quantize.rewrite import Precision

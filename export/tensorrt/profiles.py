@@ -57,7 +57,7 @@ def plan_profile(
     """
     limits = limits.of(tokens)
     assert limits.max_new_tokens is not None
-    prompt, rows = len(tokens.head), limits.max_batch * limits.max_beams
+    prompt, rows = len(tokens.prompt_tokens), limits.max_batch * limits.max_beams
     past = prompt + limits.max_new_tokens
     beams = min(_OPT_BEAMS, limits.max_beams)
     step = min(prompt + 8, past)  # the middle of a caption

@@ -144,9 +144,9 @@ def _record(
 def _prompts(
     tokens: TokenSettings, vocabulary: Int64, extra: Sequence[int], rng: np.random.Generator
 ) -> list[list[int]]:
-    room = tokens.max_positions - _STEPS - len(tokens.head)
+    room = tokens.max_positions - _STEPS - len(tokens.prompt_tokens)
     lengths = [max(0, min(length, room)) for length in extra]
-    return [[*tokens.head, *rng.choice(vocabulary, length).tolist()] for length in lengths]
+    return [[*tokens.prompt_tokens, *rng.choice(vocabulary, length).tolist()] for length in lengths]
 
 
 def _run(engine: Engine[Any], state: Any, step: Step, k: int) -> Candidates:

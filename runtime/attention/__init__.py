@@ -1,1 +1,1 @@
-"""What the adapters look at: heatmaps."""
+"""Heatmaps: where the adapters look in an image."""

@@ -1,4 +1,4 @@
-"""Why a caption says what it says: for each of its tokens, where in the image the adapters looked to write it."""
+"""Why a caption says what it says: for each token, where in the image the adapters looked to write it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from ..bundle import MANIFEST, Bundle, Manifest
 from ..engines.base import Float32
 from ..engines.onnxruntime import OnnxRuntimeState
-from ..errors import BundleError, ItuneError
+from ..errors import BundleError, EngineError, ItuneError
 from ..image import preprocess, seen_box
 from ..settings import Size
+from ..text import decode_text
 from .reader import AttentionReader, Layer
 
 __all__ = ["Explainer", "Explanation", "Layer"]
@@ -28,10 +29,10 @@ class Explanation:
     token_ids: tuple[int, ...]
     """Without the begin, prompt and end tokens."""
     tokens: tuple[str, ...]
-    """The text of each; a letter may be spread over several, and shows as replacement characters then."""
+    """The text of each token; a letter may be split over several, which then show as replacement characters."""
     attention: Float32
-    """[tokens, N], mean over the heads, and over the layers with layer "mean": a token's row is the attention at the
-    position that predicts it, over all N visual tokens, and sums to 1."""
+    """[tokens, N], mean over the heads, and over the layers with layer "mean": the attention over all N visual tokens
+    at the position that predicts the token; each row sums to 1."""
     grid: Size
     """(rows, columns) of the image's patches: the last rows * columns of the N visual tokens, row by row."""
     layer: Layer
@@ -39,24 +40,25 @@ class Explanation:
     """The decoder layers that `layer` stands for."""
     heads: int
     photo: Image.Image
-    """RGB, as it was given (upright)."""
+    """The upright RGB photo."""
     box: tuple[float, float, float, float]
-    """What of the photo the tower saw, and the grid covers: left, top, right, bottom in pixels."""
+    """The part of the photo that the tower saw and the grid covers: left, top, right, bottom in pixels."""
 
     @property
     def patches(self) -> Float32:
-        """[tokens, rows, columns]: each token's attention to the patches; sums to 1 with `cls_share`."""
+        """[tokens, rows, columns]: attention of each token to the patches; sums to 1 with `cls_share`."""
         rows, columns = self.grid
         return self.attention[:, self.attention.shape[1] - rows * columns :].reshape(-1, rows, columns)
 
     @property
     def cls_share(self) -> Float32:
-        """[tokens]: each token's attention to what is no place in the image: the CLS token, and registers."""
+        """[tokens]: attention of each token to visual tokens without a position in the image: CLS and registers."""
         share: Float32 = self.attention[:, : self.attention.shape[1] - self.grid[0] * self.grid[1]].sum(axis=1)
         return share
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON; by token: "id", "text", "cls" (share) and "attention" [rows][columns]."""
+        """The explanation for JSON; for each token: "id", "text", "cls" (share) and "attention" [rows][columns]."""
+        tokens = zip(self.token_ids, self.tokens, self.cls_share, self.patches, strict=True)
         return {
             "caption": self.caption,
             "layer": self.layer,
@@ -64,9 +66,7 @@ class Explanation:
             "box": [round(edge, 2) for edge in self.box],
             "tokens": [
                 {"id": token, "text": text, "cls": _plain(cls), "attention": [[_plain(v) for v in row] for row in rows]}
-                for token, text, cls, rows in zip(
-                    self.token_ids, self.tokens, self.cls_share, self.patches, strict=True
-                )
+                for token, text, cls, rows in tokens
             ],
         }
 
@@ -75,90 +75,67 @@ def _plain(value: Any) -> float:
     return float(f"{value:.6g}")
 
 
+@dataclass(frozen=True)
 class Explainer:
-    """Reads attention out of one bundle."""
+    """Explains captions by the attention of one bundle."""
 
-    def __init__(self, reader: AttentionReader, tokenizer: Tokenizer, manifest: Manifest, grid: Size) -> None:
-        self.reader, self.tokenizer, self.manifest, self.grid = reader, tokenizer, manifest, grid
-        self.prompt = manifest.tokens.head
+    reader: AttentionReader
+    tokenizer: Tokenizer
+    manifest: Manifest
+    grid: Size
 
     @classmethod
-    def load(cls, bundle: Bundle, tokenizer: Tokenizer, threads: int | None = None) -> Explainer:
-        """Load a bundle's graphs for it.
+    def load(cls, bundle: Bundle | None, tokenizer: Tokenizer, threads: int | None = None) -> Explainer:
+        """Load a bundle's ONNX graphs once more, with their attention as outputs.
 
         Raises:
-            BundleError: the bundle does not tell where its visual tokens lie, or see `AttentionReader.load`.
+            BundleError: no bundle; a method without adapters; no ONNX graphs; an unknown position of the patches.
         """
-        grid = bundle.manifest.patch_grid
-        reader = AttentionReader.load(bundle, threads=threads)
-        if grid is None:
+        if bundle is None:
+            raise BundleError("attention is read from a bundle, and this model is a checkpoint: export it first")
+        manifest = bundle.manifest
+        if not manifest.decoder.adapter_layers or manifest.patch_grid is None:
             raise BundleError(
-                f"{bundle.folder / MANIFEST}: patches: not given, and {bundle.manifest.decoder.visual_tokens} visual "
-                f"tokens are no square: export the bundle again with --patch-grid ROWSxCOLUMNS"
+                f"{bundle.folder / MANIFEST}: a heatmap needs adapter_layers (found: {manifest.decoder.adapter_layers}, "
+                f"method {manifest.method}) and patches within {manifest.decoder.visual_tokens} visual tokens (found: "
+                f"{manifest.patches}): export the bundle with --patch-grid ROWSxCOLUMNS if the patches are no square"
             )
-        return cls(reader, tokenizer, bundle.manifest, grid)
-
-    def encode(self, caption: str) -> list[int]:
-        """Token ids of a caption, written as the model's training captions were."""
-        text = self.manifest.text
-        try:
-            caption.encode()
-        except UnicodeEncodeError:
-            raise ItuneError("the caption holds half of a surrogate pair, which is no character") from None
-        cleaned = " ".join(caption.split())
-        if text.strip_period:
-            cleaned = cleaned.rstrip(" .")
-        if text.lower:
-            cleaned = cleaned.lower()
-        if text.prompt and not text.prompt[-1].isspace():
-            cleaned = f" {cleaned}"
-        ids: list[int] = self.tokenizer.encode(cleaned, add_special_tokens=False).ids
-        return ids
+        return cls(AttentionReader.load(bundle, threads=threads), tokenizer, manifest, manifest.patch_grid)
 
     def explain(
         self,
         photo: Image.Image,
         tokens: Sequence[int],
-        layer: Layer = "last",
-        prompt: Callable[[OnnxRuntimeState], Sequence[int]] | None = None,
+        layer: Layer,
+        prompt: Callable[[OnnxRuntimeState], Sequence[int]],
     ) -> Explanation:
-        """What is looked at in an RGB photo for each of `tokens`, in one step of the decoder.
+        """Explain `tokens` as a caption of an RGB photo, in one step of the decoder.
 
-        `prompt` gives what stands before the caption, for a captioner that retrieves; None: it is the same for all.
+        `prompt` returns the prompt tokens of the encoded image.
+
+        Raises:
+            ItuneError: the decoder cannot write the tokens.
         """
-        layers, most = self.reader.choose(layer), self.manifest.tokens.max_positions
         state = self.reader.encode(preprocess(photo, self.manifest.image)[None])
-        head = self.prompt if prompt is None else prompt(state)
-        # A token is written at the position that reads the one before it; nothing reads the last one.
-        read = [*head, *tokens[:-1]]
-        if len(read) > most:
-            raise ItuneError(
-                f"the caption has {len(tokens)} tokens, for {most - len(head) + 1} of which the decoder has "
-                f"positions: give a shorter one"
-            )
+        before, limits = prompt(state), self.manifest.tokens
         try:
-            attention = self.reader.attention(read, state, layer)[len(head) - 1 :][: len(tokens)]
-        except Exception as error:
-            if self.manifest.tokens.shortlist is None:
-                raise
-            # Its embedding is a row that does not exist.
+            # The position that reads a token predicts the next one; nothing reads the last one.
+            attention = self.reader.attention([*before, *tokens[:-1]], state, layer)[len(before) - 1 :][: len(tokens)]
+        except EngineError as error:  # the graph has no embedding for such a token or position
             raise ItuneError(
-                "the caption has a word that this model cannot write: it knows "
-                f"{self.manifest.tokens.shortlist} tokens only (itune-export --vocabulary)"
+                f"the decoder cannot write the caption's {len(tokens)} tokens: it has positions for "
+                f"{limits.max_positions - len(before) + 1}, and knows {limits.candidates} of {limits.vocab_size} words "
+                "and parts of words (itune-export --vocabulary)"
             ) from error
         return Explanation(
-            caption=self.text(tokens),
+            caption=decode_text(self.tokenizer, tokens),
             token_ids=tuple(tokens),
-            tokens=tuple(self.text([token]) for token in tokens),
+            tokens=tuple(decode_text(self.tokenizer, [token]) for token in tokens),
             attention=attention,
             grid=self.grid,
             layer=layer,
-            layers=tuple(layers),
+            layers=tuple(self.reader.choose(layer)),
             heads=self.reader.heads,
             photo=photo,
             box=seen_box(photo.size, self.manifest.image),
         )
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """What tokens say."""
-        return " ".join(self.tokenizer.decode(list(tokens), skip_special_tokens=True).split())

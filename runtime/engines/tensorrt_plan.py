@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import MANIFEST, Bundle, Graph, PlanSettings, ProfileRange
+from ..bundle import MANIFEST, Bundle, GraphEntry, PlanSettings, ProfileRange
 from ..errors import BundleError, EngineError, SearchError
 
 NAME = "tensorrt"
@@ -29,7 +29,7 @@ def has_plans(bundle: Bundle) -> bool:
     return any(graph.engine == NAME for graph in bundle.manifest.graphs)
 
 
-def plan_graph(bundle: Bundle, role: str) -> tuple[Graph, PlanSettings]:
+def plan_graph(bundle: Bundle, role: str) -> tuple[GraphEntry, PlanSettings]:
     """A bundle's plan of `role` and how it was built; raises BundleError if there is none."""
     for graph in bundle.manifest.graphs:
         if graph.role == role and graph.engine == NAME and graph.plan is not None:
@@ -96,7 +96,7 @@ def _last_error(trt: Any) -> str:
 class Plan:
     """A plan that was loaded, with an execution context for each of its optimisation profiles."""
 
-    def __init__(self, trt: Any, content: bytes, graph: Graph, profiles: Profiles, label: str) -> None:
+    def __init__(self, trt: Any, content: bytes, graph: GraphEntry, profiles: Profiles, label: str) -> None:
         """`content`: the bytes of the plan; `label`: how sentences call it.
 
         Raises:

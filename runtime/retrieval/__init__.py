@@ -1,1 +1,1 @@
-"""Retrieve captions of similar images, and write them into prompts."""
+"""Retrieval of similar captions from a datastore."""

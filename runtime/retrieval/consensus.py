@@ -1,7 +1,8 @@
-"""Which of many captions says what the others say (Devlin et al. 2015, "Exploring Nearest Neighbor Approaches").
+"""Consensus captions: which of many captions agrees most with the others.
 
-There, a photo gets that caption of its nearest neighbours which is most like all their others. The measure here is
-the mean cosine of n-gram counts, 1 to 4 words, weighted by an n-gram's rarity: CIDEr's, without clipping and penalty.
+Devlin et al. 2015, "Exploring Nearest Neighbor Approaches for Image Captioning", give a photo the caption of its
+nearest neighbours that is most similar to all their captions. The similarity here is the mean cosine of n-gram counts
+(1 to 4 words) weighted by rarity: CIDEr's, without clipping and length penalty.
 """
 
 from __future__ import annotations
@@ -18,28 +19,26 @@ NGram = tuple[str, ...]
 
 
 class NGramWeights:
-    """How rare n-grams are in a sample of captions: log((1 + captions) / (1 + those that hold it))."""
+    """Inverse document frequency of n-grams in a sample of captions: log((1 + captions) / (1 + document frequency))."""
 
     def __init__(self, captions: Iterable[Sequence[str]]) -> None:
-        """`captions` are given as words."""
-        self._captions = 0
+        """Each caption is a list of words."""
+        sample = list(captions)
         frequencies: Counter[NGram] = Counter()
-        for words in captions:
-            self._captions += 1
-            for order in range(1, MAX_ORDER + 1):
-                frequencies.update(set(_ngrams(words, order)))
-        self._unseen = math.log(1 + self._captions)
-        self._known = {ngram: self._unseen - math.log(1 + count) for ngram, count in frequencies.items()}
+        for words in sample:
+            frequencies.update({ngram for order in range(1, MAX_ORDER + 1) for ngram in _ngrams(words, order)})
+        self._unseen = math.log(1 + len(sample))
+        self._known = {ngram: self._unseen - math.log(1 + found) for ngram, found in frequencies.items()}
 
     def of(self, ngrams: Iterable[NGram]) -> NDArray[np.float64]:
-        """The weight of each."""
+        """The weight of each n-gram."""
         return np.array([self._known.get(ngram, self._unseen) for ngram in ngrams])
 
 
 def consensus(
     captions: Sequence[Sequence[str]], votes: NDArray[np.float64], rarity: NGramWeights
 ) -> NDArray[np.float64]:
-    """How much each caption, given as words, agrees with all the others, whose `votes` [captions] count so much."""
+    """Sum over all other captions of their similarity times their vote; `captions` are lists of words."""
     count = len(captions)
     total = np.zeros(count)
     for order in range(1, MAX_ORDER + 1):
@@ -51,7 +50,7 @@ def consensus(
         ]
         if not cells:
             break
-        # The captions' vectors, one a row of a sparse matrix: what is not here is 0.
+        # The non-zero cells of a sparse matrix whose rows are the captions' vectors.
         rows, places, times = np.array(cells).T
         values = times * rarity.of(columns)[places]
         values /= np.maximum(np.sqrt(np.bincount(rows, np.square(values), count)), 1e-12)[rows]

@@ -1,24 +1,24 @@
-"""The datastore: captions that can be found by an image's embedding, in a folder described by its `datastore.json`.
+"""The datastore: captions that are found by an image's embedding, in a folder described by its `datastore.json`.
 
-An entry is a caption with its text embedding (kind "text": image-to-text retrieval, as SmallCap does), or a photo's
-embedding with all its captions (kind "image": image-to-image). Everything but the manifest is memory-mapped. Like a
-bundle, a datastore comes from anywhere, and nothing in it is believed: see `manifest.py`.
+An entry is a caption with its text embedding (kind "text": image-to-text retrieval, as in SmallCap), or a photo's
+embedding with all its captions (kind "image": image-to-image). All files except the manifest are memory-mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..engines.base import Float32, Int64
-from ..errors import DatastoreError
+from ..errors import DatastoreError, reading
 from ..manifest import FileHash, FileName, ManifestFolder, Positive
 from ..settings import EncoderIdentity, Settings
 from .consensus import NGramWeights, consensus
@@ -29,9 +29,9 @@ MANIFEST = "datastore.json"
 EMBEDDINGS, MEAN, ENTRIES, INDEX = "embeddings.npy", "mean.npy", "entries.npy", "index.faiss"
 CAPTIONS, IMAGES = "captions", "images"
 NEIGHBOURS = 20
-"""The photos of an "image" datastore among whose captions is chosen; more where these have too few."""
+"""Photos of an "image" datastore whose captions are compared; more where these have too few captions."""
 _SHARPNESS = 5.0
-"""A photo votes with exp of so many times its similarity, in deciding which captions are typical."""
+"""A photo's vote for typical captions is exp(_SHARPNESS * similarity)."""
 _SAMPLED = 2000  # captions that tell which words are common
 _HASHED_BYTES = 64 << 20
 
@@ -39,7 +39,7 @@ _HASHED_BYTES = 64 << 20
 class DatastoreManifest(Settings):
     """The content of `datastore.json`."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = FORMAT  # first, so that another version is the first error
     kind: Literal["text", "image"]
     """What was embedded: captions, or photos."""
     encoder: EncoderIdentity
@@ -47,30 +47,18 @@ class DatastoreManifest(Settings):
     captions: Positive
     images: Positive
     index: Literal["flat", "ivf"]
-    """How it is searched: exactly, or through faiss's inverted lists."""
+    """Exact search, or faiss's inverted lists."""
     nprobe: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    """Inverted lists that a query looks through; 0 where there are none."""
+    """Inverted lists that a query looks through; 0 for "flat"."""
     centered: bool
-    """Whether the mean of the embeddings (`mean.npy`) was subtracted from entries, and has to be from queries."""
+    """Whether the mean embedding (`mean.npy`) was subtracted from the entries, and must be from queries."""
     files: dict[FileName, FileHash]
     provenance: dict[str, Any] = Field(default_factory=dict)
     """`itune`, the version that wrote it, and `sources`."""
 
-    @model_validator(mode="after")
-    def _all_files(self) -> DatastoreManifest:
-        needed = {EMBEDDINGS, ENTRIES} | {f"{name}.{part}" for name in (CAPTIONS, IMAGES) for part in ("txt", "npy")}
-        needed |= ({MEAN} if self.centered else set()) | ({INDEX} if self.index == "ivf" else set())
-        if missing := sorted(needed - self.files.keys()):
-            raise ValueError(f"files: {missing[0]} is not listed")
-        if (self.index == "ivf") != (self.nprobe > 0):
-            raise ValueError(
-                f"index {self.index} and nprobe {self.nprobe}: inverted lists are looked through, and only they"
-            )
-        return self
-
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """The caption files that it was made of, as far as its maker has told."""
+        """The caption files it was made of, where `provenance` names them."""
         sources = self.provenance.get("sources")
         return [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
 
@@ -80,14 +68,10 @@ class DatastoreManifest(Settings):
 
 
 STORE = ManifestFolder(
-    noun="datastore",
-    manifest=MANIFEST,
-    model=DatastoreManifest,
-    version_field="format",
-    version=FORMAT,
-    error=DatastoreError,
-    maker="itune-datastore build",
-    rebuild="build the datastore again",
+    MANIFEST,
+    DatastoreManifest,
+    DatastoreError,
+    "copy the datastore again, build it with itune-datastore build, or name another with --datastore",
 )
 
 
@@ -96,21 +80,19 @@ class Retrieved(NamedTuple):
 
     caption: str
     score: float
-    """Inner product of the query and the entry, both of length 1 (and centred where the datastore is): of an "image"
-    datastore, how similar the photo is."""
+    """Inner product of the query and the entry, both of length 1 (and centred where the datastore is)."""
     image: str
-    """The id of the photo that the caption is of."""
+    """The id of the photo that the caption belongs to."""
 
 
 class Texts:
-    """Strings in one memory-mapped file, each ending with a newline, and where each begins."""
+    """Strings in one memory-mapped file, each ending with a newline, and the offsets where they begin."""
 
-    def __init__(self, text: Path, offsets: Path) -> None:
-        self._offsets = _load_array(offsets, np.int64, 1)
-        size = text.stat().st_size
-        if not size or self._offsets[0] != 0 or self._offsets[-1] != size or (np.diff(self._offsets) < 1).any():
-            raise DatastoreError(f"{offsets} does not fit {text.name}; {STORE.mend}")
-        self._text = np.asarray(np.memmap(text, np.uint8, "r"))
+    def __init__(self, text: Path, offsets: Path, count: int) -> None:
+        """Map `count` strings."""
+        self._offsets = _load_array(offsets, (np.int64,), (count + 1,))
+        with reading(text, DatastoreError, STORE.mend):
+            self._text = np.asarray(np.memmap(text, np.uint8, "r"))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -119,48 +101,55 @@ class Texts:
         start, end = self._offsets[index : index + 2]
         return bytes(self._text[start : end - 1]).decode("utf-8", errors="replace")
 
+    def consistent(self) -> bool:
+        """Whether the offsets ascend from 0 to the end of the text."""
+        ends = self._offsets[0] == 0 and self._offsets[-1] == len(self._text)
+        return bool(ends and (np.diff(self._offsets) >= 1).all())
+
 
 class Datastore:
     """A datastore on disk, open for searching; several threads may share it."""
 
     def __init__(self, folder: Path, manifest: DatastoreManifest) -> None:
-        """Map the files of a manifest that was read and checked; `load` does that."""
+        """Map the files of a checked manifest; `load` calls it."""
         self.folder, self.manifest = folder, manifest
-        self.embeddings: NDArray[Any] = _load_array(folder / EMBEDDINGS, (np.float16, np.float32), 2)
-        self.entries = _load_array(folder / ENTRIES, np.int64, 2)
+        dim = manifest.encoder.dim
+        floats = (np.float16, np.float32)
+        self.embeddings: NDArray[Any] = _load_array(folder / EMBEDDINGS, floats, (manifest.entries, dim))
+        self.entries = _load_array(folder / ENTRIES, (np.int64,), (manifest.entries, 3))
         """[entries, 3]: image, first caption, and the one after the last."""
-        self.captions = Texts(folder / f"{CAPTIONS}.txt", folder / f"{CAPTIONS}.npy")
-        self.images = Texts(folder / f"{IMAGES}.txt", folder / f"{IMAGES}.npy")
-        mean = _load_array(folder / MEAN, np.float32, 1) if manifest.centered else None
-        self.mean: Float32 | None = None if mean is None else np.asarray(mean)
-        shapes = {
-            EMBEDDINGS: (self.embeddings.shape, (manifest.entries, manifest.encoder.dim)),
-            ENTRIES: (self.entries.shape, (manifest.entries, 3)),
-            CAPTIONS: ((len(self.captions),), (manifest.captions,)),
-            IMAGES: ((len(self.images),), (manifest.images,)),
-            MEAN: (() if self.mean is None else self.mean.shape, (manifest.encoder.dim,) if manifest.centered else ()),
+        self.captions = Texts(folder / f"{CAPTIONS}.txt", folder / f"{CAPTIONS}.npy", manifest.captions)
+        self.images = Texts(folder / f"{IMAGES}.txt", folder / f"{IMAGES}.npy", manifest.images)
+        self.mean: Float32 | None = None
+        if manifest.centered:
+            self.mean = _load_array(folder / MEAN, (np.float32,), (dim,))
+        consistent = {
+            f"{CAPTIONS}.npy": self.captions.consistent(),
+            f"{IMAGES}.npy": self.images.consistent(),
+            ENTRIES: self._entries_consistent(),
         }
-        for name, (found, expected) in shapes.items():
-            if found != expected:
-                raise DatastoreError(f"{folder}: {name} has shape {found} instead of {expected}; {STORE.mend}")
+        if wrong := [name for name, good in consistent.items() if not good]:
+            raise DatastoreError(f"{folder / wrong[0]}: its numbers lie outside of the other files; {STORE.mend}")
+        self._index: Any = None
+        if manifest.index == "ivf":
+            mend = f"install faiss with pip install 'itune[retrieval]', or {STORE.mend}"
+            with reading(folder / INDEX, DatastoreError, mend):
+                self._index = load_ivf(folder / INDEX, dim, manifest.nprobe)
+
+    def _entries_consistent(self) -> bool:
+        """Whether the entries name existing images and captions, each caption at most once."""
         most, lengths = self.entries.max(axis=0), self.entries[:, 2] - self.entries[:, 1]
-        outside = self.entries.min() < 0 or most[0] >= manifest.images or most[1:].max() > manifest.captions
-        if outside or lengths.min() < 1 or lengths.sum() > manifest.captions:  # a caption is of one entry
-            raise DatastoreError(f"{folder / ENTRIES}: names captions or photos that are not there; {STORE.mend}")
-        self._index = (
-            load_ivf(folder / INDEX, manifest.entries, manifest.encoder.dim, manifest.nprobe)
-            if manifest.index == "ivf"
-            else None
-        )
+        inside = self.entries.min() >= 0 and most[0] < len(self.images) and most[1:].max() <= len(self.captions)
+        return bool(inside and lengths.min() >= 1 and lengths.sum() <= len(self.captions))
 
     @classmethod
     def load(
         cls, folder: str | Path, *, encoder: EncoderIdentity | None = None, verify: bool | None = None
     ) -> Datastore:
-        """Open a datastore, which has to be one of `encoder`'s if that is given.
+        """Open a datastore, which must be of `encoder` if that is given.
 
-        Sizes are always compared; hashes of all files with `verify`, of none without, and by default of those below
-        64 MB, since a gigabyte of embeddings takes a second.
+        Sizes are always compared. `verify` True: hashes, too; False: none; None: those of files below 64 MB, since
+        hashing a gigabyte of embeddings takes a second.
 
         Raises:
             DatastoreError: not a datastore, damaged, of another format or encoder, or faiss is needed and missing.
@@ -169,18 +158,18 @@ class Datastore:
         manifest = STORE.read(folder)
         if encoder is not None:
             _require(folder, manifest, encoder)
-        for name, expected in manifest.files.items():
-            hashed = expected.bytes < _HASHED_BYTES if verify is None else verify
-            STORE.check(folder, name, expected, verify=hashed)
+        needed = {EMBEDDINGS, ENTRIES} | {f"{name}.{part}" for name in (CAPTIONS, IMAGES) for part in ("txt", "npy")}
+        needed |= ({MEAN} if manifest.centered else set()) | ({INDEX} if manifest.index == "ivf" else set())
+        STORE.check(folder, manifest.files, needed, _HASHED_BYTES if verify is None else inf if verify else -1)
         return cls(folder, manifest)
 
     def require(self, encoder: EncoderIdentity) -> None:
-        """Raise DatastoreError, naming both, unless the datastore was built with `encoder`."""
+        """Raise DatastoreError, naming both encoders, unless the datastore was built with `encoder`."""
         _require(self.folder, self.manifest, encoder)
 
     def search(
         self,
-        embeddings: Float32,
+        embeddings: Float32 | None,
         k: int,
         *,
         exclude_images: Sequence[Collection[str]] | None = None,
@@ -188,37 +177,37 @@ class Datastore:
     ) -> list[list[Retrieved]]:
         """The `k` best captions for each of `embeddings` [B, D], best first.
 
-        Of a "text" datastore, those that are nearest. Of an "image" datastore, those captions of the `NEIGHBOURS`
-        nearest photos (of more, where these have fewer than k) that agree most with the others (see `consensus`). No
-        caption comes twice, whatever its case, spaces and final period. Ties stand in order of the entry. An
-        approximate index may find fewer than k.
+        In a "text" datastore, the nearest captions. In an "image" datastore, the captions of the `NEIGHBOURS` nearest
+        photos (more, if these have fewer than k) that agree most with the others (see `consensus`). No caption comes
+        twice, ignoring case, spaces and the final period. Ties keep the order of the entries. An approximate index may
+        find fewer than k.
 
         `exclude_images`: for each query, ids of photos whose captions are left out; `exclude_captions`: captions that
-        are, however often and of whatever photo they are in the datastore.
+        are left out, whichever photo they belong to.
 
         Raises:
-            DatastoreError: embeddings of another width, or that are not numbers.
+            DatastoreError: embeddings are missing, of another width, or not finite.
         """
-        ranking = self._rank(embeddings)
-        images = exclude_images or [()] * len(embeddings)
-        captions = exclude_captions or [()] * len(embeddings)
+        dim = self.manifest.encoder.dim
+        queries = np.asarray(embeddings, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != dim or not np.isfinite(queries).all():
+            raise DatastoreError(
+                f"{self.folder}: needs finite embeddings [images, {dim}] of the model's vision graph, not "
+                f"{list(queries.shape)} with {np.count_nonzero(~np.isfinite(queries))} not finite; export the model "
+                "again"
+            )
+        queries = centre(queries, self.mean)
+        ranking: Ranking = (
+            FlatRanking(self.embeddings, queries)
+            if self._index is None
+            else IvfRanking(self._index, self.embeddings, queries)
+        )
+        images = exclude_images or [()] * len(queries)
+        captions = exclude_captions or [()] * len(queries)
         return [
             self._take(ranking, query, k, set(without), {caption_key(caption) for caption in others})
             for query, (without, others) in enumerate(zip(images, captions, strict=True))
         ]
-
-    def _rank(self, embeddings: Float32) -> Ranking:
-        queries = np.asarray(embeddings, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.manifest.encoder.dim:
-            raise DatastoreError(
-                f"{self.folder}: takes embeddings [images, {self.manifest.encoder.dim}], not {list(queries.shape)}"
-            )
-        if not np.isfinite(queries).all():
-            raise DatastoreError(f"{self.folder}: an embedding to search for holds numbers that are not finite")
-        queries = centre(queries, self.mean)
-        if self._index is not None:
-            return IvfRanking(self._index, self.embeddings, queries)
-        return FlatRanking(self.embeddings, queries)
 
     def _take(self, ranking: Ranking, query: int, k: int, images: set[str], taken: set[str]) -> list[Retrieved]:
         if k < 1:
@@ -230,7 +219,7 @@ class Datastore:
             entries, scores = ranking.best(query, count)
             photos = self._captions(entries, scores, len(entries) if is_text else wanted, images, taken)
             found = _distinct(each for captions in photos for each in captions)
-            # Those left out, and the ones that say the same, may leave too few: look further.
+            # Too few may be left after exclusions and duplicates: look further.
             all_seen = len(photos) < wanted and (len(entries) < count or count >= len(self.entries))
             if all_seen or (len(found) >= k and (is_text or len(photos) >= wanted)):
                 return (found if is_text else self._most_typical(photos))[:k]
@@ -241,7 +230,7 @@ class Datastore:
     def _captions(
         self, entries: Int64, scores: Float32, most: int, images: set[str], taken: set[str]
     ) -> list[list[Retrieved]]:
-        """The captions of the first `most` entries that have some left: not of `images`, not saying what is `taken`."""
+        """Captions of the first `most` entries that have any left: not of `images`, and not the same as `taken`."""
         found = []
         for entry, score in zip(entries.tolist(), scores.tolist(), strict=True):
             image, start, end = self.entries[entry].tolist()
@@ -254,8 +243,8 @@ class Datastore:
         return found
 
     def _most_typical(self, photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
-        """The captions of some photos, those first that agree most with the others."""
-        captions = [each for those in photos for each in those]
+        """The captions of some photos, sorted by how much they agree with the others."""
+        captions = [each for photo in photos for each in photo]
         votes = np.exp(_SHARPNESS * np.array([each.score for each in captions]))
         agreement = consensus([_words(each.caption) for each in captions], votes, self._rarity)
         return _distinct(captions[i] for i in np.argsort(-agreement, kind="stable"))
@@ -267,14 +256,14 @@ class Datastore:
 
 
 def centre(embeddings: Float32, mean: Float32 | None) -> Float32:
-    """Embeddings [B, D], less `mean` where there is one, at length 1."""
+    """Embeddings [B, D] minus `mean`, scaled to length 1."""
     centred = embeddings if mean is None else embeddings - mean
     norms = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.asarray(centred / np.maximum(norms, 1e-12), np.float32)
 
 
 def caption_key(caption: str) -> str:
-    """What captions that say the same have in common: not case, spaces and final period."""
+    """The same for captions that differ only in case, spaces and final period."""
     return " ".join(caption.split()).rstrip(" .").casefold()
 
 
@@ -291,19 +280,17 @@ def _require(folder: Path, manifest: DatastoreManifest, encoder: EncoderIdentity
 
 
 def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
-    """Without those that say what an earlier one does."""
+    """The captions without repetitions of an earlier one."""
     first: dict[str, Retrieved] = {}
     for each in captions:
         first.setdefault(caption_key(each.caption), each)
     return list(first.values())
 
 
-def _load_array(path: Path, dtype: Any, ndim: int) -> NDArray[Any]:
-    try:
+def _load_array(path: Path, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> NDArray[Any]:
+    with reading(path, DatastoreError, STORE.mend):
         # Still mapped, but without the bookkeeping that NumPy's memmap does at every access.
         array: NDArray[Any] = np.asarray(open_memmap(path, mode="r"))
-    except Exception as error:  # of a header that is none NumPy raises much: ValueError, TokenError, OverflowError...
-        raise DatastoreError(f"{path} is not a NumPy array ({str(error)[:120]}); {STORE.mend}") from None
-    if array.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)) or array.ndim != ndim or not len(array):
-        raise DatastoreError(f"{path} holds {array.dtype} {list(array.shape)}, which is not expected; {STORE.mend}")
-    return array
+        if array.dtype not in dtypes or array.shape != shape:
+            raise ValueError(f"contains {array.dtype} {array.shape} instead of {shape}")
+        return array

@@ -1,7 +1,7 @@
-"""Nearest entries by inner product: exact over all of them with NumPy, or approximate by faiss and then exact.
+"""Nearest entries by inner product: exact with NumPy, or candidates from faiss that are then scored exactly.
 
-An entry's score is computed for it alone in double precision, so that it does not depend on what else is scored with
-it; equal scores stand in order of the entry.
+The score of an entry is computed in double precision, row by row, so that it does not depend on the other entries.
+Entries with equal scores keep their order in the datastore.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.base import Float32, Int64
-from ..errors import DatastoreError
 
 _CHUNK = 1 << 14  # entries that are scored at once
-_ROUNDING = 1e-5  # more than what single precision loses in a product of unit vectors
+_ROUNDING = 1e-5  # more than the error of single precision in a product of unit vectors
 _RERANKED = 4
-"""The approximate index is asked for so many times what is wanted: its own scores are of 8-bit vectors."""
+"""faiss is asked for this multiple of the wanted entries, since its own scores are of 8-bit vectors."""
 
 Embeddings = NDArray[Any]
 """Entries [N, D], float16 or float32 of length 1, usually memory-mapped."""
 
 
 class Ranking(Protocol):
-    """What is near to some queries."""
+    """Finds the entries nearest to each of some queries."""
 
     def best(self, query: int, count: int) -> tuple[Int64, Float32]:
-        """The `count` nearest entries of a query and their scores, best first; fewer where it finds no more."""
+        """The `count` nearest entries of a query and their scores, best first; an approximate index may find fewer."""
         ...
 
 
 class FlatRanking:
-    """Exact: every entry was scored."""
+    """Exact: scores every entry."""
 
     def __init__(self, embeddings: Embeddings, queries: Float32) -> None:
         """Score all entries for `queries` [B, D], both of length 1."""
@@ -44,55 +43,35 @@ class FlatRanking:
             np.matmul(queries, chunk.T, out=self.scores[:, start : start + len(chunk)])
 
     def best(self, query: int, count: int) -> tuple[Int64, Float32]:
-        """See `Ranking.best`."""
-        scores = self.scores[query]
+        """The nearest entries, from those whose single-precision score is close enough."""
+        scores, entries = self.scores[query], np.arange(len(self.embeddings))
         if count < len(scores):
             threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
             entries = np.flatnonzero(scores >= threshold - _ROUNDING)
-        else:
-            entries = np.arange(len(scores))
         return _exact(self.embeddings, self.queries[query], entries, count)
 
 
 class IvfRanking:
-    """Approximate: entries of the clusters that are nearest to a query (faiss), then scored exactly."""
+    """Approximate: scores entries of the clusters (inverted lists) nearest to a query."""
 
     def __init__(self, index: Any, embeddings: Embeddings, queries: Float32) -> None:
         self.index, self.embeddings, self.queries = index, embeddings, queries
 
     def best(self, query: int, count: int) -> tuple[Int64, Float32]:
-        """See `Ranking.best`."""
-        # One by one, since faiss computes a batch's distances to the clusters in another order.
-        wanted = min(_RERANKED * count, len(self.embeddings))
-        _, found = self.index.search(self.queries[query : query + 1], wanted)
-        known = (found[0] >= 0) & (found[0] < len(self.embeddings))  # -1 where a cluster has no more
-        entries = np.sort(found[0][known])
-        return _exact(self.embeddings, self.queries[query], entries, count)
+        """The nearest entries of those that faiss finds."""
+        # One by one: faiss computes a batch's distances to the clusters in another order.
+        _, found = self.index.search(self.queries[query : query + 1], min(_RERANKED * count, len(self.embeddings)))
+        known = (found[0] >= 0) & (found[0] < len(self.embeddings))  # -1 where the clusters have no more
+        return _exact(self.embeddings, self.queries[query], np.sort(found[0][known]), count)
 
 
-def load_ivf(path: Path, entries: int, dim: int, nprobe: int) -> Any:
-    """A faiss index whose lists stay on disk, memory-mapped.
+def load_ivf(path: Path, dim: int, nprobe: int) -> Any:
+    """A faiss index with memory-mapped lists, which looks through `nprobe` of them for a query."""
+    import faiss
 
-    Raises:
-        DatastoreError: faiss is not installed, or cannot read the file.
-    """
-    try:
-        import faiss
-    except ImportError:
-        raise DatastoreError(
-            f"{path.parent}: a datastore of {entries:,} entries is searched by faiss: pip install 'itune[retrieval]'"
-        ) from None
-    try:
-        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        shape = (index.ntotal, index.d)
-        index.nprobe = nprobe  # which an index without inverted lists lacks
-        index.search(np.zeros((1, index.d), np.float32), 1)
-    except Exception as error:  # RuntimeError, with a trace of faiss's own
-        raise DatastoreError(f"{path}: faiss cannot read it ({str(error).strip()[-120:]}); build it again") from None
-    if shape != (entries, dim):
-        raise DatastoreError(
-            f"{path}: holds {shape[0]} vectors of {shape[1]} instead of {entries} of {dim}; build it again"
-        )
+    index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    faiss.extract_index_ivf(index).nprobe = nprobe
+    index.search(np.zeros((1, dim), np.float32), 1)  # fails for another width
     return index
 
 

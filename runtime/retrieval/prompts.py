@@ -1,7 +1,7 @@
-"""The prompt that carries retrieved captions, the same in training and at run time.
+"""The prompt with retrieved captions, the same in training and at run time.
 
-As SmallCap's own code does, the prompt is tokenised by itself and the caption's tokens are joined to it. The template
-ends with a space, so the prompt's last token is that space alone, and the caption begins with a bare word.
+As in SmallCap's own code, the prompt is tokenised by itself, and the caption's tokens are appended. The template ends
+with a space, so the prompt's last token is that space alone, and the caption begins with a word without one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ from tokenizers import Tokenizer
 
 from ..errors import SearchError
 from ..settings import RetrievalSettings, TextSettings
-
-
-def clean_caption(text: str, settings: TextSettings) -> str:
-    """A caption as the language model learns it: white space collapsed, case and final period as the settings say."""
-    text = " ".join(text.split())
-    if settings.lower:
-        text = text.lower()
-    return text.rstrip(" .") if settings.strip_period else text
+from ..text import clean_caption, encode_text
 
 
 def retrieval_prompt(settings: RetrievalSettings, captions: Sequence[str]) -> str:
-    r"""The text before a caption: the template with `captions`, or what stands for none.
+    r"""The text before a caption: the template with `captions`, or the prompt for none.
 
     >>> retrieval_prompt(settings, ["a dog runs", "a brown dog"])
     'Similar images show\n\na dog runs\n\na brown dog.\n\nThis image shows '
@@ -35,18 +28,18 @@ class PromptWriter:
     """Writes retrieval prompts as token ids."""
 
     def __init__(self, tokenizer: Tokenizer, text: TextSettings, settings: RetrievalSettings) -> None:
-        """`text`: how the captions of the training data were cleaned; so are those of the datastore."""
+        """The datastore's captions are cleaned by `text`, as those of the training data were."""
         self.tokenizer, self.settings = tokenizer, settings
-        # The template has the only period.
+        # The only period is the template's.
         self._text = text.model_copy(update={"strip_period": True})
 
     @property
     def shortest(self) -> int:
-        """The fewest tokens that a prompt has."""
-        return len(self._encode(self.settings.empty))
+        """Minimum length of a prompt in tokens."""
+        return len(encode_text(self.tokenizer, self.settings.empty))
 
     def clean(self, caption: str) -> str:
-        """A caption as it stands in a prompt: cleaned, and cut after `max_caption_tokens`."""
+        """A caption as it appears in a prompt: cleaned, and cut after `max_caption_tokens`."""
         caption = clean_caption(caption, self._text)
         most = self.settings.max_caption_tokens
         encoding = self.tokenizer.encode(caption, add_special_tokens=False)
@@ -55,22 +48,17 @@ class PromptWriter:
     def write(self, captions: Sequence[str], room: int) -> tuple[list[int], tuple[str, ...]]:
         """Token ids of the prompt, without the begin token, and the captions in it.
 
-        The last captions, which are the least similar, are left out where the prompt would be longer than `room`
-        tokens.
+        Leaves out the last captions, which are the least similar, where the prompt would exceed `room` tokens.
 
         Raises:
-            SearchError: not even a prompt without captions has room.
+            SearchError: there is no room even for a prompt without captions.
         """
         cleaned = [self.clean(caption) for caption in captions]
         for count in range(len(cleaned), -1, -1):
-            ids = self._encode(retrieval_prompt(self.settings, cleaned[:count]))
+            ids = encode_text(self.tokenizer, retrieval_prompt(self.settings, cleaned[:count]))
             if len(ids) <= room:
                 return ids, tuple(captions[:count])
         raise SearchError(
-            f"the retrieval prompt takes {len(ids)} tokens without any caption, where there is room for {room}: lower "
+            f"the retrieval prompt without captions takes {len(ids)} tokens, but there is room for {room}: lower "
             "max_new_tokens, or use a language model with more positions"
         )
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from itune.runtime.bundle import MANIFEST, TOKENIZER, DecoderSettings, Graph, Manifest, TensorSpec, TokenSettings
+from itune.runtime.bundle import MANIFEST, TOKENIZER, DecoderSettings, GraphEntry, Manifest, TensorSpec, TokenSettings
 from itune.runtime.manifest import FileHash
 from itune.runtime.search import NATIVE
 from itune.runtime.search import search as search_captions
@@ -54,7 +54,7 @@ def save_graph(
     onnx.save(model, path)
 
 
-def save_vision(path: Path) -> Graph:
+def save_vision(path: Path) -> GraphEntry:
     """The mean colour of an image raises the first word of that colour's sentence."""
     first_words = np.zeros((3, len(WORDS)), np.float32)
     for channel, sentence in enumerate(SENTENCES.values()):
@@ -67,10 +67,10 @@ def save_vision(path: Path) -> Graph:
         helper.make_node("MatMul", ["colour", "first_words"], ["visual"]),
     ]
     save_graph(path, nodes, {"height_width": np.array([1, 2]), "first_words": first_words}, inputs, outputs)
-    return Graph(role="vision", engine="any", precision="fp32", file=path.name, inputs=inputs, outputs=outputs)
+    return GraphEntry(role="vision", engine="any", precision="fp32", file=path.name, inputs=inputs, outputs=outputs)
 
 
-def save_decoder(path: Path) -> Graph:
+def save_decoder(path: Path) -> GraphEntry:
     """Each word is followed by the next one of its sentence; the rest is unlikely noise."""
     follows = np.random.default_rng(0).normal(size=(len(WORDS), len(WORDS))).astype(np.float32)
     for sentence in SENTENCES.values():
@@ -111,7 +111,7 @@ def save_decoder(path: Path) -> Graph:
         "rows_words": np.array([-1, len(WORDS)]),
     }
     save_graph(path, nodes, constants, inputs, outputs)
-    return Graph(role="decoder", engine="any", precision="fp32", file=path.name, inputs=inputs, outputs=outputs)
+    return GraphEntry(role="decoder", engine="any", precision="fp32", file=path.name, inputs=inputs, outputs=outputs)
 
 
 @pytest.fixture(scope="session", params=["native", "numpy"])

@@ -12,14 +12,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from itune.export.bundle import export_bundle
-from itune.runtime.bundle import MANIFEST, Bundle, Graph, PlanSettings, ProfileRange, TensorSpec
+from itune.runtime.bundle import MANIFEST, Bundle, GraphEntry, PlanSettings, ProfileRange, TensorSpec
 from itune.runtime.manifest import FileHash
 
 BATCH, BEAMS, PROMPT, POSITIONS, K = 3, 5, 4, 14, 40
 VERSION = "1.7.1.116"
 
 
-def profiles_of(graph: Graph, tokens: int) -> list[dict[str, ProfileRange]]:
+def profiles_of(graph: GraphEntry, tokens: int) -> list[dict[str, ProfileRange]]:
     """One for the vision graph; for the decoder one of the first step and one of those that follow."""
     rows, later = BATCH * BEAMS, POSITIONS - 1
     if graph.role == "vision":

@@ -124,7 +124,7 @@ def test_manifest_and_card(bundles: dict[str, Path]) -> None:
     bundle = Bundle.load(bundles["onnx"])
     manifest, tokens = bundle.manifest, bundle.manifest.tokens
     assert (manifest.method, tokens.prefix, tokens.begin) == ("clipcap", 4, None)
-    assert tokens.head == [*range(tokens.vocab_size, tokens.vocab_size + 4), *tokens.prompt]
+    assert tokens.prompt_tokens == [*range(tokens.vocab_size, tokens.vocab_size + 4), *tokens.prompt]
     assert tokens.room == tokens.max_positions - 4 - len(tokens.prompt) + 1
     assert [(spec.name, spec.shape) for spec in manifest.graphs[0].outputs] == [("visual.prefix", ["images", 4, 64])]
     card = bundle.path("README.md").read_text(encoding="utf-8")
