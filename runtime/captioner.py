@@ -270,7 +270,8 @@ class Captioner:
         if caption is None:
             caption = self.caption(photo, **options)
         if isinstance(caption, str):
-            with reading("caption"):  # half of a surrogate pair, which is no character
+            with reading("caption"):
+                caption.encode()  # names a lone surrogate; the tokenizer would not
                 tokens = tuple(encode_caption(self.tokenizer, explainer.manifest.text, caption))
         else:
             tokens = caption.tokens

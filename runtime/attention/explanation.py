@@ -96,9 +96,10 @@ class Explainer:
         manifest = bundle.manifest
         if not manifest.decoder.adapter_layers or manifest.patch_grid is None:
             raise BundleError(
-                f"{bundle.folder / MANIFEST}: a heatmap needs adapter_layers (found: {manifest.decoder.adapter_layers}, "
-                f"method {manifest.method}) and patches within {manifest.decoder.visual_tokens} visual tokens (found: "
-                f"{manifest.patches}): export the bundle with --patch-grid ROWSxCOLUMNS if the patches are no square"
+                f"{bundle.folder / MANIFEST}: a heatmap needs a method with adapters (adapter_layers of "
+                f"{manifest.method}: {manifest.decoder.adapter_layers}) and patches (found: {manifest.patches}, "
+                f"{manifest.decoder.visual_tokens} visual tokens; if they form no square, export the bundle again "
+                "with --patch-grid ROWSxCOLUMNS)"
             )
         return cls(AttentionReader.load(bundle, threads=threads), tokenizer, manifest, manifest.patch_grid)
 
@@ -123,9 +124,9 @@ class Explainer:
             attention = self.reader.attention([*before, *tokens[:-1]], state, layer)[len(before) - 1 :][: len(tokens)]
         except EngineError as error:  # the graph has no embedding for such a token or position
             raise ItuneError(
-                f"the decoder cannot write the caption's {len(tokens)} tokens: it has positions for "
-                f"{limits.max_positions - len(before) + 1}, and knows {limits.candidates} of {limits.vocab_size} words "
-                "and parts of words (itune-export --vocabulary)"
+                f"the decoder cannot write the {len(tokens)} tokens of the caption: it has positions for "
+                f"{limits.max_positions - len(before) + 1}, and {limits.candidates} of the {limits.vocab_size} tokens "
+                "in its vocabulary (itune-export --vocabulary)"
             ) from error
         return Explanation(
             caption=decode_text(self.tokenizer, tokens),

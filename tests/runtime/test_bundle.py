@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from itune.runtime import bundle as bundle_module
-from itune.runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, default_bundle
+from itune.runtime.bundle import DEFAULT, MANIFEST, SCHEMA_VERSION, Bundle
 from itune.runtime.errors import BundleError
 
 Change = Callable[[dict[str, Any]], object]
@@ -33,7 +33,7 @@ def refusal(folder: Path, *, verify: bool = True) -> str:
         Bundle.load(folder, verify=verify)
     message = str(caught.value)
     assert "\n" not in message
-    assert str(folder) in message
+    assert folder == DEFAULT or str(folder) in message
     return message
 
 
@@ -54,8 +54,10 @@ def test_prefers_the_graph_made_for_an_engine(bundle: Path) -> None:
     assert both.graph("vision", "onnxruntime") is own
     assert both.graph("vision", "tensorrt") is vision
     assert both.graph("vision") is vision
-    with pytest.raises(BundleError, match=r"no 'decoder' graph for engine 'tensorrt' \(there are: vision for any"):
+    with pytest.raises(BundleError) as error:
         both.graph("decoder", "tensorrt")
+    for value in ("'decoder'", "'tensorrt'", "vision for any", "vision for onnxruntime"):
+        assert value in str(error.value)
 
 
 PLAN = {
@@ -85,11 +87,10 @@ def test_plans(copy: Path) -> None:
     assert plan.profiles[0]["pixels"].max == [8, 16, 16, 3]
     assert loaded.graph("vision", "onnxruntime").plan is None
     for change, field in (
-        (add(None), "a TensorRT plan has both"),
-        (add(PLAN, "any"), "a TensorRT plan has both"),
+        (add(None), "graphs.2: plan"),
+        (add(PLAN, "any"), "graphs.2: plan"),
         (add(PLAN | {"profiles": []}), "plan.profiles"),
         (add(PLAN | {"compute_capabilities": ["8.6"]}), "plan.compute_capabilities.0"),
-        (add(PLAN | {"profiles": [{"k": {"min": [3], "opt": [2], "max": [4]}}]}), "do not ascend"),
         (add(PLAN | {"source": "../vision.onnx"}), "plan.source"),
     ):
         (copy / MANIFEST).write_text(original)
@@ -98,23 +99,22 @@ def test_plans(copy: Path) -> None:
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
-    assert "is not a folder" in refusal(tmp_path / "absent")
-    assert "has no bundle.json" in refusal(tmp_path)
+    assert str(tmp_path / "absent" / MANIFEST) in refusal(tmp_path / "absent")
+    assert str(tmp_path / MANIFEST) in refusal(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
-    assert "is not JSON" in refusal(tmp_path)
+    assert "line 1 column 1" in refusal(tmp_path)
     (tmp_path / MANIFEST).unlink()
     (tmp_path / MANIFEST).mkdir()
-    assert "cannot be read" in refusal(tmp_path)
+    assert str(tmp_path / MANIFEST) in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "1", 1.5, None, [1]])
 def test_another_schema_version(copy: Path, version: object) -> None:
-    # Fields of another version are not looked at: only the version is told.
+    # The version is named first, whatever else this one cannot read.
     rewrite(copy, lambda content: content.update(schema_version=version, tokens="?"))
     message = refusal(copy)
-    assert f"schema_version is {version!r}" in message
-    assert f"reads version {SCHEMA_VERSION}" in message
-    assert "export the bundle again" in message
+    assert f"schema_version: Input should be {SCHEMA_VERSION}, not {version!r}" in message
+    assert "itune-export" in message
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,6 @@ def test_another_schema_version(copy: Path, version: object) -> None:
         (lambda content: content.update(method="prefix"), "method"),
         (lambda content: content.update(extra=1), "extra"),
         (lambda content: content.update({"new\nline": 1}), r"new\nline"),
-        (lambda content: content.update(schema_version=True), "schema_version"),
     ],
 )
 def test_a_broken_field_is_named(copy: Path, change: Change, field: str) -> None:
@@ -156,20 +155,21 @@ def test_damaged_and_missing_files(copy: Path) -> None:
     content = bytearray(graph.read_bytes())
     content[len(content) // 2] ^= 1
     graph.write_bytes(content)
-    assert "decoder.onnx is damaged (wrong SHA-256); copy the bundle again" in refusal(copy)
-    Bundle.load(copy, verify=False)
+    listed = Bundle.load(copy, verify=False).manifest.files["decoder.onnx"]
+    assert f"{graph}: damaged ({len(content)} bytes; bundle.json lists {listed})" in refusal(copy)
     graph.write_bytes(content[:-1])
-    assert "decoder.onnx is damaged" in refusal(copy, verify=False)
+    assert f"{graph}: damaged ({len(content) - 1} bytes; bundle.json lists {listed})" in refusal(copy, verify=False)
     graph.unlink()
-    assert "decoder.onnx is missing" in refusal(copy, verify=False)
+    assert str(graph) in refusal(copy, verify=False)
     graph.mkdir()
-    assert "decoder.onnx is missing" in refusal(copy)
+    assert str(graph) in refusal(copy)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vision.onnx"])
 def test_every_used_file_needs_a_hash(copy: Path, name: str) -> None:
     rewrite(copy, lambda content: content["files"].pop(name))
-    assert f"files: '{name}' is not listed" in refusal(copy)
+    assert str(copy / name) in refusal(copy)
+    assert str(copy / name) in refusal(copy, verify=False)
 
 
 OUTSIDE = ["/etc/passwd", "../decoder.onnx", "a/../../b", "C:\\b", "C:b", "..\\b", "", ".", "a\nb", "a\0b"]
@@ -188,7 +188,9 @@ def test_names_that_leave_the_folder(copy: Path, place: str, name: str) -> None:
             content["files"][name] = content["files"]["vision.onnx"]
 
     rewrite(copy, change)
-    assert f"{name!r} names no file inside the folder" in refusal(copy)
+    message = refusal(copy)
+    assert repr(name) in message
+    assert place in message
 
 
 def test_links_that_leave_the_folder(copy: Path, bundle: Path) -> None:
@@ -198,10 +200,10 @@ def test_links_that_leave_the_folder(copy: Path, bundle: Path) -> None:
     Bundle.load(copy)
     graph.unlink()
     graph.symlink_to(bundle / "vision.onnx")
-    assert "vision.onnx leads out of the bundle's folder" in refusal(copy, verify=False)
+    assert f"{graph}: outside the folder" in refusal(copy, verify=False)
     graph.unlink()
     graph.symlink_to("vision.onnx")
-    assert "vision.onnx" in refusal(copy)
+    assert str(graph) in refusal(copy)
 
 
 def test_the_folder_itself_may_be_a_link(bundle: Path, tmp_path: Path) -> None:
@@ -209,16 +211,13 @@ def test_the_folder_itself_may_be_a_link(bundle: Path, tmp_path: Path) -> None:
     assert Bundle.load(tmp_path / "link").manifest.name == "colours"
 
 
-def test_the_default_bundle_is_the_only_one(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_bundle_is_the_one_in_models(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "__file__", str(tmp_path / "bundle.py"))
-    with pytest.raises(BundleError, match="holds 0 models"):
-        default_bundle()
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path / "models") in refusal(DEFAULT)
     shutil.copytree(bundle, tmp_path / "models" / "first")
     (tmp_path / "models" / "not-a-bundle").mkdir()
-    assert default_bundle() == tmp_path / "models" / "first"
-    shutil.copytree(bundle, tmp_path / "models" / "second")
-    with pytest.raises(BundleError, match="holds 2 models"):
-        default_bundle()
+    assert Bundle.load(DEFAULT).folder == tmp_path / "models" / "first"
 
 
 json_values = st.recursive(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from PIL import Image
 
 from itune.runtime import BundleError, Caption, Captioner, ImageError, ItuneError, SearchError
 from itune.runtime.bundle import MANIFEST, TOKENIZER, Manifest
-from itune.runtime.captioner import ENGINES
 from itune.runtime.manifest import FileHash
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
@@ -70,24 +70,29 @@ def test_search_options_reach_the_search(captioner: Captioner, paint: Callable[.
 def test_options_that_cannot_be_followed(captioner: Captioner, paint: Callable[..., Path]) -> None:
     path = paint("red")
     assert captioner.caption(path, max_new_tokens=40).caption == RED
-    with pytest.raises(SearchError, match="max_new_tokens must be at most 40"):
-        captioner.caption(path, max_new_tokens=41)
-    with pytest.raises(SearchError, match="num_beams"):
-        captioner.caption(path, num_beams=0)
-    with pytest.raises(SearchError, match="bad_words must be a list"):
-        captioner.caption(path, bad_words="dog")
-    with pytest.raises(ItuneError, match="batch_size"):
-        captioner.stream([path], batch_size=0)  # at once, not at the first caption
-    with pytest.raises(TypeError, match="beams"):
-        captioner.caption(path, beams=3)  # type: ignore[call-overload]
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": 41}, "40, not 41"),
+        ({"num_beams": 0}, "not 0"),
+        ({"bad_words": "dog"}, "'dog'"),
+        ({"bad_words": ["dog", " "]}, "bad_words.1"),
+        ({"batch_size": 0}, "not 0"),
+        ({"workers": -1}, "not -1"),
+        ({"beams": 3}, "beams"),
+    ]
+    for option, value in options:
+        with pytest.raises(SearchError) as error:
+            captioner.stream([path], **option)  # at once, not at the first caption
+        assert next(iter(option)) in str(error.value)
+        assert value in str(error.value)
 
 
 def test_a_bad_image_stops_a_list_but_not_a_stream(captioner: Captioner, paint: Callable[..., Path]) -> None:
     bad = paint("red").parent / "bad.png"
     bad.write_bytes(paint("red").read_bytes()[:60])
     images = [paint("red"), bad, Path("missing.jpg"), paint("blue"), bad]
-    with pytest.raises(ImageError, match="truncated or damaged"):
+    with pytest.raises(ImageError) as error:
         captioner.caption(images)
+    assert str(bad) in str(error.value)
     for batch_size in (1, 2, 8):
         results = list(captioner.stream(images, batch_size=batch_size))
         assert [source for source, _ in results] == images
@@ -104,21 +109,28 @@ def test_a_prompt_is_fed_but_not_returned(captioner: Captioner, paint: Callable[
         captioner.search,
     )
     assert prompted.caption(paint("blue")).caption == "runs on grass"
-    with pytest.raises(SearchError, match="at most 38"):
+    with pytest.raises(SearchError) as error:
         prompted.caption(paint("blue"), max_new_tokens=39)
+    assert "38, not 39" in str(error.value)
 
 
 def test_what_load_refuses(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ItuneError, match=f"engine must be one of {', '.join(ENGINES)}, not 'cuda'"):
-        Captioner.load(bundle, engine="cuda")
-    with pytest.raises(ItuneError, match="threads must be at least 1"):
-        Captioner.load(bundle, threads=0)
-    with pytest.raises(BundleError, match="not a folder"):
+    options: dict[str, Any] = {"engine": "cuda", "threads": 0, "retrieve": -1}
+    for name, value in options.items():
+        with pytest.raises(ItuneError) as refused:
+            Captioner.load(bundle, **{name: value})
+        assert f"{name} {value!r}" in str(refused.value)
+    with pytest.raises(BundleError) as error:
         Captioner.load(tmp_path / "absent")
+    assert str(tmp_path / "absent") in str(error.value)
+    with pytest.raises(BundleError) as error:
+        Captioner.load(bundle, retrieve=3)
+    assert str(bundle) in str(error.value)
     broken = shutil.copytree(bundle, tmp_path / "broken")
     (broken / TOKENIZER).write_text("{}")
     manifest = Manifest.model_validate_json((broken / MANIFEST).read_bytes())
     files = manifest.files | {TOKENIZER: FileHash.of(broken / TOKENIZER)}
     (broken / MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
-    with pytest.raises(BundleError, match="is not a tokenizer"):
+    with pytest.raises(BundleError) as error:
         Captioner.load(broken)
+    assert str(broken / TOKENIZER) in str(error.value)

@@ -18,7 +18,8 @@ from itune.export.graph.builder import Graph
 from itune.export.tensorrt.typed_graph import FLOAT, HALF, cast_outputs, type_graph
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.runtime import BundleError, Captioner, Explanation, ItuneError
-from itune.runtime.bundle import MANIFEST
+from itune.runtime.attention.explanation import Explainer
+from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.image import decode, preprocess
 from itune.runtime.manifest import FileHash
 from tests.export.fixtures import save_checkpoint
@@ -102,8 +103,9 @@ def test_attention_behind_a_prompt_is_eagers(onnx_bundle, onnx_checkpoint, photo
     explanation = Captioner.load(onnx_bundle).explain(photos[0], CAPTION)
     assert (explanation.grid, explanation.layer, explanation.layers) == ((4, 4), "last", (2,))
     assert explanation.cls_share.tolist() == [0] * len(explanation.tokens)
-    with pytest.raises(ItuneError, match="holds half of a surrogate pair"):
+    with pytest.raises(ItuneError) as error:
         Captioner.load(onnx_bundle).explain(photos[0], "a \ud83d dog")
+    assert r"\ud83d" in str(error.value)
 
 
 def test_attention_of_one_head_and_of_external_weights(language_model, clip_tower, photos, tmp_path, monkeypatch):
@@ -129,7 +131,7 @@ def test_attention_of_graphs_that_were_made_for_tensorrt(clip_bundle, clip_check
     copy = replaced(clip_bundle, tmp_path / "b", graphs)
     captioner = Captioner.load(copy)
     for layer, rows in enumerate(eager_attention(clip_checkpoint, photos[0], (5, 6, 7)), 1):
-        found = captioner.explainer.explain(decode(photos[0]), (5, 6, 7), layer)
+        found = captioner.explainer.explain(decode(photos[0]), (5, 6, 7), layer, lambda _: [captioner.tokens.begin])
         np.testing.assert_allclose(found.attention, rows, atol=5e-3 if precision == "fp16" else 1e-5)
 
 
@@ -171,38 +173,42 @@ def test_patches_that_are_no_square(onnx_checkpoint, photos, tmp_path):
     manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
     decoder = manifest["decoder"] | {"visual_tokens": 14}
     unknown = replaced(tmp_path / "b", tmp_path / "unknown", patches=None, decoder=decoder)
-    with pytest.raises(
-        BundleError, match=r"patches: not given, and 14 visual tokens .* with --patch-grid ROWSxCOLUMNS$"
-    ):
-        explain(unknown, photos[0])
     too_many = replaced(tmp_path / "b", tmp_path / "many", patches=[3, 6])
-    with pytest.raises(BundleError, match=r"patches \(3, 6\) are more than the 16 visual tokens"):
-        Captioner.load(too_many)
+    for bundle, values in ((unknown, ("None", "14", "--patch-grid")), (too_many, ("(3, 6)", "16", "--patch-grid"))):
+        with pytest.raises(BundleError) as error:
+            explain(bundle, photos[0])
+        for value in (str(bundle), *values):
+            assert value in str(error.value)
 
 
 def test_bundles_without_attention(clip_bundle, onnx_bundle, clip_checkpoint, photos, tmp_path):
     manifest = json.loads((clip_bundle / MANIFEST).read_text())
     plain = replaced(clip_bundle, tmp_path / "plain", decoder=manifest["decoder"] | {"adapter_layers": []})
-    with pytest.raises(
-        BundleError, match=r"has no adapters whose attention could be shown; heatmaps are for i-tuning, smallcap$"
-    ):
+    with pytest.raises(BundleError) as error:
         explain(plain, photos[0])
+    assert "i-tuning: []" in str(error.value)
     foreign = replaced(clip_bundle, tmp_path / "foreign", decoder=manifest["decoder"] | {"adapter_layers": [1, 40]})
-    with pytest.raises(BundleError, match=r"decoder\.onnx.*h\.1/mlp/adapter/Softmax\); export the bundle again$"):
+    with pytest.raises(BundleError) as error:
         explain(foreign, photos[0])
+    assert str(foreign / "decoder.onnx") in str(error.value)
+    assert "h.40/mlp/adapter/Softmax" in str(error.value)
     roles = [graph for graph in manifest["graphs"] if graph["role"] != "decoder"]
-    captioner = Captioner.load(clip_bundle)
-    captioner.bundle = type(captioner.bundle).load(replaced(clip_bundle, tmp_path / "plans", graphs=roles))
-    with pytest.raises(BundleError, match=r"attention is read from ONNX graphs, which itune-export writes$"):
-        captioner.explain(photos[0])
-    with pytest.raises(ItuneError, match=r"^attention is read from a bundle, and this model is none: export it first$"):
+    plans = Bundle.load(replaced(clip_bundle, tmp_path / "plans", graphs=roles))
+    with pytest.raises(BundleError) as error:
+        Explainer.load(plans, Captioner.load(clip_bundle).tokenizer)
+    assert "'decoder'" in str(error.value)
+    with pytest.raises(BundleError):
         load_captioner(clip_checkpoint).explain(photos[0])
 
 
 def test_captions_that_cannot_be_written(clip_bundle, photos, tmp_path, clip_checkpoint):
     captioner = Captioner.load(clip_bundle)
-    with pytest.raises(ItuneError, match=r"^the caption has \d+ tokens, for 48 of which the decoder has positions"):
+    with pytest.raises(ItuneError) as error:
         captioner.explain(photos[0], "x " * 60)
+    assert "48" in str(error.value)
+    with pytest.raises(ItuneError) as error:
+        captioner.explain(photos[0], CAPTION, layer=0)
+    assert "layer 0" in str(error.value)
     assert captioner.explain(photos[0], " ").attention.shape == (0, 17)
     from itune.export.vocabulary import Vocabulary
 
@@ -211,5 +217,6 @@ def test_captions_that_cannot_be_written(clip_bundle, photos, tmp_path, clip_che
         clip_checkpoint, tmp_path / "b", vocabulary=Vocabulary.read(str(tmp_path / "words.txt"), None), verify=False
     )
     assert explain(tmp_path / "b", photos[0]).caption == CAPTION
-    with pytest.raises(ItuneError, match="a word that this model cannot write: it knows"):
+    with pytest.raises(ItuneError) as error:
         explain(tmp_path / "b", photos[0], "snowy hill")
+    assert str(Bundle.load(tmp_path / "b").manifest.tokens.shortlist) in str(error.value)

@@ -167,40 +167,35 @@ def edit(folder: Path, **fields: Any) -> None:
     (folder / MANIFEST).write_text(json.dumps(content | fields))
 
 
-BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
-    (shutil.rmtree, "is not a folder; a datastore is the folder that itune-datastore build writes"),
-    (lambda folder: (folder / MANIFEST).unlink(), "is not a datastore: it has no datastore.json"),
-    (lambda folder: (folder / MANIFEST).write_text("{"), "is not JSON"),
-    (lambda folder: (folder / MANIFEST).write_text("[]"), "format is None"),
-    (lambda folder: edit(folder, format=2), "format is 2, but this itune reads version 1; build the datastore again"),
-    (lambda folder: edit(folder, kind="video"), "kind: Input should be 'text' or 'image'"),
-    (lambda folder: edit(folder, files={}), "is not listed"),
-    (lambda folder: edit(folder, files={"../x": {"sha256": "a" * 64, "bytes": 1}}), "files"),
-    (lambda folder: edit(folder, entries=4), "embeddings.npy has shape (5, 8) instead of (4, 8)"),
-    (lambda folder: (folder / "captions.txt").unlink(), "captions.txt is missing; copy the datastore again"),
-    (lambda folder: (folder / "captions.txt").write_text("short"), "captions.txt is damaged (5 bytes instead of"),
-    (lambda folder: flip(folder / "embeddings.npy"), "embeddings.npy is damaged (wrong SHA-256)"),
-    (lambda folder: resave(folder, "entries", np.full((5, 3), 9)), "names captions or photos that are not there"),
-    (lambda folder: resave(folder, "captions", np.arange(6)), "captions.npy does not fit captions.txt"),
-    (lambda folder: resave(folder, "captions", np.zeros((2, 2))), "captions.npy holds float64 [2, 2]"),
-    (lambda folder: resave(folder, "entries", np.tile([0, 0, 5], (5, 1))), "names captions or photos that are not"),
-    (lambda folder: resave(folder, "entries", np.tile([0, 1, 1], (5, 1))), "names captions or photos that are not"),
-    (lambda folder: rewrite(folder, "entries.npy", b"PK\x03\x04 no archive"), "entries.npy is not a NumPy array"),
-    (lambda folder: rewrite(folder, "entries.npy", header("{'descr': '<f4', (((")), "entries.npy is not a NumPy array"),
-    (
-        lambda folder: rewrite(
-            folder, "entries.npy", header("{'descr': '<i8', 'fortran_order': False, 'shape': (9223372036854775808, 3)}")
-        ),
-        "entries.npy is not a NumPy array",
+NO_SHAPE = "{'descr': '<i8', 'fortran_order': False, 'shape': (9223372036854775808, 3)}"
+BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, MANIFEST),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
+    "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), f"{MANIFEST}: Invalid JSON"),
+    "no object": (lambda folder: (folder / MANIFEST).write_text("[]"), f"{MANIFEST}: Input should be an object"),
+    "format": (lambda folder: edit(folder, format=2, kind="video"), f"{MANIFEST}: format: Input should be 1, not 2"),
+    "kind": (lambda folder: edit(folder, kind="video"), f"{MANIFEST}: kind: "),
+    "nprobe": (lambda folder: edit(folder, nprobe=1 << 70), f"{MANIFEST}: nprobe: "),
+    "unlisted": (lambda folder: edit(folder, files={}), "captions.npy: damaged"),
+    "no index": (lambda folder: edit(folder, index="ivf"), "index.faiss: "),
+    "outside": (lambda folder: edit(folder, files={"../x": {"sha256": "a" * 64, "bytes": 1}}), "'../x'"),
+    "entries": (lambda folder: edit(folder, entries=4), "embeddings.npy: contains float32 (5, 8) instead of (4, 8)"),
+    "missing": (lambda folder: (folder / "captions.txt").unlink(), "captions.txt: "),
+    "size": (lambda folder: (folder / "captions.txt").write_text("short"), "captions.txt: damaged (5 bytes"),
+    "hash": (lambda folder: flip(folder / "embeddings.npy"), "embeddings.npy: damaged"),
+    "large indices": (lambda folder: resave(folder, "entries", np.full((5, 3), 9)), "entries.npy: "),
+    "repeated captions": (lambda folder: resave(folder, "entries", np.tile([0, 0, 5], (5, 1))), "entries.npy: "),
+    "no captions": (lambda folder: resave(folder, "entries", np.tile([0, 1, 1], (5, 1))), "entries.npy: "),
+    "offsets": (lambda folder: resave(folder, "captions", np.arange(6)), "captions.npy: "),
+    "offsets' type": (
+        lambda folder: resave(folder, "captions", np.zeros((2, 2))),
+        "captions.npy: contains float64 (2, 2)",
     ),
-    (
-        lambda folder: (resave(folder, "captions", np.zeros(1, int)), rewrite(folder, "captions.txt", b"")),
-        "captions.npy does not fit captions.txt",
-    ),
-    (lambda folder: edit(folder, index="ivf"), "is not listed"),
-    (lambda folder: edit(folder, nprobe=3), "index flat and nprobe 3"),
-    (lambda folder: edit(folder, nprobe=1 << 70), "nprobe: Input should be less than or equal to"),
-]
+    "archive": (lambda folder: rewrite(folder, "entries.npy", b"PK\x03\x04 no archive"), "entries.npy: "),
+    "header": (lambda folder: rewrite(folder, "entries.npy", header("{'descr': '<f4', (((")), "entries.npy: "),
+    "shape": (lambda folder: rewrite(folder, "entries.npy", header(NO_SHAPE)), "entries.npy: "),
+    "no text": (lambda folder: rewrite(folder, "captions.txt", b""), "captions.txt: "),
+}
 
 
 def header(text: str) -> bytes:
@@ -232,27 +227,31 @@ def list_file(folder: Path, name: str, **fields: Any) -> None:
     edit(folder, files=files | {name: FileHash.of(folder / name).model_dump()}, **fields)
 
 
-@pytest.mark.parametrize(("breakage", "reason"), BREAKAGES, ids=[reason[:30] for _, reason in BREAKAGES])
-def test_what_is_wrong_is_one_sentence(words: Path, breakage: Callable[[Path], object], reason: str) -> None:
+@pytest.mark.parametrize(("breakage", "where"), BREAKAGES.values(), ids=BREAKAGES)
+def test_what_is_wrong_is_one_sentence(words: Path, breakage: Callable[[Path], object], where: str) -> None:
     breakage(words)
     with pytest.raises(DatastoreError) as error:
         Datastore.load(words)
-    assert reason in str(error.value)
+    assert where in str(error.value)
+    assert str(words) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_another_encoders_datastore_is_refused_with_both_names(words: Path) -> None:
     for update in ({"sha256": "b" * 64}, {"pooling": "projection"}, {"dim": 9}):
-        with pytest.raises(DatastoreError, match=r"was built with tower .* come from other .*itune-datastore build"):
-            Datastore.load(words, encoder=ENCODER.model_copy(update=update | {"source": "other"}))
+        other = ENCODER.model_copy(update=update | {"source": "other"})
+        with pytest.raises(DatastoreError) as error:
+            Datastore.load(words, encoder=other)
+        assert str(ENCODER) in str(error.value)
+        assert str(other) in str(error.value)
     store = Datastore.load(words)
-    with pytest.raises(DatastoreError, match=r"takes embeddings \[images, 8\], not \[1, 9\]"):
-        store.search(np.ones((1, 9), np.float32), 1)
-    with pytest.raises(DatastoreError, match="not finite"):
-        store.search(query(np.nan), 1)
+    for embeddings, value in ((np.ones((1, 9), np.float32), "[1, 9]"), (query(np.nan), "1 not finite"), (None, "[]")):
+        with pytest.raises(DatastoreError) as error:
+            store.search(embeddings, 1)
+        assert value in str(error.value)
 
 
-def test_a_large_datastore_without_faiss_says_what_to_install(words: Path, tmp_path: Path) -> None:
+def test_a_large_datastore_without_faiss_says_what_to_install(words: Path) -> None:
     (words / "index.faiss").write_bytes(b"no index")
     list_file(words, "index.faiss", index="ivf", nprobe=1)
     code = (
@@ -264,23 +263,31 @@ def test_a_large_datastore_without_faiss_says_what_to_install(words: Path, tmp_p
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'itune[retrieval]'" in done.stdout
     pytest.importorskip("faiss")
-    with pytest.raises(DatastoreError, match=r"index\.faiss: faiss cannot read it"):
+    with pytest.raises(DatastoreError) as error:
         Datastore.load(words)
+    assert str(words / "index.faiss") in str(error.value)
 
 
-def test_indices_that_are_not_as_they_should_be(words: Path) -> None:
+def test_indices_that_do_not_fit(words: Path) -> None:
     faiss = pytest.importorskip("faiss")
     rows = np.load(words / "embeddings.npy")
-    faiss.write_index(faiss.IndexFlatIP(DIM), str(words / "index.faiss"))
-    list_file(words, "index.faiss", index="ivf", nprobe=1)
-    with pytest.raises(DatastoreError, match=r"index\.faiss: (faiss cannot read it|holds 0 vectors)"):
-        Datastore.load(words)
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(DIM), DIM, 1, faiss.METRIC_INNER_PRODUCT)
-    index.train(rows)
+
+    def ivf(dim: int) -> Any:
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, 1, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows[:, :dim])
+        return index
+
+    for wrong in (faiss.IndexFlatIP(DIM), ivf(DIM - 1)):  # without inverted lists, and of another width
+        faiss.write_index(wrong, str(words / "index.faiss"))
+        list_file(words, "index.faiss", index="ivf", nprobe=1)
+        with pytest.raises(DatastoreError) as error:
+            Datastore.load(words)
+        assert str(words / "index.faiss") in str(error.value)
+    index = ivf(DIM)
     index.add_with_ids(rows, np.array([0, 1, 2, 3, 1 << 40]))
     faiss.write_index(index, str(words / "index.faiss"))
     list_file(words, "index.faiss")
-    assert len(Datastore.load(words).search(query(1), 4)[0]) <= 4  # what the last id names is left out
+    assert len(Datastore.load(words).search(query(1), 4)[0]) <= 4  # the last id, which has no entry, is left out
 
 
 def test_photos_that_say_the_same_do_not_hide_the_others(tmp_path: Path) -> None:

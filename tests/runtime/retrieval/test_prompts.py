@@ -7,8 +7,9 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from itune.runtime.errors import SearchError
-from itune.runtime.retrieval.prompts import PromptWriter, clean_caption, retrieval_prompt
+from itune.runtime.retrieval.prompts import PromptWriter, retrieval_prompt
 from itune.runtime.settings import EncoderIdentity, RetrievalSettings, TextSettings
+from itune.runtime.text import clean_caption
 from tests.conftest import make_tokenizer
 
 ENCODER = EncoderIdentity(source="tower", sha256="a" * 64, pooling="mean", dim=4)
@@ -25,8 +26,10 @@ def test_the_prompt_is_smallcaps() -> None:
         "Similar images show\n\none\n\ntwo\n\nthree\n\nfour.\n\nThis image shows "
     )
     assert retrieval_prompt(SETTINGS, []) == "This image shows "
-    with pytest.raises(ValidationError, match=r"must hold \{captions\} once"):
-        RetrievalSettings(encoder=ENCODER, template="This image shows ")
+    for template in ("This image shows ", "{captions}{captions}"):
+        with pytest.raises(ValidationError) as error:
+            RetrievalSettings(encoder=ENCODER, template=template)
+        assert error.value.errors()[0]["loc"] == ("template",)
 
 
 def test_captions_are_cleaned_as_in_training_and_lose_their_period(tokenizer: Tokenizer) -> None:
@@ -60,8 +63,10 @@ def test_what_has_no_room_is_left_out_from_the_end(tokenizer: Tokenizer) -> None
     for n in range(1, 4):
         assert writer.write(captions, lengths[n])[1] == tuple(captions[:n])
     assert writer.write(captions, lengths[1] - 1)[1] == ()
-    with pytest.raises(SearchError, match=f"takes {lengths[0]} tokens .* room for {lengths[0] - 1}"):
+    with pytest.raises(SearchError) as error:
         writer.write(captions, lengths[0] - 1)
+    assert f"{lengths[0]} tokens" in str(error.value)
+    assert f"room for {lengths[0] - 1}" in str(error.value)
 
 
 def test_an_offset_of_the_tokenizer_is_no_surprise(tmp_path: Path) -> None:
