@@ -30,7 +30,7 @@ from itune.retrieval.faiss_index import write_index
 from itune.retrieval.writers import ArrayWriter, TextWriter
 from itune.runtime.manifest import FileHash
 from itune.runtime.retrieval.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
-from itune.runtime.retrieval.nearest import FlatRanking
+from itune.runtime.retrieval.nearest import Ranking
 from itune.runtime.settings import EncoderIdentity
 
 Floats = NDArray[np.float32]
@@ -117,7 +117,7 @@ def measure(store: Datastore, queries: Floats, k: int) -> dict[str, Any]:
         (captions,) = store.search(query[None], k)
         times.append(1000 * (perf_counter() - start))
         found.append({int(each.caption.split()[1]) for each in captions})
-    exact = FlatRanking(store.embeddings, queries)
+    exact = Ranking(store.embeddings, queries)
     hits, similarities = [], []
     for i, theirs in enumerate(found):
         entries, scores = exact.best(i, k)

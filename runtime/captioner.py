@@ -80,10 +80,10 @@ class Caption:
 
 @dataclass(frozen=True)
 class LoadedBundle:
-    """The bundle that a captioner runs, and how it was loaded."""
+    """The bundle that a captioner runs, and how it was loaded; by default none, but a checkpoint in PyTorch."""
 
-    bundle: Bundle
-    engine_name: str
+    bundle: Bundle | None = None
+    engine_name: str = ""
     """One of ENGINES."""
     engine_notice: str | None = None
     """How "auto" chose the engine, as a sentence for the user; None: as usual."""
@@ -115,11 +115,12 @@ class Captioner:
         tokens: TokenSettings,
         search: SearchDefaults,
         retriever: Retriever | None = None,
-        loaded: LoadedBundle | None = None,
+        loaded: LoadedBundle = LoadedBundle(),
     ) -> None:
-        """`retriever` None: prompts without retrieved captions. `loaded` None: no bundle, but PyTorch."""
+        """`retriever` None: prompts without retrieved captions."""
         self.engine, self.tokenizer, self.image, self.tokens, self.search = engine, tokenizer, image, tokens, search
-        self.retriever, self.loaded = retriever, loaded
+        self.retriever, self.bundle, self.threads = retriever, loaded.bundle, loaded.threads
+        self.engine_name, self.engine_notice = loaded.engine_name, loaded.engine_notice
         self.workers = 1
         """Threads that decode images, unless `stream` sets others."""
         self._explainer: Explainer | None = None
@@ -173,21 +174,6 @@ class Captioner:
         # The thread that runs the model also decodes while it would wait.
         captioner.workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
         return captioner
-
-    @property
-    def engine_name(self) -> str:
-        """The engine that runs the model, one of ENGINES; "" for eager PyTorch."""
-        return self.loaded.engine_name if self.loaded else ""
-
-    @property
-    def engine_notice(self) -> str | None:
-        """How "auto" chose the engine, as a sentence for the user; None: as usual."""
-        return self.loaded.engine_notice if self.loaded else None
-
-    @property
-    def bundle(self) -> Bundle | None:
-        """The bundle that was loaded; None for a checkpoint in PyTorch."""
-        return self.loaded.bundle if self.loaded else None
 
     @overload
     def caption(self, images: T, *, batch_size: int = 8, workers: int | None = None, **options: Any) -> Caption: ...
@@ -244,8 +230,7 @@ class Captioner:
             if self._explainer is None:
                 from .attention.explanation import Explainer
 
-                threads = self.loaded.threads if self.loaded else None
-                self._explainer = Explainer.load(self.bundle, self.tokenizer, threads)
+                self._explainer = Explainer.load(self.bundle, self.tokenizer, self.threads)
             return self._explainer
 
     def explain(

@@ -22,7 +22,7 @@ from ..errors import DatastoreError, reading
 from ..manifest import FileHash, FileName, ManifestFolder, Positive
 from ..settings import EncoderIdentity, Settings
 from .consensus import NGramWeights, consensus
-from .nearest import FlatRanking, IvfRanking, Ranking, load_ivf
+from .nearest import Ranking, load_ivf
 
 FORMAT: Literal[1] = 1
 MANIFEST = "datastore.json"
@@ -101,11 +101,6 @@ class Texts:
         start, end = self._offsets[index : index + 2]
         return bytes(self._text[start : end - 1]).decode("utf-8", errors="replace")
 
-    def consistent(self) -> bool:
-        """Whether the offsets ascend from 0 to the end of the text."""
-        ends = self._offsets[0] == 0 and self._offsets[-1] == len(self._text)
-        return bool(ends and (np.diff(self._offsets) >= 1).all())
-
 
 class Datastore:
     """A datastore on disk, open for searching; several threads may share it."""
@@ -123,24 +118,11 @@ class Datastore:
         self.mean: Float32 | None = None
         if manifest.centered:
             self.mean = _load_array(folder / MEAN, (np.float32,), (dim,))
-        consistent = {
-            f"{CAPTIONS}.npy": self.captions.consistent(),
-            f"{IMAGES}.npy": self.images.consistent(),
-            ENTRIES: self._entries_consistent(),
-        }
-        if wrong := [name for name, good in consistent.items() if not good]:
-            raise DatastoreError(f"{folder / wrong[0]}: its numbers lie outside of the other files; {STORE.mend}")
         self._index: Any = None
         if manifest.index == "ivf":
             mend = f"install faiss with pip install 'itune[retrieval]', or {STORE.mend}"
             with reading(folder / INDEX, DatastoreError, mend):
                 self._index = load_ivf(folder / INDEX, dim, manifest.nprobe)
-
-    def _entries_consistent(self) -> bool:
-        """Whether the entries name existing images and captions, each caption at most once."""
-        most, lengths = self.entries.max(axis=0), self.entries[:, 2] - self.entries[:, 1]
-        inside = self.entries.min() >= 0 and most[0] < len(self.images) and most[1:].max() <= len(self.captions)
-        return bool(inside and lengths.min() >= 1 and lengths.sum() <= len(self.captions))
 
     @classmethod
     def load(
@@ -156,16 +138,21 @@ class Datastore:
         """
         folder = Path(folder)
         manifest = STORE.read(folder)
-        if encoder is not None:
-            _require(folder, manifest, encoder)
         needed = {EMBEDDINGS, ENTRIES} | {f"{name}.{part}" for name in (CAPTIONS, IMAGES) for part in ("txt", "npy")}
         needed |= ({MEAN} if manifest.centered else set()) | ({INDEX} if manifest.index == "ivf" else set())
         STORE.check(folder, manifest.files, needed, _HASHED_BYTES if verify is None else inf if verify else -1)
-        return cls(folder, manifest)
+        store = cls(folder, manifest)
+        if encoder is not None:
+            store.require(encoder)
+        return store
 
     def require(self, encoder: EncoderIdentity) -> None:
         """Raise DatastoreError, naming both encoders, unless the datastore was built with `encoder`."""
-        _require(self.folder, self.manifest, encoder)
+        if not self.manifest.encoder.same_as(encoder):
+            raise DatastoreError(
+                f"{self.folder} was built with {self.manifest.encoder}, but the model uses {encoder}: build one for it "
+                "with itune-datastore build --encoder"
+            )
 
     def search(
         self,
@@ -196,12 +183,7 @@ class Datastore:
                 f"{list(queries.shape)} with {np.count_nonzero(~np.isfinite(queries))} not finite; export the model "
                 "again"
             )
-        queries = centre(queries, self.mean)
-        ranking: Ranking = (
-            FlatRanking(self.embeddings, queries)
-            if self._index is None
-            else IvfRanking(self._index, self.embeddings, queries)
-        )
+        ranking = Ranking(self.embeddings, centre(queries, self.mean), self._index)
         images = exclude_images or [()] * len(queries)
         captions = exclude_captions or [()] * len(queries)
         return [
@@ -269,14 +251,6 @@ def caption_key(caption: str) -> str:
 
 def _words(caption: str) -> list[str]:
     return caption_key(caption).split()
-
-
-def _require(folder: Path, manifest: DatastoreManifest, encoder: EncoderIdentity) -> None:
-    if not manifest.encoder.same_as(encoder):
-        raise DatastoreError(
-            f"{folder}: was built with {manifest.encoder}, but the model's embeddings come from {encoder}; build one "
-            "for it with itune-datastore build --encoder"
-        )
 
 
 def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:

@@ -7,7 +7,7 @@ Entries with equal scores keep their order in the datastore.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,46 +23,31 @@ Embeddings = NDArray[Any]
 """Entries [N, D], float16 or float32 of length 1, usually memory-mapped."""
 
 
-class Ranking(Protocol):
-    """Finds the entries nearest to each of some queries."""
+class Ranking:
+    """Finds the entries nearest to some queries."""
 
-    def best(self, query: int, count: int) -> tuple[Int64, Float32]:
-        """The `count` nearest entries of a query and their scores, best first; an approximate index may find fewer."""
-        ...
-
-
-class FlatRanking:
-    """Exact: scores every entry."""
-
-    def __init__(self, embeddings: Embeddings, queries: Float32) -> None:
-        """Score all entries for `queries` [B, D], both of length 1."""
-        self.embeddings, self.queries = embeddings, queries
-        self.scores = np.empty((len(queries), len(embeddings)), np.float32)
-        for start in range(0, len(embeddings), _CHUNK):
+    def __init__(self, embeddings: Embeddings, queries: Float32, index: Any = None) -> None:
+        """`queries` [B, D] of length 1. `index` None: exact; a faiss index: only entries of the nearest clusters."""
+        self.embeddings, self.queries, self.index = embeddings, queries, index
+        self.scores = np.empty((0 if index else len(queries), len(embeddings)), np.float32)
+        for start in range(0, 0 if index else len(embeddings), _CHUNK):
             chunk = np.asarray(embeddings[start : start + _CHUNK], np.float32)
             np.matmul(queries, chunk.T, out=self.scores[:, start : start + len(chunk)])
 
     def best(self, query: int, count: int) -> tuple[Int64, Float32]:
-        """The nearest entries, from those whose single-precision score is close enough."""
-        scores, entries = self.scores[query], np.arange(len(self.embeddings))
-        if count < len(scores):
-            threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
-            entries = np.flatnonzero(scores >= threshold - _ROUNDING)
-        return _exact(self.embeddings, self.queries[query], entries, count)
-
-
-class IvfRanking:
-    """Approximate: scores entries of the clusters (inverted lists) nearest to a query."""
-
-    def __init__(self, index: Any, embeddings: Embeddings, queries: Float32) -> None:
-        self.index, self.embeddings, self.queries = index, embeddings, queries
-
-    def best(self, query: int, count: int) -> tuple[Int64, Float32]:
-        """The nearest entries of those that faiss finds."""
-        # One by one: faiss computes a batch's distances to the clusters in another order.
-        _, found = self.index.search(self.queries[query : query + 1], min(_RERANKED * count, len(self.embeddings)))
-        known = (found[0] >= 0) & (found[0] < len(self.embeddings))  # -1 where the clusters have no more
-        return _exact(self.embeddings, self.queries[query], np.sort(found[0][known]), count)
+        """The `count` nearest entries of a query and their scores, best first; a faiss index may find fewer."""
+        total, entries = len(self.embeddings), np.arange(len(self.embeddings))
+        if self.index:
+            # One query at a time: faiss computes a batch's distances to the clusters in another order.
+            _, found = self.index.search(self.queries[query : query + 1], min(_RERANKED * count, total))
+            entries = np.sort(found[0][(found[0] >= 0) & (found[0] < total)])  # -1 where the clusters have no more
+        elif count < total:
+            scores = self.scores[query]
+            entries = np.flatnonzero(scores >= np.partition(scores, total - count)[total - count] - _ROUNDING)
+        rows = self.embeddings[entries].astype(np.float64)
+        exact = (rows * self.queries[query].astype(np.float64)).sum(axis=1).astype(np.float32)
+        order = np.lexsort((entries, -exact))[:count]
+        return entries[order], exact[order]
 
 
 def load_ivf(path: Path, dim: int, nprobe: int) -> Any:
@@ -73,10 +58,3 @@ def load_ivf(path: Path, dim: int, nprobe: int) -> Any:
     faiss.extract_index_ivf(index).nprobe = nprobe
     index.search(np.zeros((1, dim), np.float32), 1)  # fails for another width
     return index
-
-
-def _exact(embeddings: Embeddings, query: Float32, entries: Int64, count: int) -> tuple[Int64, Float32]:
-    rows = embeddings[entries].astype(np.float64)
-    scores = (rows * query.astype(np.float64)).sum(axis=1).astype(np.float32)
-    order = np.lexsort((entries, -scores))[:count]
-    return entries[order], scores[order]

@@ -16,7 +16,7 @@ from itune.runtime.errors import DatastoreError
 from itune.runtime.manifest import FileHash
 from itune.runtime.retrieval.consensus import NGramWeights, consensus
 from itune.runtime.retrieval.datastore import MANIFEST, Datastore, DatastoreManifest, caption_key
-from itune.runtime.retrieval.nearest import FlatRanking
+from itune.runtime.retrieval.nearest import Ranking
 from itune.runtime.settings import EncoderIdentity
 
 DIM = 8
@@ -147,7 +147,7 @@ def test_agrees_with_sorting_everything_and_with_other_batches(tmp_path: Path) -
         assert [int(caption.image[1:]) for caption in captions] == expected.tolist()
     assert [store.search(each[None], 7)[0] for each in queries] == found
     assert [found[i][0].image for i in range(4)] == ["p0", "p1", "p2", "p3"]
-    few = FlatRanking(store.embeddings, queries).best(0, 10**6)
+    few = Ranking(store.embeddings, queries).best(0, 10**6)
     assert len(few[0]) == len(rows)
 
 
@@ -183,10 +183,6 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda folder: (folder / "captions.txt").unlink(), "captions.txt: "),
     "size": (lambda folder: (folder / "captions.txt").write_text("short"), "captions.txt: damaged (5 bytes"),
     "hash": (lambda folder: flip(folder / "embeddings.npy"), "embeddings.npy: damaged"),
-    "large indices": (lambda folder: resave(folder, "entries", np.full((5, 3), 9)), "entries.npy: "),
-    "repeated captions": (lambda folder: resave(folder, "entries", np.tile([0, 0, 5], (5, 1))), "entries.npy: "),
-    "no captions": (lambda folder: resave(folder, "entries", np.tile([0, 1, 1], (5, 1))), "entries.npy: "),
-    "offsets": (lambda folder: resave(folder, "captions", np.arange(6)), "captions.npy: "),
     "offsets' type": (
         lambda folder: resave(folder, "captions", np.zeros((2, 2))),
         "captions.npy: contains float64 (2, 2)",
