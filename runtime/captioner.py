@@ -29,7 +29,8 @@ from .settings import ImageSettings, SearchDefaults, Settings
 from .text import decode_text, encode_caption, encode_text
 
 if TYPE_CHECKING:
-    from .attention.explanation import Explainer, Explanation, Layer
+    from .attention.explanation import Explainer, Explanation
+    from .attention.reader import Layer
 
 ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
 """The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
@@ -94,9 +95,7 @@ class LoadedBundle:
 class _StreamOptions(Settings):
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 1
     workers: Annotated[int, Field(ge=0, le=MOST)] = 0
-    bad_words: list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]] = Field(
-        default_factory=list
-    )
+    bad_words: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
 
 
 class Captioner:
@@ -157,12 +156,7 @@ class Captioner:
             tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
         manifest = bundle.manifest
         retriever = Retriever.load(
-            manifest.retrieval,
-            manifest.text,
-            tokenizer,
-            model=bundle.folder,
-            datastore=None if datastore is None else Path(datastore),
-            k=retrieve,
+            manifest.retrieval, manifest.text, tokenizer, model=bundle.folder, datastore=datastore, k=retrieve
         )
         # Slow to import: only once the bundle is good.
         from .engines.choice import load_engine

@@ -18,8 +18,6 @@ from ..settings import Size
 from ..text import decode_text
 from .reader import AttentionReader, Layer
 
-__all__ = ["Explainer", "Explanation", "Layer"]
-
 
 @dataclass(frozen=True, eq=False)
 class Explanation:

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .explanation import Explanation
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_font = ImageFont.load_default
 WIDTH = 1280  # of the figure; all lengths are in pixels and scale with it
 MARGIN, GAP = 30, 16
 MOST_COLUMNS = 6
@@ -78,9 +80,8 @@ def _view(explanation: Explanation, column: int, most_height: int) -> Image.Imag
     left, top, right, bottom = (round(edge) for edge in explanation.box)
     seen = explanation.photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
     shrink = min(column / seen.width, most_height / seen.height)
-    return seen.resize(
-        (max(1, round(seen.width * shrink)), max(1, round(seen.height * shrink))), Image.Resampling.LANCZOS
-    )
+    width, height = (max(1, round(side * shrink)) for side in seen.size)
+    return seen.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _overlay(view: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
@@ -108,14 +109,8 @@ def _legend(canvas: Image.Image, explanation: Explanation, corner: tuple[int, in
     strength = np.linspace(0, 1, width, dtype=np.float32)[None].repeat(height, 0) ** _GAMMA
     canvas.paste(Image.fromarray(_colour(strength).astype(np.uint8)), (x, y))
     tokens = explanation.attention.shape[1]
-    middle = y + height / 2
-    draw.text(
-        (x + width + 10 * scale, middle),
-        f"0 to {_largest(explanation) * tokens:.1f} times uniform attention",
-        FAINT,
-        font,
-        "lm",
-    )
+    middle, text = y + height / 2, f"0 to {_largest(explanation) * tokens:.1f} times uniform attention"
+    draw.text((x + width + 10 * scale, middle), text, FAINT, font, "lm")
     layers = explanation.layers
     which = f"layer {layers[0]}" if len(layers) == 1 else f"mean of {len(layers)} layers"
     heads = f", mean of {explanation.heads} heads" if explanation.heads > 1 else ""
@@ -126,11 +121,7 @@ def _legend(canvas: Image.Image, explanation: Explanation, corner: tuple[int, in
     draw.text((canvas.width - x, middle), text, FAINT, font, "rm")
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _fit(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _fit(word: str, font: Font, width: int) -> str:
     """A word, shortened to `width`."""
     shown = word
     while len(shown) > 2 and font.getlength(shown) > width:

@@ -34,7 +34,7 @@ class Retriever:
         tokenizer: Tokenizer,
         *,
         model: Path,
-        datastore: Path | None = None,
+        datastore: str | Path | None = None,
         k: int | None = None,
     ) -> Self | None:
         """The retriever of `model` (a bundle or checkpoint); None if nothing is retrieved.
