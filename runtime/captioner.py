@@ -298,7 +298,7 @@ class Captioner:
         # The retrieval prompt replaces the bundle's own.
         tokens = self.tokens.model_copy(update={"prompt": []})
         room = tokens.room - config.max_new_tokens
-        prompts, retrieved = self.retriever.prompts(state.embedding, state.images, room)
+        prompts, retrieved = self.retriever.prompts(state, room)
         return [[*tokens.prompt_tokens, *prompt] for prompt in prompts], [*retrieved]
 
     def _options(self, options: dict[str, Any]) -> tuple[_StreamOptions, SearchConfig]:

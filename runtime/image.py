@@ -66,11 +66,11 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if isinstance(source, np.ndarray):
             return _finish(_from_array(source), max_pixels)
         Image.preinit()  # else Pillow imports all its formats to try the first of _FORMATS
-        with io.BytesIO(source) if isinstance(source, bytes | bytearray) else Path(source).open("rb") as file:
-            try:
+        try:
+            with io.BytesIO(source) if isinstance(source, bytes | bytearray) else Path(source).open("rb") as file:
                 return _finish(Image.open(file, formats=_FORMATS), max_pixels)
-            except UnidentifiedImageError as error:
-                raise ValueError(f"empty, or in no supported format ({', '.join(_FORMATS)})") from error
+        except (UnidentifiedImageError, IsADirectoryError) as error:
+            raise ValueError(f"no image in a supported format ({', '.join(_FORMATS)})") from error
 
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:

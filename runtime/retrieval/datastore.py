@@ -71,7 +71,7 @@ STORE = ManifestFolder(
     MANIFEST,
     DatastoreManifest,
     DatastoreError,
-    "copy the datastore again, build it with itune-datastore build, or name another with --datastore",
+    "copy it again, build one with itune-datastore build, or name another with --datastore (none: --retrieve 0)",
 )
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tokenizers import Tokenizer
 
-from ..engines.base import Float32
 from ..errors import BundleError
 from ..settings import RetrievalSettings, TextSettings
 from .datastore import Datastore
@@ -58,13 +57,11 @@ class Retriever:
             return cls(writer, None, 0) if settings.k else None
         return cls(writer, Datastore.load(datastore or model / FOLDER, encoder=settings.encoder), k)
 
-    def prompts(
-        self, embeddings: Float32 | None, images: int, room: int
-    ) -> tuple[list[list[int]], list[tuple[str, ...]]]:
-        """For each of `images`, its prompt (at most `room` token ids, without begin) and the captions in it.
+    def prompts(self, state: Any, room: int) -> tuple[list[list[int]], list[tuple[str, ...]]]:
+        """For each image of an engine's `state`, its prompt (at most `room` token ids, without begin) and its captions.
 
-        `embeddings` [images, D] are the vision graph's `visual.embedding`.
+        The captions are found by `state.embedding` [images, D], the vision graph's `visual.embedding`.
         """
-        found = [[]] * images if self.datastore is None else self.datastore.search(embeddings, self.k)
+        found = self.datastore.search(state.embedding, self.k) if self.datastore else [[]] * state.images
         written = [self.writer.write([each.caption for each in captions], room) for captions in found]
         return [ids for ids, _ in written], [captions for _, captions in written]
