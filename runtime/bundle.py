@@ -10,14 +10,23 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from .errors import BundleError
-from .manifest import Count, FileHash, FileName, ManifestFolder, Positive, Sha256
-from .settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, Size, TextSettings
+from .manifest import Count, FileHash, FileName, ManifestFolder, Positive
+from .settings import (
+    Finite,
+    ImageSettings,
+    Method,
+    RetrievalSettings,
+    SearchDefaults,
+    Settings,
+    Sha256,
+    Size,
+    TextSettings,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 DEFAULT = Path("default")
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class TensorSpec(Settings):

@@ -16,7 +16,7 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import AfterValidator, Field
 
 from .errors import ItuneError, reading
-from .settings import Settings
+from .settings import Settings, Sha256
 
 
 def _inside(name: str) -> str:
@@ -31,7 +31,6 @@ FileName = Annotated[str, AfterValidator(_inside)]
 """A path relative to the manifest's folder, with forward slashes, that does not leave it."""
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class FileHash(Settings):

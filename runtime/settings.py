@@ -13,7 +13,8 @@ Method = Literal["i-tuning", "clipcap", "smallcap"]
 """How the image reaches the frozen language model."""
 MOST_BEAMS = 1024
 """Maximum of `num_beams`: each beam takes a row of the decoder and its cache."""
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -32,7 +33,7 @@ class SearchDefaults(Settings):
     """Maximum length of a caption in tokens, the end token included."""
     min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Minimum length of a caption in tokens."""
-    length_penalty: _Finite = 1.0
+    length_penalty: Finite = 1.0
     """Exponent of the length that divides the score: above 0 favours longer captions, below 0 shorter ones."""
     early_stopping: bool | Literal["never"] = False
     """True: stop once `num_beams` captions are finished. False: stop once no running beam scores better at its present
@@ -58,7 +59,7 @@ class ImageSettings(Settings):
     size: Size
     resize: Literal["shortest_edge", "squash"] = "shortest_edge"
     crop: Size | None = None
-    mean: tuple[_Finite, _Finite, _Finite]
+    mean: tuple[Finite, Finite, Finite]
     std: tuple[_Deviation, _Deviation, _Deviation]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
 
@@ -88,7 +89,7 @@ class EncoderIdentity(Settings):
 
     source: str
     """Where the encoder was loaded from; for information only: `sha256` of its weight files identifies it."""
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
     pooling: Literal["mean", "projection"]
     dim: Annotated[int, Field(gt=0)]
 
