@@ -50,7 +50,7 @@ _ORIENTATIONS: dict[object, Image.Transpose] = {
 }
 
 
-def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(source: Source) -> Image.Image:
     """Decode an image to 8-bit RGB: upright (EXIF), first frame, transparency on white.
 
     Arrays are uint8, or float in 0..1, of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (alpha last).
@@ -62,13 +62,13 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     # Bombs are refused in _finish, and broken metadata does no harm.
     with reading(name, ImageError), _no_warnings():
         if isinstance(source, Image.Image):
-            return _finish(source, max_pixels)
+            return _finish(source)
         if isinstance(source, np.ndarray):
-            return _finish(_from_array(source), max_pixels)
+            return _finish(_from_array(source))
         Image.preinit()  # else Pillow imports all its formats to try the first of _FORMATS
         try:
             with io.BytesIO(source) if isinstance(source, bytes | bytearray) else Path(source).open("rb") as file:
-                return _finish(Image.open(file, formats=_FORMATS), max_pixels)
+                return _finish(Image.open(file, formats=_FORMATS))
         except (UnidentifiedImageError, IsADirectoryError) as error:
             raise ValueError(f"no image in a supported format ({', '.join(_FORMATS)})") from error
 
@@ -135,11 +135,11 @@ def _no_warnings() -> Iterator[None]:
         _decoding.active = False
 
 
-def _finish(image: Image.Image, max_pixels: int) -> Image.Image:
+def _finish(image: Image.Image) -> Image.Image:
     width, height = image.size
-    if width * height > max_pixels or not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
+    if width * height > MAX_PIXELS or not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
         raise ValueError(
-            f"{width} x {height} = {width * height} pixels; at most {max_pixels} pixels and sides of "
+            f"{width} x {height} = {width * height} pixels; at most {MAX_PIXELS} pixels and sides of "
             f"{MAX_ASPECT} : 1 are supported"
         )
     with _ONE_LARGE if width * height > _LARGE else nullcontext():
