@@ -320,7 +320,7 @@ class Captioner:
         # In place of the prompt that the bundle has without retrieval.
         tokens = self.tokens.model_copy(update={"prompt": []})
         room = tokens.room - config.max_new_tokens
-        prompts, retrieved = self.retriever.prompts(getattr(state, "embedding", None), state.images, room)
+        prompts, retrieved = self.retriever.prompts(state.embedding, state.images, room)
         return [[*tokens.head, *prompt] for prompt in prompts], [*retrieved]
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -347,7 +347,8 @@ class Captioner:
         if self.retriever is not None:
             room += len(self.tokens.prompt) - self.retriever.writer.shortest
         if config.max_new_tokens > room:
-            plan = ", which itune-export --max-new-tokens sets" if self.engine_name == "tensorrt" else ""
+            limited = self.bundle is not None and self.tokens.max_positions < self.bundle.manifest.tokens.max_positions
+            plan = ", which itune-export --max-new-tokens sets" if limited else ""
             raise SearchError(
                 f"max_new_tokens must be at most {room}, the decoder's positions after the prompt{plan}, "
                 f"not {config.max_new_tokens}"

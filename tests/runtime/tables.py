@@ -18,6 +18,8 @@ Logits = Callable[[int, tuple[int, ...]], Float32]
 class TableState:
     """The images still present, and of each row of the last step: whose it is and what it was fed."""
 
+    embedding = None
+
     def __init__(self, images: Iterable[int]):
         self.present = list(images)
         self.rows: list[tuple[int, tuple[int, ...]]] = []
@@ -63,9 +65,13 @@ class TableEngine:
         self.rows_per_step.append(rows)
         self.k_per_step.append(k)
         state.rows = list(zip(owners, histories, strict=True))
-        logits = np.stack([self.logits(*row) for row in state.rows])
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-        return Candidates(np.take_along_axis(logits, order, 1), order, log_sum_exp(logits))
+        return best_of(np.stack([self.logits(*row) for row in state.rows]), k)
+
+
+def best_of(logits: Float32, k: int) -> Candidates:
+    """The k best of logits [rows, vocabulary], equal ones in order of the token id."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return Candidates(np.take_along_axis(logits, order, 1), order, log_sum_exp(logits))
 
 
 def always(logits: Float32) -> Logits:

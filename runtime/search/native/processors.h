@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <set>
 #include <vector>
 
 namespace itune {
@@ -18,20 +19,21 @@ class Processors {
     Processors(double repetition_penalty, std::int64_t ngram_size, std::int64_t min_new_tokens,
                const std::vector<Tokens>& bad_words, std::int64_t end_token);
 
-    // How many tokens are pushed down in every row alike, whose longest history has `length` tokens.
-    std::int64_t pushed_everywhere(std::size_t length, std::int64_t generated) const;
-    // Put what may not follow `history`, beyond that, into `banned`.
-    void ban(const Tokens& history, Tokens& banned) const;
-    // Impose all of it on the scores [k] of the tokens `token_ids` [k].
+    // Put the tokens that may not follow `history` into `banned`, in ascending order.
+    void ban(const Tokens& history, std::int64_t generated, Tokens& banned) const;
+    // An upper bound on the number of tokens whose scores are lowered after `history`.
+    std::size_t lowered(const Tokens& history, const Tokens& banned) const {
+        return banned.size() + (penalty_ != 1 ? history.size() : 0);
+    }
+    // Apply the processors to the scores [k] of the tokens `token_ids` [k].
     void apply(double* scores, const std::int64_t* token_ids, std::size_t k, const Tokens& history,
-               const Tokens& banned, std::int64_t generated) const;
+               const Tokens& banned) const;
 
   private:
     double penalty_;
     std::size_t ngram_size_;
     std::int64_t min_new_tokens_, end_token_;
-    Tokens bad_tokens_;  // ascending
-    std::vector<Tokens> bad_sequences_;
+    std::set<Tokens> words_;
 };
 
 }  // namespace itune

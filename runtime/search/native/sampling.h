@@ -1,4 +1,4 @@
-// Drawing a token at random (twin: sampling.py, which says what is promised).
+// Drawing a token at random (twin: sampling.py, which says what is guaranteed).
 #pragma once
 
 #include <cstddef>
@@ -13,24 +13,19 @@ struct Warpers {
     double top_p;
 };
 
-// A number in [0, 1): Philox 4x64-10 with `seed` as key and (step, sample) as counter, as NumPy numbers its draws.
+// A number in [0, 1): Philox 4x64-10 with `seed` as key and (step, sample) as counter, numbered as in NumPy.
 double uniform(std::uint64_t seed, std::uint64_t sample, std::uint64_t step);
 
 // The tokens that may be drawn, with their probabilities.
 class Nucleus {
   public:
-    // Restrict the candidates `logits` [k], `token_ids` [k]. False if none is possible.
+    // Restrict the candidates `logits` [k], `token_ids` [k]. Returns false if none is possible.
     bool restrict_to(const double* logits, const std::int64_t* token_ids, std::size_t k, const Warpers& warpers);
-    // The index of the candidate that `number`, in [0, 1), stands for.
+    // The index of the candidate that `number`, in [0, 1), selects.
     std::size_t choose(double number) const;
 
   private:
-    struct Entry {
-        double logit;
-        std::int64_t token;
-        std::size_t index;
-    };
-    std::vector<Entry> entries_;  // best first
+    std::vector<std::size_t> order_;  // of the candidates, best first
     std::vector<double> cumulative_;
 };
 

@@ -67,6 +67,8 @@ def model() -> Iterator[WatchedGPT2]:
 class HistoryState:
     """The images still present, and what every row of the last step was fed so far."""
 
+    embedding = None
+
     def __init__(self, images: int):
         self.images = images
         self.histories: list[list[int]] = []
