@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..bundle import Bundle, TokenSettings
@@ -33,7 +32,7 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
         EngineError: the engine cannot run here; with "auto", the bundle was made for a GPU and no engine can use one.
     """
     if name not in ("auto", "tensorrt"):
-        return _LOADERS[name](bundle, threads)
+        return (_onnxruntime if name == "onnxruntime" else _onnxruntime_cuda)(bundle, threads)
     auto, plans, reason, notice = name == "auto", name == "tensorrt" or has_plans(bundle), "", None
     if plans:
         try:
@@ -81,9 +80,3 @@ def _onnxruntime(bundle: Bundle, threads: int | None) -> Loaded:
     from .onnxruntime import OnnxRuntimeEngine
 
     return Loaded(OnnxRuntimeEngine.load(bundle, threads=threads), "onnxruntime", bundle.manifest.tokens)
-
-
-_LOADERS: dict[str, Callable[[Bundle, int | None], Loaded]] = {
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "onnxruntime": _onnxruntime,
-}

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import EngineError
 from .base import UInt8
 
+_CAPABILITY = "cudaDevAttrComputeCapability"
 _MODULE = "cuda.bindings.runtime"
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -65,13 +66,9 @@ class CudaDevice:
             count, reason = 0, str(error)
         if not count:
             raise EngineError(f"there is no NVIDIA GPU with a working driver here ({reason})")
-        attributes = self._cuda.cudaDeviceAttr
         major, minor = (
-            self._call("cudaDeviceGetAttribute", attribute, 0)
-            for attribute in (
-                attributes.cudaDevAttrComputeCapabilityMajor,
-                attributes.cudaDevAttrComputeCapabilityMinor,
-            )
+            self._call("cudaDeviceGetAttribute", getattr(self._cuda.cudaDeviceAttr, f"{_CAPABILITY}{part}"), 0)
+            for part in ("Major", "Minor")
         )
         self.capability = f"sm{major}{minor}"
         """The compute capability, such as "sm86"."""

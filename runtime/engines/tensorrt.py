@@ -148,7 +148,7 @@ class TensorRTEngine:
     def load(cls, bundle: Bundle, *, cuda_graphs: bool = False) -> TensorRTEngine:
         """Load a bundle's plans onto the GPU.
 
-        `cuda_graphs`: let TensorRT-RTX replay steps as CUDA graphs.
+        `cuda_graphs`: let TensorRT-RTX replay steps as CUDA graphs (TensorRT cannot; see `Plan`).
 
         Raises:
             BundleError: the bundle has no plans, or not the plans that its manifest describes.
@@ -160,8 +160,7 @@ class TensorRTEngine:
             path = bundle.path(graph.file)
             check_capability(settings, device.capability, str(path))
             trt = import_tensorrt(settings, str(path))
-            plans.append(Plan(trt, path.read_bytes(), graph, settings.profiles, str(path)))
-            plans[-1].use_cuda_graphs(cuda_graphs)
+            plans.append(Plan(trt, path, graph, settings.profiles, cuda_graphs))
         vision, decoder = plans
         return cls(device, vision, decoder, bundle.manifest.tokens.candidates)
 
@@ -192,11 +191,8 @@ class TensorRTEngine:
         k = min(k, self.most_candidates)
         per_image = len(tokens) // state.images
         self._check_limits(max(part.images for part in state.parts) * per_image, real.shape[1], k)
-        read: dict[str, NDArray[Any]] = {
-            "tokens": tokens,
-            "positions": last_positions(real, tokens.shape[1]),
-            "mask": real,
-        }
+        positions = last_positions(real, tokens.shape[1])
+        read: dict[str, NDArray[Any]] = {"tokens": tokens, "positions": positions, "mask": real}
         results, first = [], 0
         with self._lock:
             for part in state.parts:
@@ -278,12 +274,7 @@ class TensorRTEngine:
 
     def _check_limits(self, rows: int, positions: int, k: int) -> None:
         for wanted, most, what, mend in (
-            (
-                rows,
-                self.most_rows,
-                "rows (images x beams)",
-                "use fewer or export with larger --max-beams or --max-batch",
-            ),
+            (rows, self.most_rows, "rows (images x beams)", "use fewer, or export with larger --max-beams"),
             (positions, self.most_positions, "tokens of prompt and caption", "export with larger --max-new-tokens"),
             (k, self.most_k, "candidates a row", "use fewer beams, a lower top_k or --engine onnxruntime"),
         ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,19 +94,24 @@ def _last_error(trt: Any) -> str:
 class Plan:
     """A loaded plan, with an execution context for each of its optimisation profiles."""
 
-    def __init__(self, trt: Any, content: bytes, graph: Graph, profiles: Profiles, label: str) -> None:
-        """`content`: the bytes of the plan; `label`: its name in messages.
+    def __init__(self, trt: Any, path: Path, graph: Graph, profiles: Profiles, cuda_graphs: bool = False) -> None:
+        """`cuda_graphs`: replay whole runs as CUDA graphs, where the library can.
+
+        Only TensorRT-RTX does this by itself, for the shapes that it has specialised its kernels for. With TensorRT, a
+        captured step would be bound to one past length and one side of the cache, and a context loses it when its
+        shapes change: it would take a context, with its memory, for each past length, number of rows and of images.
 
         Raises:
             EngineError: TensorRT cannot load it here.
             BundleError: it is not the plan that the manifest describes.
         """
-        self._trt, self.label, self.profiles = trt, label, profiles
+        self._trt, self.profiles = trt, profiles
+        self.label = label = str(path)
         self.inputs = {spec.name: np.dtype(spec.dtype) for spec in graph.inputs}
         self.outputs = {spec.name: np.dtype(spec.dtype) for spec in graph.outputs}
         self._runtime = trt.Runtime(_log(trt))
         _log(trt).error = ""
-        self._engine = engine = self._runtime.deserialize_cuda_engine(content)
+        self._engine = engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineError(
                 f"{label}: {trt.__name__} {trt.__version__} cannot load it here{_last_error(trt)}: it was built for "
@@ -121,19 +127,9 @@ class Plan:
                 f"{sorted(expected - found)} and {len(profiles)} profiles; export the bundle again"
             )
         self.host_inputs = {name for name in self.inputs if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
-        self._cuda_graphs = False
+        self._cuda_graphs = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
         self._contexts: dict[int, Any] = {}
         self._addresses: dict[int, dict[str, int]] = {}
-
-    def use_cuda_graphs(self, wanted: bool) -> None:
-        """Let the library replay whole runs as CUDA graphs; call it before the first run.
-
-        Only TensorRT-RTX does this by itself, for the shapes that it has specialised its kernels for. TensorRT goes
-        without: a captured step would be bound to one past length and one side of the cache, and a context loses it
-        when its shapes change. That takes a context, with its memory, for each past length, number of rows and of
-        images.
-        """
-        self._cuda_graphs = wanted and hasattr(self._trt, "CudaGraphStrategy")
 
     def run(self, sizes: Sizes, addresses: Mapping[str, int], stream: int) -> None:
         """Enqueue one run: `addresses` of every input and output, those of `host_inputs` in host memory.

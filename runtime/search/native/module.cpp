@@ -29,19 +29,22 @@ void make(itune::Search* self, Input<std::int64_t, 2> prompts, nb::object config
     auto integer = [&](const char* name) { return nb::cast<std::int64_t>(config.attr(name)); };
     auto real = [&](const char* name) { return nb::cast<double>(config.attr(name)); };
     nb::object early_stopping = config.attr("early_stopping");
-    itune::Options options{end_token,
-                           most_candidates,
-                           integer("num_beams"),
-                           integer("max_new_tokens"),
-                           real("length_penalty"),
-                           early_stopping.is(nb::bool_(true)),
-                           nb::isinstance<nb::str>(early_stopping),
-                           nb::cast<bool>(config.attr("do_sample")),
-                           integer("rows_per_image"),
-                           {real("temperature"), integer("top_k"), real("top_p")},
-                           nb::cast<std::uint64_t>(config.attr("seed"))};
-    itune::Processors processors(real("repetition_penalty"), integer("no_repeat_ngram_size"), integer("min_new_tokens"),
-                                 nb::cast<std::vector<itune::Tokens>>(config.attr("bad_words")), end_token);
+    itune::Options options;
+    options.end_token = end_token;
+    options.most_candidates = most_candidates;
+    options.num_beams = integer("num_beams");
+    options.rows_per_image = integer("rows_per_image");
+    options.max_new_tokens = integer("max_new_tokens");
+    options.length_penalty = real("length_penalty");
+    options.stop_when_full = early_stopping.is(nb::bool_(true));
+    options.stop_never_early = nb::isinstance<nb::str>(early_stopping);
+    options.do_sample = nb::cast<bool>(config.attr("do_sample"));
+    options.warpers = {real("temperature"), integer("top_k"), real("top_p")};
+    options.seed = nb::cast<std::uint64_t>(config.attr("seed"));
+    auto bad_words = nb::cast<std::vector<itune::Tokens>>(config.attr("bad_words"));
+    itune::Processors processors{real("repetition_penalty"), integer("no_repeat_ngram_size"), integer("min_new_tokens"),
+                                 end_token, {bad_words.begin(), bad_words.end()}};
+    processors.bad_words.erase({end_token});  // as in transformers; a sequence may end with it
     new (self) itune::Search(prompts.data(), prompts.shape(0), prompts.shape(1), options, std::move(processors));
 }
 

@@ -16,12 +16,10 @@ namespace itune {
 
 // Fields of SearchConfig, and the vocabulary of the engine.
 struct Options {
-    std::int64_t end_token, most_candidates;
-    std::int64_t num_beams, max_new_tokens;
+    std::int64_t end_token, most_candidates, num_beams, rows_per_image, max_new_tokens;
     double length_penalty;
     bool stop_when_full, stop_never_early;  // early_stopping: True, "never"
     bool do_sample;
-    std::int64_t rows_per_image;
     Warpers warpers;
     std::uint64_t seed;
 };
