@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from ..bundle import Bundle, TokenSettings
 from ..errors import EngineError, ItuneError
+from . import onnxruntime, onnxruntime_cuda
 from .base import Engine
+from .tensorrt import TensorRTEngine
 from .tensorrt_plan import has_plans
 
 
@@ -32,17 +34,18 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
         EngineError: the engine cannot run here; with "auto", the bundle was made for a GPU and no engine can use one.
     """
     if name not in ("auto", "tensorrt"):
-        return (_onnxruntime if name == "onnxruntime" else _onnxruntime_cuda)(bundle, threads)
+        return _onnxruntime(bundle, threads, cuda=name == "onnxruntime-cuda")
     auto, plans, reason, notice = name == "auto", name == "tensorrt" or has_plans(bundle), "", None
     if plans:
         try:
             return _tensorrt(bundle)._replace(notice="captioning with TensorRT" if auto else None)
         except EngineError as error:
             reason = str(error)
-    if auto and _has_cuda():
+    if auto and onnxruntime_cuda.has_cuda():
         try:
             why = f", as TensorRT cannot run here: {reason}" if plans else ""
-            return _onnxruntime_cuda(bundle, threads)._replace(notice=f"captioning with ONNX Runtime on CUDA{why}")
+            loaded = _onnxruntime(bundle, threads, cuda=True)
+            return loaded._replace(notice=f"captioning with ONNX Runtime on CUDA{why}")
         except ItuneError as error:
             notice = f"captioning on the CPU: {error}"
             reason += f", nor can ONNX Runtime use a GPU: {error}"
@@ -55,28 +58,13 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
 
 
 def _tensorrt(bundle: Bundle) -> Loaded:
-    from .tensorrt import TensorRTEngine
-
     engine = TensorRTEngine.load(bundle)
     tokens = bundle.manifest.tokens
     most = min(tokens.max_positions, engine.most_positions)
     return Loaded(engine, "tensorrt", tokens.model_copy(update={"max_positions": most}))
 
 
-def _has_cuda() -> bool:
-    from .onnxruntime_cuda import has_cuda
-
-    return has_cuda()
-
-
-def _onnxruntime_cuda(bundle: Bundle, threads: int | None) -> Loaded:
-    from .onnxruntime_cuda import OnnxRuntimeCudaEngine
-
-    engine = OnnxRuntimeCudaEngine.load(bundle, threads=threads)
-    return Loaded(engine, "onnxruntime-cuda", bundle.manifest.tokens)
-
-
-def _onnxruntime(bundle: Bundle, threads: int | None) -> Loaded:
-    from .onnxruntime import OnnxRuntimeEngine
-
-    return Loaded(OnnxRuntimeEngine.load(bundle, threads=threads), "onnxruntime", bundle.manifest.tokens)
+def _onnxruntime(bundle: Bundle, threads: int | None, *, cuda: bool = False) -> Loaded:
+    engine = onnxruntime_cuda.OnnxRuntimeCudaEngine if cuda else onnxruntime.OnnxRuntimeEngine
+    name = "onnxruntime-cuda" if cuda else "onnxruntime"
+    return Loaded(engine.load(bundle, threads=threads), name, bundle.manifest.tokens)

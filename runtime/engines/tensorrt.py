@@ -61,14 +61,10 @@ class _Part:
 
     buffers: _Buffers
     images: int
-    first_row: int
-    """Its first row among all rows of the previous step."""
-    rows: int
-    """How many rows it had in that step."""
-    length: int = 0
-    """Tokens in the cache."""
-    side: int = 0
-    """Which of the two caches holds them."""
+    first_row: int  # its first row among all rows of the previous step
+    rows: int  # the number of its rows in that step
+    length: int = 0  # tokens in the cache
+    side: int = 0  # which of the two caches holds them
 
 
 @dataclass

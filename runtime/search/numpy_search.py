@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,20 +19,17 @@ Scored = tuple[list[int], float]
 class _Beam:
     """A running beam or sample."""
 
-    history: list[int]
-    """Prompt and generated tokens."""
-    score: float
-    """Sum of the log-probabilities; -inf marks a beam that does not exist (transformers uses -1e9)."""
+    history: list[int]  # prompt and generated tokens
+    score: float  # sum of log-probabilities; -inf marks a beam that does not exist (transformers uses -1e9)
+    banned: list[int] = field(default_factory=list)  # tokens that may not follow
 
 
 @dataclass
 class _Image:
     number: int
     prompt_length: int
-    beams: list[_Beam]
-    """One until the first step (every beam would be the same prompt), then `config.rows_per_image`."""
-    finished: list[Scored]
-    """Beam search: best first. Sampling: one place for each sample."""
+    beams: list[_Beam]  # one until the first step (all would be the same prompt), then `config.rows_per_image`
+    finished: list[Scored]  # of beams: best first; of samples: one place each
 
 
 class NumpySearch:
@@ -51,12 +48,13 @@ class NumpySearch:
         self._find_banned()
 
     def _find_banned(self) -> None:
-        histories = [beam.history for image in self._images for beam in image.beams]
-        self._banned = [self._processors.banned(history, self._generated) for history in histories]
-        lowered = map(self._processors.lowered, histories, self._banned)
-        config = self._config
+        config, lowered = self._config, 0
+        for beam in (beam for image in self._images for beam in image.beams):
+            beam.banned = self._processors.banned(beam.history, self._generated)
+            penalised = len(beam.history) if config.repetition_penalty != 1 else 0
+            lowered = max(lowered, len(beam.banned) + penalised)
         unchanged = (config.top_k or self._most_candidates) if config.do_sample else 2 * config.num_beams
-        self.k = min(unchanged + max(lowered, default=0), self._most_candidates)
+        self.k = min(unchanged + lowered, self._most_candidates)
 
     def advance(self, logits: Float32, token_ids: Int64, logsumexp: Float32) -> tuple[Int64, Int64, Int64 | None]:
         """Choose the next token of every row."""
@@ -65,9 +63,8 @@ class NumpySearch:
         log_probs = logits.astype(np.float64) - np.where(logsumexp > -np.inf, logsumexp, 0)[:, None]
         # transformers' processors see log-probabilities in beam search and raw logits elsewhere.
         processed = log_probs.copy() if self._config.num_beams > 1 else logits.astype(np.float64)
-        histories = [beam.history for image in self._images for beam in image.beams]
-        for row, history in enumerate(histories):
-            processed[row] = self._processors.apply(processed[row], token_ids[row], history, self._banned[row])
+        for row, beam in enumerate(beam for image in self._images for beam in image.beams):
+            processed[row] = self._processors.apply(processed[row], token_ids[row], beam.history, beam.banned)
         self._generated += 1
         tokens, parents, kept, first = [], [], [], 0
         for place, image in enumerate(self._images):

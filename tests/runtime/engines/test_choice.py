@@ -15,7 +15,7 @@ from itune import Captioner
 from itune.cli import run as command
 from itune.loading import load_captioner
 from itune.runtime.captioner import ENGINES
-from itune.runtime.engines import choice, onnxruntime_cuda
+from itune.runtime.engines import onnxruntime_cuda
 from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from itune.runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
@@ -36,7 +36,7 @@ def no_gpu(monkeypatch) -> None:
         raise EngineError("there is no NVIDIA GPU here")
 
     monkeypatch.setattr(CudaDevice, "__init__", refuse)
-    monkeypatch.setattr(choice, "_has_cuda", lambda: False)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_without_plans_the_cpu_is_taken_silently(bundle):
     assert (captioner.engine_name, captioner.engine_notice) == ("onnxruntime", None)
 
 
-def test_an_engine_that_there_is_not(bundle):
+def test_an_unknown_engine(bundle):
     with pytest.raises(ItuneError) as error:
         Captioner.load(bundle, engine="torch")
     assert all(engine in str(error.value) for engine in (*ENGINES, "torch"))
@@ -94,7 +94,7 @@ def test_tensorrt_without_plans(bundle):
     assert "--target tensorrt" in str(error.value)
 
 
-def test_onnxruntime_without_cuda_is_told(bundle, monkeypatch):
+def test_onnxruntime_without_cuda(bundle, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(EngineError) as error:
         Captioner.load(bundle, engine="onnxruntime-cuda")
