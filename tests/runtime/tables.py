@@ -1,4 +1,4 @@
-"""Made-up decoders whose logits are looked up by image and history, for tests of the search."""
+"""Fake decoders that look logits up by image and history, for tests of the search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Logits = Callable[[int, tuple[int, ...]], Float32]
 
 
 class TableState:
-    """The images still present, and of each row of the last step: whose it is and what it was fed."""
+    """The images still present, and for each row of the last step its image and its history."""
 
     embedding = None
 
@@ -35,7 +35,7 @@ class TableState:
 
 
 class TableEngine:
-    """Looks logits up by image and history, and holds the search to the engine's side of the contract."""
+    """Looks logits up by image and history, and asserts that the search keeps to the engine protocol."""
 
     def __init__(self, logits: Logits):
         self.logits = logits

@@ -1,4 +1,4 @@
-"""Which engine takes a bundle, what it says about it, and ONNX Runtime on CUDA as far as a CPU can try it."""
+"""Which engine runs a bundle and what it reports; ONNX Runtime on CUDA as far as a CPU can test it."""
 
 from __future__ import annotations
 

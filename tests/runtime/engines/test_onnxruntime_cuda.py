@@ -1,4 +1,4 @@
-"""The calls to CUDA, against a runtime library that answers without a GPU."""
+"""The calls to CUDA, against a fake runtime library that needs no GPU."""
 
 from __future__ import annotations
 

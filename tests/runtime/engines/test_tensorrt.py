@@ -1,4 +1,4 @@
-"""The TensorRT engine's own logic on a GPU that is none: whole captions through its buffers, its limits, its errors."""
+"""The TensorRT engine on a fake GPU: whole captions through its buffers, its limits, its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling against the exact distribution, which the warpers of transformers spell out, and for what it promises."""
+"""Sampling against the exact distribution, computed with the warpers of transformers, and its guarantees."""
 
 from __future__ import annotations
 

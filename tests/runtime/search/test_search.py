@@ -1,4 +1,4 @@
-"""The search against a plain reference, on made-up decoders full of ties, -inf and tiny vocabularies."""
+"""The search against a plain reference, on fake decoders full of ties, -inf and tiny vocabularies."""
 
 from __future__ import annotations
 
