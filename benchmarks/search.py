@@ -1,4 +1,4 @@
-"""What the search costs beside the model: microseconds a step, and top-k against plain NumPy.
+"""What the search costs beside the model, in microseconds a step.
 
     python benchmarks/search.py
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -18,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from itune.runtime.engines.base import Candidates, Float32
+from itune.runtime.engines.base import Candidates
 from itune.runtime.search import NATIVE, SearchConfig
-from itune.runtime.search.core import Core, MakeCore, native_search, top_k
+from itune.runtime.search.core import Core, MakeCore, make_core
 from itune.runtime.search.numpy_search import NumpySearch
 
 VOCABULARY, END = 50_257, 50_256
@@ -77,33 +76,12 @@ def made_up(rng: np.random.Generator, rows: int, k: int) -> Candidates:
     return Candidates(logits, token_ids, np.full(rows, 9, np.float32))
 
 
-def numpy_log_softmax_top_k(logits: Float32, k: int) -> tuple[Any, Any]:
-    """What a search without compiled code would do with raw logits."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    best = np.argpartition(-log_probs, k, axis=1)[:, :k]
-    values = np.take_along_axis(log_probs, best, axis=1)
-    order = np.argsort(-values, axis=1)
-    return np.take_along_axis(values, order, axis=1), np.take_along_axis(best, order, axis=1)
-
-
-def alternate(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median microseconds of each function, called in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, mine in zip(functions, times, strict=True):
-            start = perf_counter()
-            function()
-            mine.append(1e6 * (perf_counter() - start))
-    return [statistics.median(each) for each in times]
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="searches of each kind")
     repeats: int = parser.parse_args().repeats
-    cores: dict[str, MakeCore] = {"C++": native_search, "NumPy": NumpySearch} if NATIVE else {"NumPy": NumpySearch}
+    cores: dict[str, MakeCore] = {"C++": make_core, "NumPy": NumpySearch} if NATIVE else {"NumPy": NumpySearch}
     console = Console()
     table = Table("microseconds a step", *cores, title="constraints, advance and compaction, as called from Python")
     for case in cases():
@@ -112,11 +90,6 @@ def main() -> None:
                 case.us.setdefault(name, []).extend(step_times(make, case, np.random.default_rng(repeat)))
         table.add_row(case.name, *(f"{statistics.median(us):.1f}" for us in case.us.values()))
     console.print(table)
-    logits = np.random.default_rng(0).normal(0, 3, (5, VOCABULARY)).astype(np.float32)
-    ours, plain = alternate([lambda: top_k(logits, 10), lambda: numpy_log_softmax_top_k(logits, 10)], 10 * repeats)
-    console.print(
-        f"top-k and log-sum-exp of 5 x {VOCABULARY:,}: {ours:.0f} us, NumPy {plain:.0f} us, {plain / ours:.1f} times"
-    )
 
 
 if __name__ == "__main__":

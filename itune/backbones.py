@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .files import hash_files
 from .runtime.engines.base import UInt8
-from .runtime.errors import ItuneError
+from .runtime.errors import ItuneError, reading
 from .runtime.settings import ImageSettings
 
 # The libraries report every unused text-tower weight of a CLIP checkpoint; that is meant here.
@@ -260,21 +260,17 @@ class OnnxTower:
     def __init__(self, file: Path, image: ImageSettings | None = None) -> None:
         import onnxruntime as ort
 
+        from .runtime.engines.onnxruntime import session_options
+
         self.file = file
         self.folder = file.parent
         settings = image or read_image_settings(self.folder)
         if settings is None:
             raise BackboneError(f"{self.folder}: an ONNX tower needs a {PREPROCESSOR} beside it")
         self.image = settings
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Else its waiting threads spin for 50 ms after a run, against PyTorch's.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
+        with reading(file, BackboneError, "ONNX Runtime cannot load it"):
+            options = session_options(torch.get_num_threads())
             self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise BackboneError(f"{file}: ONNX Runtime cannot load it: {first_line(error)}") from None
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         height, width = self.image.output_size
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:

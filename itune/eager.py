@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from .backbones import CACHE_ARGUMENT, VisionTower
 from .methods.base import CaptionModel, Visual
-from .runtime.engines.base import Bool, Candidates, Int64, UInt8
-from .runtime.search import NATIVE, top_k
+from .runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
+
+if TYPE_CHECKING:
+    from .retrieval.encoder import RetrievalHead
 
 
 class EagerState:
-    """What is given of the images, the rows' cache, and the rows' mask of real tokens."""
+    """What the language model sees of the images, the rows' cache, and the rows' mask of real tokens."""
 
-    def __init__(self, visual: Visual) -> None:
-        self.visual = visual
+    def __init__(self, visual: Visual, embedding: Float32 | None = None) -> None:
+        self.visual, self.embedding = visual, embedding
         self.cache = DynamicCache()
         self.mask: Tensor | None = None  # [rows, cached tokens]
 
@@ -29,7 +30,7 @@ class EagerState:
         return len(next(iter(self.visual.values())))
 
     def keep(self, images: Int64) -> None:
-        """Drop every image but these (see `State.keep`)."""
+        """Drop every image but `images`."""
         index = torch.from_numpy(images)
         self.visual = {name: tensor[index] for name, tensor in self.visual.items()}
 
@@ -37,28 +38,35 @@ class EagerState:
 class EagerEngine:
     """The PyTorch model behind the engine protocol of `runtime.engines.base`."""
 
-    def __init__(self, model: CaptionModel, tower: VisionTower, vocabulary: Int64 | None = None) -> None:
-        """`vocabulary`: the ascending ids of the only tokens that may be written; None is all."""
-        self.model, self.tower, self.vocabulary = model.train(False), tower, vocabulary
+    def __init__(
+        self,
+        model: CaptionModel,
+        tower: VisionTower,
+        vocabulary: Int64 | None = None,
+        head: RetrievalHead | None = None,
+    ) -> None:
+        """`vocabulary`: ascending ids of the only tokens to write (None: all). `head`: gives states an embedding."""
+        self.model, self.tower, self.vocabulary, self.head = model.train(False), tower, vocabulary, head
 
     @property
     def most_candidates(self) -> int:
-        """See `Engine.most_candidates`."""
+        """The number of tokens that a caption can be written with."""
         return len(self.vocabulary) if self.vocabulary is not None else self.model.language_model.config.vocab_size
 
     @torch.inference_mode()
     def encode(self, pixels: UInt8) -> EagerState:
-        """Images, uint8 [B, H, W, 3], to what the language model is given of them."""
+        """Encode images, uint8 [B, H, W, 3]."""
         return self.encode_features(self.tower.embed(pixels))
 
     @torch.inference_mode()
     def encode_features(self, visual: Tensor) -> EagerState:
-        """Visual embeddings [B, N, d_v] (computed before) to what the language model is given of them."""
-        return EagerState(self.model.project(visual.to(self._device, self._dtype)))
+        """Encode images whose visual embeddings [B, N, d_v] were computed before."""
+        embedding = None if self.head is None else self.head.pool(visual).cpu().numpy()
+        return EagerState(self.model.project(visual.to(self._device, self._dtype)), embedding)
 
     @torch.inference_mode()
     def step(self, tokens: Int64, parents: Int64, state: EagerState, k: int, *, mask: Bool | None = None) -> Candidates:
-        """One step of the language model (see `Engine.step`)."""
+        """Feed `tokens` [rows, T] to the language model and return the k best continuations of each row."""
         input_ids = torch.from_numpy(tokens).to(self._device)
         rows: Any = torch.from_numpy(parents).to(self._device)
         real = torch.ones_like(input_ids) if mask is None else torch.from_numpy(mask).to(input_ids)
@@ -93,18 +101,13 @@ class EagerEngine:
 
 def candidates(logits: Tensor, k: int) -> Candidates:
     """The k largest of logits [rows, vocabulary] with their log-sum-exp; ties in order of the token id."""
-    if NATIVE and logits.is_cpu:  # the same in a quarter of the time
-        return top_k(logits.numpy(), k)
     k = min(k, logits.shape[1])
-    values, ids = logits.topk(k)
-    threshold = values[:, -1:]
-    if ((logits == threshold).sum(1) > (values == threshold).sum(1)).any():
-        # topk chose freely among equals at the threshold; a stable sort takes the lowest ids.
+    best = logits.topk(k)
+    if ((logits >= best.values[:, -1:]).sum(1) > k).any():
+        # topk chooses freely among equals at the threshold; a stable sort takes the lowest ids.
         values, ids = (t[:, :k] for t in logits.sort(dim=1, descending=True, stable=True))
-    order = np.lexsort((ids.cpu().numpy(), -values.cpu().numpy()), axis=1)
-    take = torch.from_numpy(order).to(values.device)
-    return Candidates(
-        values.gather(1, take).cpu().numpy(),
-        ids.gather(1, take).cpu().numpy(),
-        logits.logsumexp(1).cpu().numpy(),
-    )
+    else:
+        ascending = best.indices.sort(dim=1).values
+        values, order = logits.gather(1, ascending).sort(dim=1, descending=True, stable=True)
+        ids = ascending.gather(1, order)
+    return Candidates(values.cpu().numpy(), ids.cpu().numpy(), logits.logsumexp(1).cpu().numpy())

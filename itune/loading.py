@@ -19,7 +19,7 @@ from .checkpoint import (
 from .eager import EagerEngine
 from .methods.base import CaptionModel
 from .methods.registry import MODELS
-from .retrieval.encoder import EmbeddingEngine, load_head
+from .retrieval.encoder import RetrievalHead, load_head
 from .runtime import Captioner
 from .runtime.bundle import TokenSettings
 from .runtime.engines.base import Int64
@@ -86,11 +86,11 @@ def load_captioner(
     if not (checkpoint / CONFIG_FILE).is_file():
         return Captioner.load(folder, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     loaded = LoadedCheckpoint.load(checkpoint)
-    captioner = eager_captioner(loaded)
     trained = loaded.config.retrieval
     if datastore is not None or retrieve or trained is not None:
         pooling = None if trained is None else trained.encoder.pooling
         head = load_head(loaded.tower, loaded.config.vision.source, pooling)
+        captioner = eager_captioner(loaded, head=head)
         captioner.retriever = Retriever.load(
             trained or RetrievalSettings(k=0, encoder=head.encoder),
             loaded.config.text,
@@ -99,12 +99,14 @@ def load_captioner(
             datastore=datastore,
             k=retrieve,
         )
-        captioner.engine = EmbeddingEngine(captioner.engine, head)
-    return captioner
+        return captioner
+    return eager_captioner(loaded)
 
 
-def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -> Captioner:
-    """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` as in `EagerEngine`."""
+def eager_captioner(
+    loaded: LoadedCheckpoint, vocabulary: Int64 | None = None, head: RetrievalHead | None = None
+) -> Captioner:
+    """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` and `head` as in `EagerEngine`."""
     text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
     try:
         tokens = TokenSettings(
@@ -119,5 +121,5 @@ def eager_captioner(loaded: LoadedCheckpoint, vocabulary: Int64 | None = None) -
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"the checkpoint does not fit its language model: {reason}") from None
-    engine = EagerEngine(loaded.model, loaded.tower, vocabulary)
+    engine = EagerEngine(loaded.model, loaded.tower, vocabulary, head)
     return Captioner(engine, tokenizer, loaded.config.image, tokens, loaded.config.search.within(tokens.room))

@@ -25,6 +25,8 @@ _PAST, _PRESENT = "past_key_values.", "present."
 class OpenVinoState:
     """Keys and values of the images, and the mask of the rows; the rows' cache is in the request."""
 
+    embedding = None
+
     def __init__(self, visual: dict[str, Any]) -> None:
         self.visual = visual
         self.mask: Any = None

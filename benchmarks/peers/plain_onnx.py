@@ -30,6 +30,8 @@ Array = NDArray[Any]
 class PlainState:
     """Keys and values of the images, and the rows' cache as the last step returned it."""
 
+    embedding = None
+
     def __init__(self, visual: list[Array]) -> None:
         self.visual = visual
         self.past: list[Array] = []

@@ -11,8 +11,9 @@ import numpy as np
 from ...backbones import VisionTower
 from ...retrieval.encoder import EPSILON, RetrievalHead
 from ...runtime.bundle import Bundle
-from ...runtime.engines.base import EMBEDDING, Float32, UInt8
+from ...runtime.engines.base import Float32, UInt8
 from ...runtime.engines.onnxruntime import available_cpus, open_session
+from ...runtime.graph_names import EMBEDDING
 from ..methods.merge import Weights
 from ..quantize.rewrite import Precision
 from ..verify.checks import LIMITS, Check

@@ -8,6 +8,7 @@ import onnxruntime as ort
 from onnx import compose, helper, inliner, version_converter
 
 from ...backbones import BackboneError, OnnxTower
+from ...runtime.engines.onnxruntime import session_options
 from .builder import OPSET, Graph
 
 PREFIX = "tower/"
@@ -63,8 +64,8 @@ def _load(tower: OnnxTower) -> onnx.ModelProto:
 
 def _check_batch(model: onnx.ModelProto, tower: OnnxTower) -> None:
     """Only a run tells whether the batch of a graph that was declared for one image is written into it."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options(1)
+    options.log_severity_level = 4  # a failure is an answer here, not to be printed
     images = np.zeros((2, 3, *tower.image.output_size), np.float32)
     try:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

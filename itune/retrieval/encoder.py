@@ -33,7 +33,7 @@ from ..backbones import (
 from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import atomic_path
-from ..runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
+from ..runtime.engines.base import Float32
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.settings import EncoderIdentity
 
@@ -86,34 +86,6 @@ def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "project
         dim=tower.width if projection is None else len(projection.weight),
     )
     return RetrievalHead(encoder, projection)
-
-
-class EmbeddingEngine:
-    """An eager engine whose states also have the embedding that a datastore is searched with (see `State`)."""
-
-    def __init__(self, engine: Any, head: RetrievalHead) -> None:
-        """`engine` has a `tower` and `encode_features`, as `EagerEngine`."""
-        self.engine, self.head = engine, head
-
-    @property
-    def most_candidates(self) -> int:
-        """See `Engine.most_candidates`."""
-        return int(self.engine.most_candidates)
-
-    def encode(self, pixels: UInt8) -> Any:
-        """See `Engine.encode`."""
-        return self.encode_features(self.engine.tower.embed(pixels))
-
-    def encode_features(self, visual: Tensor) -> Any:
-        """Visual embeddings [images, N, d_v] to a state."""
-        state = self.engine.encode_features(visual)
-        state.embedding = self.head.pool(visual).cpu().numpy()
-        return state
-
-    def step(self, tokens: Int64, parents: Int64, state: Any, k: int, *, mask: Bool | None = None) -> Candidates:
-        """See `Engine.step`."""
-        found: Candidates = self.engine.step(tokens, parents, state, k, mask=mask)
-        return found
 
 
 class TextEncoder:

@@ -1,4 +1,4 @@
-"""The one seam between a model and the search (DESIGN section 4): every engine has `encode` and `step`.
+"""The only interface between a model and the search: every engine has `encode` and `step`.
 
 Rows are grouped by image: row r belongs to image r // (rows / images).
 """
@@ -16,12 +16,8 @@ UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
 
 
-EMBEDDING = "visual.embedding"
-"""The output of a vision graph that a datastore is searched with: float32 [images, D] of length 1."""
-
-
 class Candidates(NamedTuple):
-    """What a step hands to the search: the k best next tokens of each row, best first.
+    """What a step returns to the search: the k best next tokens of each row, best first.
 
     `logits` are raw (not log-probabilities), so that greedy and beam search both follow transformers;
     `logits - logsumexp[:, None]` are the log-probabilities. Equal logits stand in order of the token id.
@@ -33,21 +29,23 @@ class Candidates(NamedTuple):
 
 
 class State(Protocol):
-    """Visual keys/values of some images and the key/value cache of their rows.
-
-    Where the vision graph gives one, a state just encoded also has an `embedding`: the images' `EMBEDDING`.
-    """
+    """Visual keys/values of some images and the key/value cache of their rows."""
 
     @property
     def images(self) -> int:
         """How many images are still in the state."""
         ...
 
+    @property
+    def embedding(self) -> Float32 | None:
+        """What a datastore is searched with, [images, D] of length 1, from `encode`; None if the model has none."""
+        ...
+
     def keep(self, images: Int64) -> None:
         """Drop every image but `images` (indices into the present ones, ascending).
 
-        Only the visual state is gathered. The cache is gathered by the `parents` of the next step, which go on
-        naming rows of the previous step as it was before this call.
+        Only the visual state is gathered. The cache is gathered by the `parents` of the next step, which still
+        refer to rows of the previous step as it was before this call.
         """
         ...
 
@@ -60,7 +58,7 @@ class Engine(Protocol[S]):
 
     @property
     def most_candidates(self) -> int:
-        """How many tokens a caption can be written with: a step is asked for no more candidates."""
+        """The number of tokens that a caption can be written with: a step is asked for at most so many candidates."""
         ...
 
     def encode(self, pixels: UInt8) -> S:
@@ -75,3 +73,9 @@ class Engine(Protocol[S]):
         lengths (first step only); None means that every token is real. Positions follow from the mask.
         """
         ...
+
+
+def last_positions(real: Bool, count: int) -> Int64:
+    """Positions [rows, count] of the last tokens, from the mask of real tokens [rows, length]: padding has none."""
+    positions: Int64 = np.maximum(real.cumsum(axis=1) - 1, 0)[:, -count:]
+    return positions

@@ -1,110 +1,70 @@
-"""Which engine runs a bundle here."""
+"""Choose the engine that runs a bundle here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..bundle import Bundle, TokenSettings
-from ..errors import EngineError
+from ..errors import EngineError, ItuneError
+from . import onnxruntime, onnxruntime_cuda
 from .base import Engine
+from .tensorrt import TensorRTEngine
 from .tensorrt_plan import has_plans
 
 
 class Loaded(NamedTuple):
-    """An engine with a bundle in it."""
+    """An engine that has loaded a bundle."""
 
     engine: Engine[Any]
     name: str
     """"tensorrt", "onnxruntime-cuda" or "onnxruntime"."""
     tokens: TokenSettings
-    """The bundle's, with the positions that this engine has."""
+    """The bundle's, with as many positions as this engine has."""
     notice: str | None = None
-    """What the choice was, if it was one and is not the plain case of the CPU."""
+    """Which engine "auto" chose, and why; None for the plain case of the CPU."""
 
 
 def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded:
-    """Load a bundle into the engine `name`, or "auto": the fastest that can run it here.
+    """Load a bundle into the engine `name`, or "auto": the fastest engine that can run it here.
+
+    "auto" never runs a bundle with TensorRT plans on the CPU: ONNX graphs made for a GPU are slow there.
 
     Raises:
-        BundleError: the bundle has nothing for the engine, or is broken.
-        EngineError: the engine cannot run here. With "auto": no engine for GPUs can, and the bundle was made for one.
+        BundleError: the bundle has no graphs for the engine, or is damaged.
+        EngineError: the engine cannot run here; with "auto", the bundle was made for a GPU and no engine can use one.
     """
-    if name == "auto":
-        return _plans_or_cuda(bundle, threads) if has_plans(bundle) else _cuda_or_cpu(bundle, threads)
-    try:
-        return _LOADERS[name](bundle, threads)
-    except EngineError as error:
-        if name != "tensorrt":
-            raise
-        raise _no_plans(bundle, str(error)) from None
-
-
-def _plans_or_cuda(bundle: Bundle, threads: int | None) -> Loaded:
-    """Not the CPU, unasked: graphs that were made for a GPU are the slow choice there."""
-    try:
-        return _tensorrt(bundle, threads)._replace(notice="captioning with TensorRT")
-    except EngineError as error:
-        reason = str(error)
-    if _has_cuda():
+    if name not in ("auto", "tensorrt"):
+        return _onnxruntime(bundle, threads, cuda=name == "onnxruntime-cuda")
+    auto, plans, reason, notice = name == "auto", name == "tensorrt" or has_plans(bundle), "", None
+    if plans:
         try:
-            loaded = _onnxruntime_cuda(bundle, threads)
+            return _tensorrt(bundle)._replace(notice="captioning with TensorRT" if auto else None)
         except EngineError as error:
+            reason = str(error)
+    if auto and onnxruntime_cuda.has_cuda():
+        try:
+            why = f", as TensorRT cannot run here: {reason}" if plans else ""
+            loaded = _onnxruntime(bundle, threads, cuda=True)
+            return loaded._replace(notice=f"captioning with ONNX Runtime on CUDA{why}")
+        except ItuneError as error:
+            notice = f"captioning on the CPU: {error}"
             reason += f", nor can ONNX Runtime use a GPU: {error}"
-        else:
-            return loaded._replace(
-                notice=f"captioning with ONNX Runtime on CUDA, as TensorRT cannot run here: {reason}"
-            )
-    raise _no_plans(bundle, reason)
+    if plans:
+        raise EngineError(
+            f"{bundle.folder}: its TensorRT plans cannot run here: {reason}; --engine onnxruntime runs its ONNX graphs "
+            "on the CPU, but a bundle exported with --target onnx --precision int8 is faster there"
+        )
+    return _onnxruntime(bundle, threads)._replace(notice=notice)
 
 
-def _no_plans(bundle: Bundle, reason: str) -> EngineError:
-    """Why plans do not run here, and what would."""
-    return EngineError(
-        f"{bundle.folder}: its TensorRT plans cannot run here: {reason}; --engine onnxruntime runs its ONNX graphs on "
-        f"the CPU, where one exported with --target onnx --precision int8 is faster"
-    )
-
-
-def _cuda_or_cpu(bundle: Bundle, threads: int | None) -> Loaded:
-    if not _has_cuda():
-        return _onnxruntime(bundle, threads)
-    try:
-        return _onnxruntime_cuda(bundle, threads)._replace(notice="captioning with ONNX Runtime on CUDA")
-    except EngineError as error:
-        return _onnxruntime(bundle, threads)._replace(notice=f"captioning on the CPU: {error}")
-
-
-def _tensorrt(bundle: Bundle, _threads: int | None) -> Loaded:
-    from .tensorrt import TensorRTEngine
-
+def _tensorrt(bundle: Bundle) -> Loaded:
     engine = TensorRTEngine.load(bundle)
     tokens = bundle.manifest.tokens
     most = min(tokens.max_positions, engine.most_positions)
     return Loaded(engine, "tensorrt", tokens.model_copy(update={"max_positions": most}))
 
 
-def _has_cuda() -> bool:
-    from .onnxruntime_cuda import has_cuda
-
-    return has_cuda()
-
-
-def _onnxruntime_cuda(bundle: Bundle, threads: int | None) -> Loaded:
-    from .onnxruntime_cuda import OnnxRuntimeCudaEngine
-
-    engine = OnnxRuntimeCudaEngine.load(bundle, threads=threads)
-    return Loaded(engine, "onnxruntime-cuda", bundle.manifest.tokens)
-
-
-def _onnxruntime(bundle: Bundle, threads: int | None) -> Loaded:
-    from .onnxruntime import OnnxRuntimeEngine
-
-    return Loaded(OnnxRuntimeEngine.load(bundle, threads=threads), "onnxruntime", bundle.manifest.tokens)
-
-
-_LOADERS: dict[str, Callable[[Bundle, int | None], Loaded]] = {
-    "tensorrt": _tensorrt,
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "onnxruntime": _onnxruntime,
-}
+def _onnxruntime(bundle: Bundle, threads: int | None, *, cuda: bool = False) -> Loaded:
+    engine = onnxruntime_cuda.OnnxRuntimeCudaEngine if cuda else onnxruntime.OnnxRuntimeEngine
+    name = "onnxruntime-cuda" if cuda else "onnxruntime"
+    return Loaded(engine.load(bundle, threads=threads), name, bundle.manifest.tokens)

@@ -1,14 +1,14 @@
 """ONNX Runtime on the CPU: a session for the vision graph, a session for the decoder's step.
 
-The key/value cache stays in ONNX Runtime's own memory: what a step returns is fed back to the next. The same on a GPU
-is in `onnxruntime_cuda`.
+The key/value cache stays in ONNX Runtime's own memory: what a step returns is fed to the next one. `onnxruntime_cuda`
+does the same on a GPU.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +16,12 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import Bundle
-from ..errors import BundleError, EngineError
-from .base import EMBEDDING, Bool, Candidates, Float32, Int64, UInt8
+from ..errors import BundleError, EngineError, reading
+from ..graph_names import EMBEDDING, PAST, PRESENT
+from .base import Bool, Candidates, Float32, Int64, UInt8, last_positions
 
 NAME = "onnxruntime"
 CPUINFO = Path("/proc/cpuinfo")
-_PAST, _PRESENT = "past_key_values.", "present."
 _STEP = {"tokens", "positions", "mask", "parents", "k"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -30,11 +30,11 @@ class OnnxRuntimeState:
     """Visual keys/values of some images, the rows' cache, and the rows' mask of real tokens."""
 
     def __init__(self, visual: dict[str, ort.OrtValue], device: str = "cpu") -> None:
-        """`device`: where the visual state is, as ONNX Runtime calls it."""
+        """`device`: where the visual state is, named as in ONNX Runtime."""
         embedding = visual.pop(EMBEDDING, None)
         self.embedding: Float32 | None = None if embedding is None else embedding.numpy()
         self.visual, self.device = visual, device
-        self.rows = 0  # of the last step; the cache may hold a copy of the only one behind it
+        self.rows = 0  # of the last step; with `least_rows` 2 the cache may also hold a copy of its only row
         self.past: dict[str, ort.OrtValue] = {}
         self.mask: Bool | None = None  # [rows, cached tokens]
 
@@ -44,7 +44,7 @@ class OnnxRuntimeState:
         return int(next(iter(self.visual.values())).shape()[0])
 
     def keep(self, images: Int64) -> None:
-        """Drop every image but these (see `State.keep`); on a GPU by way of the host, once for a finished image."""
+        """Drop every image but `images`; on a GPU this copies through the host, once for each finished image."""
         self.visual = {name: _value(value.numpy()[images], self.device) for name, value in self.visual.items()}
 
 
@@ -65,7 +65,7 @@ class OnnxRuntimeEngine:
         self._caches = {
             cache.name: (cache.shape[1], cache.shape[3], _DTYPES[cache.type])  # heads, head_dim
             for cache in decoder.get_inputs()
-            if cache.name.startswith(_PAST)
+            if cache.name.startswith(PAST)
         }
 
     @classmethod
@@ -73,33 +73,33 @@ class OnnxRuntimeEngine:
         """Load a bundle's vision and decoder graphs; `threads` None is one for each CPU this process may use.
 
         Raises:
-            BundleError: the bundle lacks a graph, or ONNX Runtime cannot load one.
+            BundleError: the bundle lacks a graph, or its graphs cannot be loaded or do not fit each other.
         """
         count = threads or available_cpus()
         graphs = [bundle.graph(role, NAME) for role in ("vision", "decoder")]
         vision, decoder = (open_session(bundle.path(graph.file), count, device=cls.device) for graph in graphs)
-        if odd := _odd(vision, decoder, bundle.manifest.image.output_size):
-            raise BundleError(f"{bundle.folder}: {odd}; export the bundle again")
-        # On AVX2, 4-bit products of a single row are summed in another order than those of several, and rounding to
-        # int8 in the layers above would make that a difference between an image alone and in a batch.
+        if mismatch := _mismatch(vision, decoder, bundle.manifest.image.output_size):
+            raise BundleError(f"{bundle.folder}: {mismatch}; export the bundle again")
+        # On AVX2, 4-bit products of a single row are summed in another order than those of several. Rounding to int8
+        # in the layers above would turn that into a difference between an image alone and in a batch.
         least_rows = 2 if graphs[1].precision == "int4" else 1
         return cls(vision, decoder, bundle.manifest.tokens.candidates, least_rows)
 
     def encode(self, pixels: UInt8) -> OnnxRuntimeState:
-        """Images, uint8 [B, H, W, 3], to their keys/values."""
+        """Encode images, uint8 [B, H, W, 3]."""
         return OnnxRuntimeState(self._run(self.vision, self._visual, {self._pixels: _value(pixels)}), self.device)
 
     def step(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> Candidates:
-        """One step of the decoder (see `Engine.step`)."""
+        """Feed `tokens` [rows, T] to the decoder and return the k best continuations of each row."""
         named = self.forward(tokens, parents, state, k, mask=mask)
         return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
 
     def forward(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> dict[str, ort.OrtValue]:
-        """The same step, but all outputs of the decoder graph by their names."""
+        """The same step, but all outputs of the decoder graph by name."""
         state.rows = len(tokens)
         real = np.ones(tokens.shape, np.bool_) if mask is None else mask
         if tokens.size < self.least_rows:
@@ -113,7 +113,7 @@ class OnnxRuntimeEngine:
             real = np.concatenate([state.mask[parents], real], axis=1)
         inputs = {
             "tokens": tokens,
-            "positions": np.maximum(real.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :],
+            "positions": last_positions(real, tokens.shape[1]),
             "mask": real,
             "parents": parents,
             "k": np.array([min(k, self.most_candidates)]),
@@ -121,77 +121,69 @@ class OnnxRuntimeEngine:
         values = {name: _value(array) for name, array in inputs.items()}
         named = self._run(self.decoder, self._outputs, values | state.past | state.visual)
         state.mask = real
-        state.past = {name: named[name.replace(_PAST, _PRESENT)] for name in self._caches}
+        state.past = {name: named[name.replace(PAST, PRESENT)] for name in self._caches}
         return named
 
     def _run(
         self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
     ) -> dict[str, ort.OrtValue]:
-        """The outputs of a session by their names."""
-        try:
-            values = session.run_with_ort_values(outputs, inputs)
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            reason = str(error).strip().split("\n")[0][:300]
-            raise EngineError(f"ONNX Runtime cannot run the bundle: {reason}") from None
-        return dict(zip(outputs, values, strict=True))
+        """The outputs of a session by name."""
+        with reading("ONNX Runtime cannot run the bundle", EngineError):
+            return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
 
 
-def _odd(vision: ort.InferenceSession, decoder: ort.InferenceSession, size: tuple[int, int]) -> str | None:
-    """Why they are no vision and decoder graph that fit each other and pixels of `size`; None if they are."""
+def _mismatch(vision: ort.InferenceSession, decoder: ort.InferenceSession, size: tuple[int, int]) -> str | None:
+    """Why the vision graph does not fit pixels of `size`, or the decoder graph the vision graph; None if they fit."""
     shapes = [each.shape for each in vision.get_inputs()]
-    fits = [
-        len(shape) == 4 and all(isinstance(n, str) or n == m for n, m in zip(shape[1:3], size, strict=True))
-        for shape in shapes
-    ]
-    if fits != [True]:
+    if [len(shape) for shape in shapes] != [4] or any(
+        isinstance(n, int) and n != m for n, m in zip(shapes[0][1:3], size, strict=True)
+    ):
         return f"its vision graph takes {shapes}, not pixels of {size[0]} x {size[1]}"
     visual = {each.name for each in vision.get_outputs()} - {EMBEDDING}
-    given, made = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
-    caches = {name for name in given if name.startswith(_PAST)}
+    inputs, outputs = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
+    caches = {name for name in inputs if name.startswith(PAST)}
     needed = _STEP | visual | caches
-    if given != needed:
-        return f"its decoder graph takes {_first(given - needed) or 'no ' + _first(needed - given)}"
-    promised = {*Candidates._fields, *(name.replace(_PAST, _PRESENT) for name in caches)}
-    return f"its decoder graph gives no {_first(promised - made)}" if promised - made else None
+    if inputs != needed:
+        return f"its decoder graph takes {sorted(inputs - needed)} and lacks the inputs {sorted(needed - inputs)}"
+    missing = {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs
+    return f"its decoder graph lacks the outputs {sorted(missing)}" if missing else None
 
 
-def _first(names: Collection[str]) -> str:
-    return min(names, default="")
-
-
-def open_session(
-    path: Path, threads: int, *, vnni: bool | None = None, device: str = "cpu", graph: bytes | None = None
-) -> ort.InferenceSession:
-    """A session over a graph file; raises BundleError if ONNX Runtime cannot load it.
-
-    `graph` takes the place of what is in the file, beside which its external weights are. `vnni` None is found out: see
-    `has_vnni`. `device` "cuda" keeps the CPU for what has no CUDA kernel, and falls back
-    to it silently where CUDA does not work.
-    """
+def session_options(threads: int, *, vnni: bool | None = None) -> ort.SessionOptions:
+    """The options of every session; `vnni`: whether the CPU has it, None asks `has_vnni`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors: they come back as exceptions, warnings tell the user nothing
+    options.log_severity_level = 3  # errors come back as exceptions, and warnings do not help the user
     # Waiting threads spin within a run, which is a third faster than sleeping, but not after it: there they would
-    # take the CPUs from the other session's threads.
+    # take the CPUs from the threads of other sessions and of PyTorch.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # int8 convolution weights become fp32 once, at load, instead of at every run.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not (has_vnni() if vnni is None else vnni):
         options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 by uint8: slower, and exact
+    return options
+
+
+def open_session(
+    path: Path, threads: int, *, vnni: bool | None = None, device: str = "cpu", graph: bytes | None = None
+) -> ort.InferenceSession:
+    """Open a session over a graph file; raises BundleError if ONNX Runtime cannot load it.
+
+    `graph` replaces the content of the file, but not its external weights. `device` "cuda" leaves what has no CUDA
+    kernel to the CPU, and silently falls back to the CPU where CUDA does not work.
+    """
+    options = session_options(threads, vnni=vnni)
     if graph is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     providers = [*(["CUDAExecutionProvider"] if device == "cuda" else []), "CPUExecutionProvider"]
-    try:
+    with reading(path, BundleError, f"ONNX Runtime {ort.__version__} cannot load it"):
         return ort.InferenceSession(path if graph is None else graph, options, providers=providers)
-    except Exception as error:  # ONNX Runtime's errors share no base class
-        reason = str(error).strip().split("\n")[0]
-        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from None
 
 
 def has_vnni() -> bool:
     """Whether products of uint8 and int8 are exact here: on x86 without VNNI, ONNX Runtime's saturate.
 
-    Only Linux tells; elsewhere an x86 CPU is taken to be without.
+    Only Linux tells; elsewhere an x86 CPU counts as one without.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
@@ -204,7 +196,7 @@ def has_vnni() -> bool:
 
 
 def available_cpus() -> int:
-    """The CPUs this process may run on, containers' affinity included."""
+    """The number of CPUs this process may run on; respects CPU affinity."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

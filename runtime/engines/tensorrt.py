@@ -1,9 +1,9 @@
 """TensorRT plans behind the engine protocol, without torch.
 
-What a search needs stays on the GPU: an image's visual keys/values are written there by the vision plan and read by
-every step, and the key/value cache goes back and forth between two buffers, one that a step reads and one that it
-writes, with the parents' reordering inside the plan. A step sends the new tokens up in one copy and fetches its k
-candidates a row in another. Buffers are made once, as large as the plans' profiles allow, and reused.
+All that a search reads stays on the GPU. The vision plan writes an image's visual keys/values there, and every step
+reads them. The key/value cache alternates between two buffers: a step reads one and writes the other, and the plan
+itself reorders rows by their parents. A step sends the new tokens up in one copy and fetches its k candidates a row in
+another. Buffers are allocated once, as large as the plans' profiles allow, and reused.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import MANIFEST, Bundle
+from ..bundle import Bundle
 from ..errors import BundleError, SearchError
-from .base import Bool, Candidates, Int64, UInt8
-from .cuda import CudaDevice, Device, HostMemory, Memory
-from .tensorrt_plan import Plan, check_capability, import_tensorrt, largest, plan_graph
+from ..graph_names import PAST, PRESENT
+from .base import Bool, Candidates, Float32, Int64, UInt8, last_positions
+from .cuda import CudaDevice, Memory
+from .tensorrt_plan import Plan, check_capability, choose_profile, import_tensorrt, largest, plan_graph
 
 ALIGNMENT = 256
-"""What kernels may take for granted about an address, in bytes."""
-_PAST, _PRESENT, _K = "past_key_values.", "present.", "k"
+"""The alignment of addresses that kernels may assume, in bytes."""
+_K = "k"
 _READ = ("tokens", "positions", "mask", "parents")
 """The decoder's inputs that come from the host at every step."""
 
@@ -39,7 +40,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Iterable[tuple[str, int]]) -> Layout:
-        """One after the other in the order given, each aligned; `sizes` in bytes."""
+        """Place tensors one after the other, each aligned; `sizes` in bytes."""
         offsets, end = {}, 0
         for name, size in sizes:
             offsets[name] = end
@@ -47,8 +48,7 @@ class Layout(NamedTuple):
         return cls(offsets, end)
 
 
-@dataclass
-class _Buffers:
+class _Buffers(NamedTuple):
     """Device memory for one part of a state: visual keys/values, and the two sides of the cache."""
 
     visual: Memory
@@ -61,14 +61,10 @@ class _Part:
 
     buffers: _Buffers
     images: int
-    first_row: int
-    """Its first row among all rows of the previous step."""
-    rows: int
-    """How many rows it had in that step."""
-    length: int = 0
-    """Tokens in the cache."""
-    side: int = 0
-    """Which of the two caches holds them."""
+    first_row: int  # its first row among all rows of the previous step
+    rows: int  # the number of its rows in that step
+    length: int = 0  # tokens in the cache
+    side: int = 0  # which of the two caches holds them
 
 
 @dataclass
@@ -78,6 +74,7 @@ class TensorRTState:
     engine: TensorRTEngine
     parts: list[_Part] = field(default_factory=list)
     mask: Bool | None = None  # [rows, cached tokens]
+    embedding: Float32 | None = None
 
     @property
     def images(self) -> int:
@@ -85,7 +82,7 @@ class TensorRTState:
         return sum(part.images for part in self.parts)
 
     def keep(self, images: Int64) -> None:
-        """Drop every image but these (see `State.keep`); the others' visual state moves together on the device."""
+        """Drop every image but `images`; the others' visual state moves together on the device."""
         first, kept = 0, []
         for part in self.parts:
             inside = images[(images >= first) & (images < first + part.images)] - first
@@ -99,30 +96,34 @@ class TensorRTState:
 class TensorRTEngine:
     """A bundle's plans behind the engine protocol. Threads may share it: they take turns on its stream."""
 
-    def __init__(self, device: Device, vision: Plan, decoder: Plan, most_candidates: int) -> None:
-        """`most_candidates`: see `Engine`; a plan gives fewer, and a search that asks for more is refused.
+    def __init__(self, device: CudaDevice, vision: Plan, decoder: Plan, most_candidates: int) -> None:
+        """`most_candidates` is the vocabulary's; a plan returns fewer, and a search that needs more is refused.
 
         Raises:
-            BundleError: the two plans do not fit together.
+            BundleError: the two plans do not fit each other.
         """
         self.device, self.vision, self.decoder = device, vision, decoder
         self.most_candidates = most_candidates
         self._visual = list(vision.outputs)
-        self._caches = [name for name in decoder.inputs if name.startswith(_PAST)]
+        self._caches = [name for name in decoder.inputs if name.startswith(PAST)]
         (self._pixels,) = vision.inputs
-        self._check()
+        fixed = {*_READ, _K, *self._caches}
+        inputs = {name: dtype for name, dtype in decoder.inputs.items() if name not in fixed}
+        presents = {name.replace(PAST, PRESENT): decoder.inputs[name] for name in self._caches}
+        outputs = presents | {name: decoder.outputs.get(name) for name in Candidates._fields}
+        fits = (inputs, outputs) == (vision.outputs, decoder.outputs) and fixed <= decoder.inputs.keys()
+        if not fits or _K not in decoder.host_inputs:
+            raise BundleError(f"{decoder.label} does not fit {vision.label} in names or types; export the bundle again")
 
-        limits = {name: largest(decoder.profiles, name) for name in decoder.inputs}
+        self._limits = limits = {name: largest(decoder.profiles, name) for name in decoder.inputs}
         pixels = largest(vision.profiles, self._pixels)
-        self._limits = limits
-        self._photo = tuple(pixels[1:])
         self.most_images = min(pixels[0], *(limits[name][0] for name in self._visual))
         """How many images go through the plans together."""
         self.most_rows = limits["tokens"][0]
         self.most_k = limits[_K][0]
-        # The last token of a caption is not fed back: a step reads at most so many, one of them new.
+        # The last token of a caption is not fed back: a step reads at most this many, one of them new.
         self.most_positions = min(limits["mask"][1], min((limits[name][2] for name in self._caches), default=0) + 1)
-        """Tokens that a caption and what stands before it can have, without the last."""
+        """Tokens that a prompt and its caption can have, without the last."""
 
         self._visual_layout = Layout.of((name, self.most_images * self._visual_bytes(name)) for name in self._visual)
         self._cache_layout = Layout.of(
@@ -130,12 +131,12 @@ class TensorRTEngine:
             for name, (_, heads, _, width) in ((name, limits[name]) for name in self._caches)
         )
         sizes = [prod(limits[name]) * decoder.inputs[name].itemsize for name in _READ]
-        upload = Layout.of(zip(_READ, sizes, strict=True)).size
+        photos = Layout.of([(self._pixels, self.most_images * prod(pixels[1:]))]).size
+        upload = max(Layout.of(zip(_READ, sizes, strict=True)).size, photos)
         download = self._result_layout(self.most_rows, self.most_k).size
-        photos = self.most_images * prod(self._photo)
-        self._sent, self._received = device.allocate_host(max(upload, photos)), device.allocate_host(download)
-        self._inputs, self._results = device.allocate(max(upload, photos)), device.allocate(download)
-        self._k: HostMemory = device.allocate_host(decoder.inputs[_K].itemsize)
+        self._sent, self._received = device.allocate_host(upload), device.allocate_host(download)
+        self._inputs, self._results = device.allocate(upload), device.allocate(download)
+        self._k = device.allocate_host(decoder.inputs[_K].itemsize)
         self._free: list[_Buffers] = []
         self._lock = threading.Lock()
 
@@ -143,27 +144,26 @@ class TensorRTEngine:
     def load(cls, bundle: Bundle, *, cuda_graphs: bool = False) -> TensorRTEngine:
         """Load a bundle's plans onto the GPU.
 
-        `cuda_graphs`: have TensorRT-RTX replay steps as CUDA graphs (see `Plan.use_cuda_graphs`).
+        `cuda_graphs`: let TensorRT-RTX replay steps as CUDA graphs (TensorRT cannot; see `Plan`).
 
         Raises:
-            BundleError: the bundle has no plans, or they are not what its manifest says.
-            EngineError: no GPU, or another one than they were built for; the library is missing, or another version.
+            BundleError: the bundle has no plans, or not the plans that its manifest describes.
+            EngineError: no GPU, or not one they were built for; the library is missing, or in another version.
         """
-        graphs = [(str(bundle.path(graph.file)), graph, plan) for graph, plan in _plans(bundle)]
-        device = CudaDevice()
-        loaded = []
-        for label, graph, plan in graphs:
-            check_capability(plan, device.capability, label)
-            trt = import_tensorrt(plan, label)
-            loaded.append(Plan(trt, bundle.path(graph.file).read_bytes(), graph, plan.profiles, label))
-            loaded[-1].use_cuda_graphs(cuda_graphs)
-        vision, decoder = loaded
+        graphs = [plan_graph(bundle, role) for role in ("vision", "decoder")]
+        device, plans = CudaDevice(), []
+        for graph, settings in graphs:
+            path = bundle.path(graph.file)
+            check_capability(settings, device.capability, str(path))
+            trt = import_tensorrt(settings, str(path))
+            plans.append(Plan(trt, path, graph, settings.profiles, cuda_graphs))
+        vision, decoder = plans
         return cls(device, vision, decoder, bundle.manifest.tokens.candidates)
 
     def encode(self, pixels: UInt8) -> TensorRTState:
-        """Images, uint8 [B, H, W, 3], to their keys/values; more than `most_images` go in several runs."""
-        if pixels.shape[1:] != self._photo:
-            raise SearchError(f"{self.vision.label} takes photos of {self._photo}, not {pixels.shape[1:]}")
+        """Encode images, uint8 [B, H, W, 3]; more than `most_images` take several runs."""
+        # Larger photos would not fit into the buffers.
+        choose_profile(self.vision.profiles, {self._pixels: (1, *pixels.shape[1:])}, self.vision.label)
         state = TensorRTState(self)
         with self._lock:
             for first in range(0, len(pixels), self.most_images):
@@ -173,25 +173,22 @@ class TensorRTEngine:
                 self._send([(self._pixels, some)])
                 addresses = {self._pixels: self._inputs.address} | self._visual_addresses(part)
                 self.vision.run({self._pixels: some.shape}, addresses, self.device.stream)
-                self.device.synchronize()  # before the next photos take the place of these
+                self.device.synchronize()  # before the next photos replace these
                 state.parts.append(part)
         return state
 
     def step(
         self, tokens: Int64, parents: Int64, state: TensorRTState, k: int, *, mask: Bool | None = None
     ) -> Candidates:
-        """One step of the decoder (see `Engine.step`), a run for each part of the state."""
+        """Feed `tokens` [rows, T] to the decoder, in a run for each part of the state."""
         real = np.ones(tokens.shape, np.bool_) if mask is None else mask
         if state.mask is not None:
             real = np.concatenate([state.mask[parents], real], axis=1)
         k = min(k, self.most_candidates)
         per_image = len(tokens) // state.images
-        self._check_limits(max(part.images for part in state.parts), per_image, real.shape[1], k)
-        read: dict[str, NDArray[Any]] = {
-            "tokens": tokens,
-            "positions": np.maximum(real.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :],
-            "mask": real,
-        }
+        self._check_limits(max(part.images for part in state.parts) * per_image, real.shape[1], k)
+        positions = last_positions(real, tokens.shape[1])
+        read: dict[str, NDArray[Any]] = {"tokens": tokens, "positions": positions, "mask": real}
         results, first = [], 0
         with self._lock:
             for part in state.parts:
@@ -221,16 +218,16 @@ class TensorRTEngine:
         addresses |= self._visual_addresses(part) | {_K: self._k.array.ctypes.data}
         for name, offset in self._cache_layout.offsets.items():
             addresses[name] = past.address + offset
-            addresses[name.replace(_PAST, _PRESENT)] = present.address + offset
+            addresses[name.replace(PAST, PRESENT)] = present.address + offset
         decoder.run(sizes, addresses, self.device.stream)
 
         received = self._received.array[: layout.size]
         self.device.download(self._results.address, received)
         self.device.synchronize()
         part.side, part.length = 1 - part.side, part.length + read["tokens"].shape[1]
-        # Copied: the next step writes over what was received.
+        # Copied, because the next step overwrites what was received.
         shapes = {"logits": (rows, k_run), "token_ids": (rows, k_run), "logsumexp": (rows,)}
-        found = [_take(received, layout.offsets[name], decoder.outputs[name], shapes[name]) for name in shapes]
+        found = [_view(received, layout.offsets[name], decoder.outputs[name], shapes[name]) for name in shapes]
         return Candidates(found[0][:, :k].copy(), found[1][:, :k].astype(np.int64), found[2].copy())
 
     def gather_visual(self, part: _Part, images: Int64) -> None:
@@ -238,31 +235,26 @@ class TensorRTEngine:
         with self._lock:
             for name, address in self._visual_addresses(part).items():
                 size = self._visual_bytes(name)
-                # Ascending, an image never comes to lie where one that is still to be moved is.
+                # In ascending order, no image overwrites one that is still to be moved.
                 for place, image in enumerate(images.tolist()):
                     if place != image:
                         self.device.copy(address + image * size, address + place * size, size)
         part.images = len(images)
 
-    def _send(self, arrays: Iterable[tuple[str, NDArray[Any]]]) -> Layout:
+    def _send(self, arrays: list[tuple[str, NDArray[Any]]]) -> Layout:
         """Copy arrays into page-locked memory and from there, in one piece, to the device."""
-        arrays = list(arrays)
         layout = Layout.of((name, array.nbytes) for name, array in arrays)
         for name, array in arrays:
-            _take(self._sent.array, layout.offsets[name], array.dtype, array.shape)[...] = array
-        end = max(layout.offsets[name] + array.nbytes for name, array in arrays)
-        self.device.upload(self._sent.array[:end], self._inputs.address)
+            _view(self._sent.array, layout.offsets[name], array.dtype, array.shape)[...] = array
+        self.device.upload(self._sent.array[: layout.size], self._inputs.address)
         return layout
 
     def _take_buffers(self) -> _Buffers:
-        """Those of a state that is no more, or new ones."""
+        """The buffers of a state that is gone, or new ones."""
         if self._free:
             return self._free.pop()
-        visual, *caches = (
-            self.device.allocate(size)
-            for size in (self._visual_layout.size, self._cache_layout.size, self._cache_layout.size)
-        )
-        return _Buffers(visual, (caches[0], caches[1]))
+        visual, cache = self._visual_layout.size, self._cache_layout.size
+        return _Buffers(self.device.allocate(visual), (self.device.allocate(cache), self.device.allocate(cache)))
 
     def _visual_addresses(self, part: _Part) -> dict[str, int]:
         start = part.buffers.visual.address
@@ -273,51 +265,19 @@ class TensorRTEngine:
         return prod(self._limits[name][1:]) * self.decoder.inputs[name].itemsize
 
     def _result_layout(self, rows: int, k: int) -> Layout:
-        outputs = self.decoder.outputs
         counts = {"logits": rows * k, "token_ids": rows * k, "logsumexp": rows}
-        return Layout.of((name, count * outputs[name].itemsize) for name, count in counts.items())
+        return Layout.of((name, count * self.decoder.outputs[name].itemsize) for name, count in counts.items())
 
-    def _check_limits(self, images: int, per_image: int, positions: int, k: int) -> None:
-        label = self.decoder.label
-        if images * per_image > self.most_rows:
-            raise SearchError(
-                f"{label} takes {self.most_rows} rows, and {images} images with {per_image} beams each are more: give "
-                f"fewer beams or images at once, or export it again with larger --max-beams or --max-batch"
-            )
-        if positions > self.most_positions:
-            raise SearchError(
-                f"{label} takes {self.most_positions} tokens, prompt included, and the caption has {positions}: export "
-                f"it again with larger --max-new-tokens"
-            )
-        if k > self.most_k:
-            raise SearchError(
-                f"{label} gives the {self.most_k} best tokens of a row, and the search options need {k}: give fewer "
-                f"beams or a lower top_k, or run it with --engine onnxruntime"
-            )
-
-    def _check(self) -> None:
-        vision, decoder = self.vision, self.decoder
-        expected = {*_READ, _K, *self._visual, *self._caches}
-        presents = {name.replace(_PAST, _PRESENT): decoder.inputs[name] for name in self._caches}
-        outputs = presents | {name: decoder.outputs.get(name) for name in Candidates._fields}
-        if expected != decoder.inputs.keys() or outputs != decoder.outputs or _K not in decoder.host_inputs:
-            raise BundleError(
-                f"{decoder.label}: its inputs and outputs are not those of a decoder of itune's with the visual state "
-                f"of {vision.label}; export the bundle again"
-            )
-        if any(vision.outputs[name] != decoder.inputs[name] for name in self._visual):
-            raise BundleError(
-                f"{decoder.label} and {vision.label} differ in the type of the visual state; export again"
-            )
-        for plan in (vision, decoder):
-            if any(profile.keys() != plan.inputs.keys() for profile in plan.profiles):
-                raise BundleError(f"{plan.label}: {MANIFEST} lacks the profile of an input; export the bundle again")
+    def _check_limits(self, rows: int, positions: int, k: int) -> None:
+        for wanted, most, what, mend in (
+            (rows, self.most_rows, "rows (images x beams)", "use fewer, or export with larger --max-beams"),
+            (positions, self.most_positions, "tokens of prompt and caption", "export with larger --max-new-tokens"),
+            (k, self.most_k, "candidates a row", "use fewer beams, a lower top_k or --engine onnxruntime"),
+        ):
+            if wanted > most:
+                raise SearchError(f"{self.decoder.label}: at most {most} {what}, not {wanted}: {mend}")
 
 
-def _plans(bundle: Bundle) -> list[Any]:
-    return [plan_graph(bundle, role) for role in ("vision", "decoder")]
-
-
-def _take(memory: UInt8, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+def _view(memory: UInt8, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """A view of bytes as an array."""
     return memory[offset : offset + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)

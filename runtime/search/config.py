@@ -1,4 +1,4 @@
-"""The search options, and a finished caption, in the words of `transformers.generate`."""
+"""The search options, named as in `transformers.generate`, and a finished caption."""
 
 from __future__ import annotations
 
@@ -20,38 +20,46 @@ class SearchConfig(SearchDefaults):
     num_return: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     """Candidates per image. Default: all beams, or one sample."""
     do_sample: bool = False
-    """Draw captions at random, with the probabilities of the model, instead of searching for the best."""
+    """Draw captions at random with the model's probabilities instead of searching for the best."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """When sampling: below 1 favours likely tokens."""
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
-    """When sampling: draw from this many best tokens; 0 is all of them, which is slower."""
+    """When sampling: draw from the best tokens only, this many; 0 is all of them, which is slower."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """When sampling: draw from the fewest best tokens whose probabilities reach this sum."""
+    """When sampling: draw from the smallest set of best tokens whose probabilities reach this sum."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """When sampling: the same seed draws the same captions of an image, whatever else is in its batch."""
+    """When sampling: the same seed draws the same captions for an image, whatever else is in its batch."""
     bad_words: tuple[Annotated[tuple[_Token, ...], Field(min_length=1)], ...] = ()
     """Token sequences that are never generated."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
-        # Scores are divided by length ** length_penalty, which must be neither 0 nor infinite.
-        if abs(self.length_penalty) * math.log2(self.max_new_tokens) > 1000:
-            raise ValueError(f"length_penalty {self.length_penalty}: choose a value between -10 and 10")
-        if self.do_sample and self.num_beams != 1:
-            raise ValueError(f"num_beams must be 1 when sampling, not {self.num_beams}: num_return gives more captions")
-        if not self.do_sample:
-            if (self.num_return or 1) > self.num_beams:
-                raise ValueError(f"num_return {self.num_return} exceeds num_beams {self.num_beams}")
-            fields = type(self).model_fields
-            if unused := [name for name in _SAMPLING if getattr(self, name) != fields[name].default]:
-                raise ValueError(f"{unused[0]} needs do_sample (itune-run: --sample)")
+        fields, samples, most = type(self).model_fields, self.do_sample, self.max_new_tokens
+        sampling = " and ".join(name for name in _SAMPLING if getattr(self, name) != fields[name].default)
+        for wrong, message in (
+            (self.min_new_tokens > most, f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {most}"),
+            # Scores are divided by length ** length_penalty, which must be neither 0 nor infinite.
+            (
+                abs(self.length_penalty) * math.log2(most) > 1000,
+                f"length_penalty {self.length_penalty}: choose a value between -10 and 10",
+            ),
+            (
+                samples and self.num_beams != 1,
+                f"num_beams must be 1 when sampling, not {self.num_beams}; num_return sets the number of samples",
+            ),
+            (
+                not samples and (self.num_return or 1) > self.num_beams,
+                f"num_return {self.num_return} exceeds num_beams {self.num_beams}",
+            ),
+            (not samples and sampling, f"{sampling} needs do_sample (itune-run: --sample)"),
+        ):
+            if wrong:
+                raise ValueError(message)
         return self
 
     @property
     def rows_per_image(self) -> int:
-        """Rows of an image from the second step on: its beams or its samples."""
+        """Rows per image from the second step on: its beams or its samples."""
         return (self.num_return or 1) if self.do_sample else self.num_beams
 
 
@@ -62,8 +70,8 @@ class Hypothesis:
     tokens: tuple[int, ...]
     """Without the prompt and the end token."""
     score: float
-    """Sum of the log-probabilities / their number ** length_penalty; the end token, where produced, counts.
+    """Sum of the log-probabilities / number of tokens ** length_penalty; a generated end token counts.
 
-    Beams: `sequences_scores` of transformers, so after the repetition penalty. Greedy and sampling: the model's
-    own log-probabilities, since there the processors (and temperature, top_k, top_p) act on logits.
+    Beam search: `sequences_scores` of transformers, so after the repetition penalty. Greedy search and sampling: the
+    model's own log-probabilities, since there the processors, temperature, top_k and top_p act on logits.
     """

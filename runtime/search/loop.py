@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..engines.base import Engine, Int64, S
+from ..engines.base import Candidates, Engine, Int64, S
 from ..errors import SearchError
 from .config import Hypothesis, SearchConfig
 from .core import MakeCore, make_core
 from .processors import NO_TOKEN
 
 PADDING = 8
-"""What the lengths of padded prompts are a multiple of, so that a caption depends on no other prompt (see `search`)."""
+"""Pad prompts of different lengths to a multiple of this, so that no caption depends on another prompt."""
 
 
 def search(
@@ -26,21 +26,17 @@ def search(
     core: MakeCore = make_core,
     multiple: int = 1,
 ) -> list[list[Hypothesis]]:
-    """Caption the images of `state`: one list of `config.num_return` hypotheses per image, best first.
+    """Caption the images of `state`: at most `config.num_return` hypotheses for each image.
 
-    Samples stand in the order of drawing: the first is the same however many are asked for.
+    Beam search returns them best first, sampling in the order of drawing. Finished images leave `state`.
 
-    `prompts`: one per image, token ids with the begin token; different lengths are left-padded with a mask, to a
-    multiple of `multiple`. Where that is PADDING, the padding that its batch gives a prompt does not even move the last
-    bit of a sum, which vector instructions add up in their width, and which an int8 graph rounds to another integer.
-    Finished images leave `state`. A list is shorter only where no more captions are possible. `core`: what carries
-    the search, the fastest that is installed. Raises SearchError if an image has no caption at all, for logits that
-    are not numbers, or fewer candidates than were asked for.
+    `prompts`: token ids for each image, begin token included. Prompts of different lengths are left-padded with a mask,
+    to a multiple of `multiple`. With PADDING, the other prompts of a batch do not change even the last bit of a sum:
+    vector instructions add in their own width, and an int8 graph would round the difference to another integer.
+
+    Raises:
+        SearchError: the engine's logits are not numbers or its candidates too few; an image has no caption at all.
     """
-    if len(prompts) != state.images:
-        raise SearchError(f"prompts must be one per image: {len(prompts)} prompts, {state.images} images.")
-    if not all(len(prompt) for prompt in prompts):
-        raise SearchError("A prompt must hold at least the begin token, one of them is empty.")
     if not prompts:
         return []
     padded = _left_pad(prompts, multiple)
@@ -50,16 +46,34 @@ def search(
     mask = None if real.all() else real
     while True:
         candidates = engine.step(tokens, parents, state, running.k, mask=mask)
+        _check(candidates, len(tokens), running.k)
         tokens, parents, kept = running.advance(*candidates)
         if kept is not None:
             if not len(kept):
                 break
             state.keep(kept)
         mask = None
-    return [
-        [Hypothesis(tuple(caption), score) for caption, score in captions[: config.num_return]]
-        for captions in running.captions()
-    ]
+    found = running.captions()
+    if [] in found:
+        raise SearchError(
+            f"no caption is possible for image {found.index([])} of the batch: bad_words, no_repeat_ngram_size or "
+            "min_new_tokens forbid every next token"
+        )
+    return [[Hypothesis(tuple(caption), score) for caption, score in each[: config.num_return]] for each in found]
+
+
+def _check(candidates: Candidates, rows: int, k: int) -> None:
+    logits, token_ids, logsumexp = candidates
+    if logits.shape != token_ids.shape or len(logits) != rows or logsumexp.shape != (rows,) or logits.shape[1] < k:
+        raise SearchError(
+            f"the decoder returned logits {logits.shape}, token_ids {token_ids.shape} and logsumexp {logsumexp.shape}, "
+            f"but an exact search needs {k} candidates in each of {rows} rows"
+        )
+    # A NaN or +inf anywhere in the vocabulary shows in the logsumexp. A NaN compares false.
+    if not ((logsumexp < np.inf).all() and (logits < np.inf).all()):
+        raise SearchError(
+            "the decoder returned logits that are NaN or infinite: export it again, in fp32 if it was fp16 or quantised"
+        )
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], multiple: int) -> Int64:

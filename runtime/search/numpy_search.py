@@ -2,101 +2,159 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from ..engines.base import Float32, Int64
-from ..errors import SearchError
-from . import beams, sampling
 from .config import SearchConfig
-from .processors import Float64, Processors
+from .processors import NO_TOKEN, Float64, Processors
+from .sampling import choose, uniform
+
+Scored = tuple[list[int], float]
+"""The tokens of a caption, and its length-normalised score."""
+
+
+@dataclass
+class _Beam:
+    """A running beam or sample."""
+
+    history: list[int]  # prompt and generated tokens
+    score: float  # sum of log-probabilities; -inf marks a beam that does not exist (transformers uses -1e9)
+    banned: list[int] = field(default_factory=list)  # tokens that may not follow
+
+
+@dataclass
+class _Image:
+    number: int
+    prompt_length: int
+    beams: list[_Beam]  # one until the first step (all would be the same prompt), then `config.rows_per_image`
+    finished: list[Scored]  # of beams: best first; of samples: one place each
 
 
 class NumpySearch:
-    """The state of one search (see `core.Core`)."""
+    """The state of one search, as described by `core.Core`."""
 
     def __init__(self, prompts: Int64, config: SearchConfig, end_token: int, most_candidates: int) -> None:
         self._config, self._end_token, self._most_candidates = config, end_token, most_candidates
         self._processors = Processors(config, end_token)
-        self._beams = beams.Beams.start(prompts, config)
-        self._running = np.arange(len(prompts))  # numbers of the images still present
-        self._captions: list[list[tuple[list[int], float]]] = [[] for _ in prompts]
-        self._find_constraints()
+        self._captions: list[list[Scored]] = [[] for _ in prompts]
+        self._images = []
+        for number, row in enumerate(prompts):
+            prompt = row[row != NO_TOKEN].tolist()
+            places = config.rows_per_image if config.do_sample else 0
+            self._images.append(_Image(number, len(prompt), [_Beam(prompt, 0.0)], [([], -np.inf)] * places))
+        self._generated = 0
+        self._find_banned()
 
-    def _find_constraints(self) -> None:
-        self._constraints = self._processors.constraints(self._beams.rows, self._beams.generated)
-        config = self._config
-        untouched = (config.top_k or self._most_candidates) if config.do_sample else 2 * config.num_beams
-        self.k = min(untouched + self._constraints.most_per_row(), self._most_candidates)
+    def _find_banned(self) -> None:
+        config, lowered = self._config, 0
+        for beam in (beam for image in self._images for beam in image.beams):
+            beam.banned = self._processors.banned(beam.history, self._generated)
+            penalised = len(beam.history) if config.repetition_penalty != 1 else 0
+            lowered = max(lowered, len(beam.banned) + penalised)
+        unchanged = (config.top_k or self._most_candidates) if config.do_sample else 2 * config.num_beams
+        self.k = min(unchanged + lowered, self._most_candidates)
 
     def advance(self, logits: Float32, token_ids: Int64, logsumexp: Float32) -> tuple[Int64, Int64, Int64 | None]:
-        """See `Core.advance`."""
-        self._check(logits, token_ids, logsumexp)
-        state = self._beams
-        images, rows_per_image = state.scores.shape
-        moves = self._move(*self._score(logits.astype(np.float64), token_ids, logsumexp), token_ids)
-        kept = np.flatnonzero(~moves.done)
-        if len(kept) < images:
-            self._finish(np.flatnonzero(moves.done))
-            self._running = self._running[kept]
-            state.keep(kept)
-        parents = kept[:, None] * rows_per_image + moves.parents[kept]
-        self._find_constraints()
-        return moves.tokens[kept].reshape(-1, 1), parents.reshape(-1), kept if len(kept) < images else None
+        """Choose the next token of every row."""
+        # In float64, adding a beam's score to two different logits does not make them equal. A row without any
+        # possible token has a logsumexp of -inf, and -inf - -inf is NaN.
+        log_probs = logits.astype(np.float64) - np.where(logsumexp > -np.inf, logsumexp, 0)[:, None]
+        # transformers' processors see log-probabilities in beam search and raw logits elsewhere.
+        processed = log_probs.copy() if self._config.num_beams > 1 else logits.astype(np.float64)
+        for row, beam in enumerate(beam for image in self._images for beam in image.beams):
+            processed[row] = self._processors.apply(processed[row], token_ids[row], beam.history, beam.banned)
+        self._generated += 1
+        tokens, parents, kept, first = [], [], [], 0
+        for place, image in enumerate(self._images):
+            rows = slice(first, first + len(image.beams))
+            move = self._draw_samples if self._config.do_sample else self._move_beams
+            before, sources = image.beams, move(image, processed[rows], log_probs[rows], token_ids[rows])
+            image.beams = [_Beam([*before[s].history, token], score) for s, token, score in sources]
+            if self._is_done(image):
+                self._captions[image.number] = [each for each in image.finished if each[1] > -np.inf]
+            else:
+                kept.append(place)
+                tokens += [[token] for _, token, _ in sources]
+                parents += [first + source for source, _, _ in sources]
+            first = rows.stop
+        all_kept = len(kept) == len(self._images)
+        self._images = [self._images[place] for place in kept]
+        self._find_banned()
+        moves = np.array(tokens, np.int64).reshape(-1, 1), np.array(parents, np.int64)
+        return *moves, None if all_kept else np.array(kept, np.int64)
 
-    def captions(self) -> list[list[tuple[list[int], float]]]:
-        """See `Core.captions`."""
+    def captions(self) -> list[list[Scored]]:
+        """Tokens and score of every caption of each finished image."""
         return self._captions
 
-    def _check(self, logits: Float32, token_ids: Int64, logsumexp: Float32) -> None:
-        rows = len(self._beams.rows)
-        if logits.shape != token_ids.shape or len(logits) != rows or logsumexp.shape != (rows,):
-            raise SearchError(f"The decoder must return logits, token ids and a logsumexp for each of {rows} rows.")
-        if logits.shape[1] < self.k:
-            raise SearchError(
-                f"The decoder returned {logits.shape[1]} candidates a row, an exact search takes {self.k} here: let it "
-                "return more."
-            )
-        # A NaN or +inf anywhere in the vocabulary shows in the logsumexp, among the candidates or not; NaN compares
-        # false.
-        if not ((logsumexp < np.inf).all() and (logits < np.inf).all()):
-            raise SearchError(
-                "The decoder returned logits that are not numbers (NaN or infinite): export it again, in fp32 if "
-                "it was fp16 or quantised."
-            )
+    def _move_beams(
+        self, image: _Image, processed: Float64, log_probs: Float64, token_ids: Int64
+    ) -> list[tuple[int, int, float]]:
+        """Beam, token and score of each new beam: one turn of `_beam_search` (or `_sample`, greedily) of transformers.
 
-    def _score(self, logits: Float64, token_ids: Int64, logsumexp: Float32) -> tuple[Float64, Float64]:
-        """What the processors make of the candidates, and their log-probabilities before, both [rows, k].
-
-        In float64, where adding a beam's score to two different logits does not make them equal.
+        `processed`, `log_probs`, `token_ids` [beams, k]. Where transformers decides to stop for a whole batch, each
+        image here decides for itself. Ties: lower beam, then lower token id.
         """
-        # A row without any possible token has a logsumexp of -inf, and -inf - -inf is NaN.
-        log_probs = logits - np.where(logsumexp > -np.inf, logsumexp, 0)[:, None]
-        # transformers' processors see log-probabilities in beam search and raw logits elsewhere.
-        seen = log_probs if self._config.num_beams > 1 else logits
-        return self._processors.apply(seen, token_ids, self._constraints), log_probs
-
-    def _move(self, processed: Float64, log_probs: Float64, token_ids: Int64) -> beams.Moves:
-        config, state = self._config, self._beams
-        if config.do_sample:
-            shape = (*state.scores.shape, -1)
-            rows = processed.reshape(shape), log_probs.reshape(shape)
-            return sampling.draw(state, *rows, token_ids.reshape(shape), config, self._end_token)
-        sums = state.scores.reshape(-1, 1)
-        if config.num_beams > 1:
-            ranks = scores = sums + processed
-        else:
+        num_beams = self._config.num_beams
+        sums = np.array([[beam.score] for beam in image.beams])
+        ranks = scores = sums + processed
+        if num_beams == 1:
             ranks, scores = processed, sums + np.where(processed > -np.inf, log_probs, -np.inf)
-        shape = (len(state.scores), -1)
-        pools = ranks.reshape(shape), scores.reshape(shape)
-        return beams.advance(state, *pools, token_ids.reshape(shape), config, self._end_token)
+        # Each beam ends at most once, so of twice as many candidates num_beams can continue.
+        width = 2 * num_beams if num_beams > 1 else 1
+        source = np.repeat(np.arange(len(sums)), token_ids.shape[1])
+        best = np.lexsort((token_ids.ravel(), source, -ranks.ravel()))[:width]
+        found = [(int(source[i]), int(token_ids.flat[i]), float(scores.flat[i])) for i in best]
+        found += [(*found[-1][:2], -np.inf)] * (width - len(found))  # in a vocabulary smaller than that
+        running, stopped = [], []
+        for place, (beam, token, score) in enumerate(found):
+            ends = token == self._end_token or self._generated == self._config.max_new_tokens
+            if not ends and score > -np.inf:
+                running.append((beam, token, score))
+                continue
+            stopped.append((beam, token, -np.inf))
+            if ends and place < num_beams and score > -np.inf:  # an end beyond the num_beams best does not count
+                image.finished.append(self._caption(image, image.beams[beam], token, score))
+        image.finished.sort(key=lambda caption: -caption[1])  # stable: of equals, the one that finished earlier
+        del image.finished[num_beams:]
+        return [*running, *stopped][:num_beams]
 
-    def _finish(self, images: Int64) -> None:
-        for image in images.tolist():
-            number = int(self._running[image])
-            captions = self._beams.captions(image)
-            if not captions:
-                raise SearchError(
-                    f"No caption is possible for image {number}, every next token is forbidden after "
-                    f"{self._beams.generated - 1}: loosen bad_words, no_repeat_ngram_size or min_new_tokens."
-                )
-            self._captions[number] = captions
+    def _draw_samples(
+        self, image: _Image, processed: Float64, log_probs: Float64, token_ids: Int64
+    ) -> list[tuple[int, int, float]]:
+        """Beam, token and score of each sample; a finished or impossible one continues as end tokens of score -inf."""
+        config, drawn = self._config, []
+        for sample in range(config.rows_per_image):
+            row = sample if len(image.beams) > 1 else 0
+            beam, token, score = image.beams[row], self._end_token, -np.inf
+            if beam.score > -np.inf:
+                number = uniform(config.seed, sample, self._generated - 1)
+                choice = choose(processed[row], token_ids[row], config, number)
+                if choice is not None:
+                    token = int(token_ids[row, choice])
+                    score = beam.score + float(log_probs[row, choice])
+                    if token == self._end_token or self._generated == config.max_new_tokens:
+                        image.finished[sample] = self._caption(image, beam, token, score)
+                        score = -np.inf
+            drawn.append((row, token, score))
+        return drawn
+
+    def _caption(self, image: _Image, beam: _Beam, last: int, score: float) -> Scored:
+        """The caption that a beam becomes with its last token."""
+        tokens = beam.history[image.prompt_length :] + ([] if last == self._end_token else [last])
+        return tokens, score / float(self._generated) ** self._config.length_penalty
+
+    def _is_done(self, image: _Image) -> bool:
+        """Whether no better caption can follow: `_check_early_stop_heuristic` of transformers."""
+        config = self._config
+        if config.do_sample:
+            return all(beam.score == -np.inf for beam in image.beams)
+        full = len(image.finished) == config.num_beams
+        if full and config.early_stopping is True:
+            return True
+        longest = config.early_stopping == "never" and config.length_penalty > 0
+        length = config.max_new_tokens if longest else self._generated
+        reachable = image.beams[0].score / float(length) ** config.length_penalty
+        return not reachable > (image.finished[-1][1] if full else -np.inf)

@@ -10,8 +10,7 @@ from itune.runtime.search import NATIVE
 from tests.conftest import REPOSITORY
 
 
-def test_prints_microseconds_and_the_ratio() -> None:
+def test_prints_microseconds() -> None:
     script = REPOSITORY / "benchmarks" / "search.py"
     done = subprocess.run([sys.executable, script, "--repeats", "1"], capture_output=True, text=True, check=True)
     assert len(re.findall(r"│ +\d+\.\d", done.stdout)) == 6 * (2 if NATIVE else 1)
-    assert re.search(r"5 x 50,257: \d+ us, NumPy \d+ us, \d+\.\d times", done.stdout)

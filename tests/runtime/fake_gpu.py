@@ -1,7 +1,7 @@
-"""A GPU and a TensorRT made of NumPy and ONNX Runtime: a "plan" is an ONNX graph, the device's memory is the host's.
+"""A GPU and a TensorRT made of NumPy and ONNX Runtime: a "plan" is an ONNX graph, device memory is host memory.
 
-Nothing happens before it is waited for, as on a real stream, so that a buffer that is reused too early is noticed; and
-every address is checked: it must lie in memory that was allocated and is still held.
+As on a real stream, nothing happens before `synchronize`, so a buffer that is reused too early shows. Every address is
+checked: it must lie in memory that is allocated and not yet freed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TYPES = {
 
 
 class FakeMemory:
-    """Filled with what is NaN as a float."""
+    """Filled with bytes that are NaN as floats."""
 
     def __init__(self, size: int) -> None:
         self._whole = np.full(size + 256, 0xFF, np.uint8)

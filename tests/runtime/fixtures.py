@@ -17,7 +17,7 @@ from itune.runtime.bundle import MANIFEST, TOKENIZER, DecoderSettings, GraphEntr
 from itune.runtime.manifest import FileHash
 from itune.runtime.search import NATIVE
 from itune.runtime.search import search as search_captions
-from itune.runtime.search.core import native_search
+from itune.runtime.search.core import make_core
 from itune.runtime.search.numpy_search import NumpySearch
 from itune.runtime.settings import ImageSettings, TextSettings
 from tests.runtime.tables import Search
@@ -121,7 +121,7 @@ def search(request: pytest.FixtureRequest) -> Search:
         return partial(search_captions, core=NumpySearch)
     if not NATIVE:
         pytest.skip("itune was built without a compiler")
-    return partial(search_captions, core=native_search)
+    return partial(search_captions, core=make_core)
 
 
 @pytest.fixture(scope="session")

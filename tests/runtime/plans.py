@@ -1,4 +1,4 @@
-"""Bundles with "plans" that `fake_gpu` runs: the ONNX graphs of a bundle under another name."""
+"""Bundles with "plans" for `fake_gpu`: copies of the bundle's ONNX graphs under another name."""
 
 from __future__ import annotations
 

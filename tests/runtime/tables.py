@@ -1,4 +1,4 @@
-"""Made-up decoders whose logits are looked up by image and history, for tests of the search."""
+"""Fake decoders that look logits up by image and history, for tests of the search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ Logits = Callable[[int, tuple[int, ...]], Float32]
 
 
 class TableState:
-    """The images still present, and of each row of the last step: whose it is and what it was fed."""
+    """The images still present, and for each row of the last step its image and its history."""
+
+    embedding = None
 
     def __init__(self, images: Iterable[int]):
         self.present = list(images)
@@ -33,7 +35,7 @@ class TableState:
 
 
 class TableEngine:
-    """Looks logits up by image and history, and holds the search to the engine's side of the contract."""
+    """Looks logits up by image and history, and asserts that the search keeps to the engine protocol."""
 
     def __init__(self, logits: Logits):
         self.logits = logits
@@ -63,9 +65,13 @@ class TableEngine:
         self.rows_per_step.append(rows)
         self.k_per_step.append(k)
         state.rows = list(zip(owners, histories, strict=True))
-        logits = np.stack([self.logits(*row) for row in state.rows])
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-        return Candidates(np.take_along_axis(logits, order, 1), order, log_sum_exp(logits))
+        return best_of(np.stack([self.logits(*row) for row in state.rows]), k)
+
+
+def best_of(logits: Float32, k: int) -> Candidates:
+    """The k best of logits [rows, vocabulary], equal ones in order of the token id."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return Candidates(np.take_along_axis(logits, order, 1), order, log_sum_exp(logits))
 
 
 def always(logits: Float32) -> Logits:

@@ -1,14 +1,11 @@
 // The search's core in C++: the state of one search between two steps of the engine.
 //
-// Its NumPy twin (numpy_search.py, beams.py, sampling.py, processors.py) says why each step is what it is. Both do the
-// same operations in the same order in float64, so that their results are equal to the last bit; this is compiled
-// without contraction into fused multiply-adds for that reason.
+// Its NumPy twin (numpy_search.py, sampling.py, processors.py) says why each step is what it is. Both do the same in
+// float64: their captions are equal, and their scores agree to 1e-12.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -17,19 +14,12 @@
 
 namespace itune {
 
-// Becomes itune.runtime.errors.SearchError.
-struct SearchError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// The fields of SearchConfig, and what the engine's vocabulary needs.
+// Fields of SearchConfig, and the vocabulary of the engine.
 struct Options {
-    std::int64_t end_token, most_candidates;
-    std::int64_t num_beams, max_new_tokens;
+    std::int64_t end_token, most_candidates, num_beams, rows_per_image, max_new_tokens;
     double length_penalty;
-    bool stop_when_full, stop_never_early;
+    bool stop_when_full, stop_never_early;  // early_stopping: True, "never"
     bool do_sample;
-    std::int64_t rows_per_image;
     Warpers warpers;
     std::uint64_t seed;
 };
@@ -38,12 +28,12 @@ struct Candidates {
     const float* logits;            // [rows, k]
     const std::int64_t* token_ids;  // [rows, k]
     const float* logsumexp;         // [rows]
-    std::size_t rows, k;
+    std::size_t k;
 };
 
 struct Moves {
     Tokens tokens, parents;  // [rows of the next step]
-    Tokens kept;             // [images that go on]
+    Tokens kept;             // [images that continue]
     bool all_kept;
 };
 
@@ -56,16 +46,15 @@ class Search {
            Processors processors);
 
     std::int64_t k() const { return k_; }
-    // Rows that `advance` wants candidates for.
-    std::size_t rows() const { return images_.size() * beams_per_image_; }
+    // `candidates`: at least k() for each row.
     Moves advance(const Candidates& candidates);
     const std::vector<std::vector<Caption>>& captions() const { return captions_; }
 
   private:
     struct Beam {
         Tokens history;  // prompt and generated tokens
-        Tokens banned;   // what may not follow
-        double score;    // sum of log-probabilities; kImpossible: there is no such beam
+        Tokens banned;   // tokens that may not follow
+        double score;    // sum of log-probabilities; kImpossible marks a beam that does not exist
     };
     struct Image {
         std::size_t number, prompt_length;
@@ -78,27 +67,23 @@ class Search {
         std::int64_t token;
     };
 
-    void check(const Candidates& candidates) const;
-    void find_constraints();
+    void find_banned();
     void score_row(const Candidates& candidates, std::size_t row, const Beam& beam);
-    bool move_beams(Image& image, const Candidates& candidates, std::size_t first_row, Moves& moves);
-    bool draw_samples(Image& image, const Candidates& candidates, std::size_t first_row, Moves& moves);
+    void move_beams(Image& image, const Candidates& candidates, std::size_t first_row);
+    void draw_samples(Image& image, const Candidates& candidates, std::size_t first_row);
     void select(const Image& image, const Candidates& candidates, std::size_t first_row, std::size_t width);
-    void go_on(const Image& image, std::size_t place, std::size_t parent, std::int64_t token, double score);
-    void finish_beam(Image& image, const Choice& choice);
+    Caption caption(const Image& image, const Beam& beam, std::int64_t last, double score) const;
     bool is_done(const Image& image) const;
-    double normalised(double score) const;
-    Tokens written(const Image& image, const Beam& beam, std::int64_t last) const;
 
     Options options_;
     Processors processors_;
     std::vector<Image> images_;  // the ones still running
     std::vector<std::vector<Caption>> captions_;
-    std::size_t beams_per_image_ = 1, longest_history_;
+    std::size_t beams_per_image_ = 1;
     std::int64_t generated_ = 0, k_ = 0;
-    // Scratch, kept for its memory.
+    // Reused between steps.
     std::vector<double> log_probs_, processed_;
-    std::vector<Choice> best_;
+    std::vector<Choice> best_;  // of one image: how each new beam or sample continues
     std::vector<Beam> next_;
     Nucleus nucleus_;
 };

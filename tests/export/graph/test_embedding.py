@@ -144,7 +144,7 @@ def test_room_for_the_prompt(tmp_path: Path, bundle: Path, store: Path, photos: 
 
 
 class _State:
-    images = 1
+    images, embedding = 1, None
 
 
 class _Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from itune.checkpoint import CheckpointError
 from itune.eager import EagerEngine, candidates
 from itune.loading import LoadedCheckpoint
 from itune.methods.ituning.model import ITuningModel
-from itune.runtime.search import NATIVE, SearchConfig, search
+from itune.runtime.search import SearchConfig, search
+from tests.runtime.tables import best_of
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +111,14 @@ def test_entropy_is_one_when_attention_is_uniform(loaded: LoadedCheckpoint) -> N
     assert loaded.model.attention_entropy(ids, ids > 0, same[:, :1]) == 0  # of one embedding there is no choice
 
 
-@pytest.mark.parametrize("native", [True, False])  # False: as on a GPU
-def test_candidates_break_ties_by_token_id(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("itune.eager.NATIVE", NATIVE and native)
-    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    found = candidates(logits, 3)
-    assert found.token_ids.tolist() == [[1, 2, 3], [0, 1, 2]]
-    np.testing.assert_allclose(found.logsumexp, logits.logsumexp(1), rtol=1e-6)
+@pytest.mark.parametrize("levels", [2, 20, 1000])
+@pytest.mark.parametrize("k", [1, 9, 70])
+def test_candidates_break_ties_by_token_id(levels: int, k: int) -> None:
+    logits = torch.from_numpy(np.random.default_rng(levels).integers(0, levels, (5, 60)) / np.float32(50)).float()
+    logits[1, 7:] = -math.inf
+    for found, expected in zip(candidates(logits, k), best_of(logits.numpy(), k), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_visual_embeddings_are_clips_last_hidden_state(clip_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which engine takes a bundle, what it says about it, and ONNX Runtime on CUDA as far as a CPU can try it."""
+"""Which engine runs a bundle and what it reports; ONNX Runtime on CUDA as far as a CPU can test it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnxruntime import InferenceSession
 
 from itune import Captioner
 from itune.cli import run as command
 from itune.loading import load_captioner
 from itune.runtime.captioner import ENGINES
-from itune.runtime.engines import choice, onnxruntime_cuda
+from itune.runtime.engines import onnxruntime_cuda
 from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from itune.runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
-from itune.runtime.errors import EngineError, ItuneError
+from itune.runtime.errors import BundleError, EngineError, ItuneError
 from tests.runtime.plans import make_plan_bundle
 
 
@@ -35,7 +36,7 @@ def no_gpu(monkeypatch) -> None:
         raise EngineError("there is no NVIDIA GPU here")
 
     monkeypatch.setattr(CudaDevice, "__init__", refuse)
-    monkeypatch.setattr(choice, "_has_cuda", lambda: False)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
 
 
 @pytest.fixture
@@ -60,18 +61,17 @@ class Bound(OnnxRuntimeCudaEngine):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_plans_without_a_gpu_say_what_runs_here(plans):
-    words = (
-        r"its TensorRT plans cannot run here: there is no NVIDIA GPU here; --engine onnxruntime runs its ONNX graphs "
-        r"on the CPU, where one exported with --target onnx --precision int8 is faster$"
-    )
     for engine in ("auto", "tensorrt"):
-        with pytest.raises(EngineError, match=words):
+        with pytest.raises(EngineError) as error:
             Captioner.load(plans, engine=engine)
+        assert str(plans) in str(error.value)
+        assert "no NVIDIA GPU" in str(error.value)
+        assert "--engine onnxruntime" in str(error.value)
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_an_evaluation_takes_the_engine_asked_for(plans):
-    with pytest.raises(EngineError, match="--engine onnxruntime runs its ONNX graphs"):
+    with pytest.raises(EngineError):
         load_captioner(plans)
     assert load_captioner(plans, engine="onnxruntime").engine_name == "onnxruntime"
 
@@ -82,33 +82,40 @@ def test_without_plans_the_cpu_is_taken_silently(bundle):
     assert (captioner.engine_name, captioner.engine_notice) == ("onnxruntime", None)
 
 
-def test_an_engine_that_there_is_not(bundle):
-    with pytest.raises(ItuneError, match=", ".join(ENGINES)):
+def test_an_unknown_engine(bundle):
+    with pytest.raises(ItuneError) as error:
         Captioner.load(bundle, engine="torch")
+    assert all(engine in str(error.value) for engine in (*ENGINES, "torch"))
 
 
 def test_tensorrt_without_plans(bundle):
-    with pytest.raises(ItuneError, match=r"no TensorRT plan of the vision; export it with --target tensorrt"):
+    with pytest.raises(BundleError) as error:
         Captioner.load(bundle, engine="tensorrt")
+    assert "--target tensorrt" in str(error.value)
 
 
-def test_onnxruntime_without_cuda_is_told(bundle, monkeypatch):
+def test_onnxruntime_without_cuda(bundle, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=r"has no CUDA: install onnxruntime-gpu in place of onnxruntime"):
+    with pytest.raises(EngineError) as error:
         Captioner.load(bundle, engine="onnxruntime-cuda")
+    assert "onnxruntime-gpu" in str(error.value)
 
 
 @pytest.mark.usefixtures("onnxruntime_gpu")
 def test_a_silent_fallback_is_noticed(bundle, plans, capsys, monkeypatch):
-    fell_back = r"onnxruntime-gpu fell back to the CPU, .* \(no libraries\): pip install"
-    with pytest.raises(EngineError, match=fell_back):
+    with pytest.raises(EngineError) as error:
         Captioner.load(bundle, engine="onnxruntime-cuda")
+    fell_back = str(error.value)
+    assert "(no libraries)" in fell_back
+    assert "pip install" in fell_back
     captioner = Captioner.load(bundle, threads=1)
     assert captioner.engine_name == "onnxruntime"
-    assert captioner.engine_notice.startswith("captioning on the CPU: onnxruntime-gpu fell back")
+    assert captioner.engine_notice == f"captioning on the CPU: {fell_back}"
     monkeypatch.setattr(CudaDevice, "__init__", lambda _self: (_ for _ in ()).throw(EngineError("no driver")))
-    with pytest.raises(EngineError, match=f"cannot run here: no driver, nor can ONNX Runtime use a GPU: {fell_back}"):
+    with pytest.raises(EngineError) as error:
         Captioner.load(plans)
+    assert "no driver" in str(error.value)
+    assert fell_back in str(error.value)
     assert capsys.readouterr() == ("", "")
 
 
@@ -129,10 +136,12 @@ def test_graphs_that_cannot_run_on_cuda_run_on_the_cpu(bundle, monkeypatch):
 
     monkeypatch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaEngine", Bound)
     monkeypatch.setattr(onnxruntime_cuda, "PROVIDER", "CPUExecutionProvider")
-    monkeypatch.setattr(Bound, "_run", fail)
+    monkeypatch.setattr(InferenceSession, "run_with_iobinding", fail)
     captioner = Captioner.load(bundle, threads=1)
     assert captioner.engine_name == "onnxruntime"
-    assert "cannot run on CUDA (CUDA kernel of GroupQueryAttention); export fp16" in captioner.engine_notice
+    assert "CUDA kernel of GroupQueryAttention" in captioner.engine_notice
+    assert "without an attention bias" not in captioner.engine_notice
+    assert "fp16" in captioner.engine_notice
 
 
 def test_bound_to_a_device_the_candidates_are_the_same(plans):
@@ -169,7 +178,7 @@ def test_itune_run_without_a_gpu(plans, photos, monkeypatch, capsys):
     assert out == ""
     assert err.startswith("itune-run: error: ")
     assert err.count("\n") == 1
-    assert "--engine onnxruntime runs its ONNX graphs on the CPU" in err
+    assert "--engine onnxruntime" in err
     assert run("--json", "--engine", "onnxruntime") == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["caption"]
@@ -184,4 +193,4 @@ def test_itune_run_says_what_auto_took(bundle, photos, monkeypatch, capsys):
     assert not ended.value.code
     out, err = capsys.readouterr()
     assert json.loads(out)["caption"]
-    assert "itune-run: captioning on the CPU: onnxruntime-gpu fell back" in err
+    assert "itune-run: captioning on the CPU" in err

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu` builds real plans for the GPU here, and runs them."""
+"""Tests that need a GPU: `pytest -m gpu` builds real plans for the GPU here and runs them."""
 
 from __future__ import annotations
 

@@ -216,20 +216,21 @@ def test_a_graph_that_is_none_is_one_sentence(bundle, tmp_path):
     content = json.loads((copy / MANIFEST).read_text())
     content["files"]["decoder.onnx"] = FileHash.of(copy / "decoder.onnx").model_dump()
     (copy / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(BundleError, match=r"decoder\.onnx: ONNX Runtime .* cannot load it") as error:
+    with pytest.raises(BundleError) as error:
         OnnxRuntimeEngine.load(Bundle.load(copy))
+    assert str(copy / "decoder.onnx") in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that pins processes to CPUs")
 def test_graphs_that_do_not_fit_are_one_sentence(bundle, tmp_path):
-    def refused(change, message):
+    def refused(change, *values):
         folder = shutil.copytree(bundle, tmp_path / str(len(list(tmp_path.iterdir()))))
         manifest = json.loads((folder / MANIFEST).read_text())
         change(manifest, {graph["role"]: graph for graph in manifest["graphs"]})
         (folder / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(BundleError, match=message):
+        with pytest.raises(BundleError) as error:
             OnnxRuntimeEngine.load(Bundle.load(folder))
+        assert all(value in str(error.value) for value in (str(folder), *values))
 
     def swap(_manifest, graphs):
         graphs["vision"]["role"], graphs["decoder"]["role"] = "decoder", "vision"
@@ -239,12 +240,13 @@ def test_graphs_that_do_not_fit_are_one_sentence(bundle, tmp_path):
             file=graphs["decoder" if role == "vision" else "vision"]["file"]
         )
 
-    refused(swap, "its vision graph takes .*, not pixels of 16 x 16; export the bundle again")
-    refused(twice("vision"), "its vision graph takes .*, not pixels of 16 x 16")
-    refused(twice("decoder"), "its decoder graph takes pixels; export the bundle again")
-    refused(lambda manifest, _graphs: manifest["image"].update(crop=[17, 17]), "not pixels of 17 x 17")
+    refused(swap, "vision", "16 x 16")
+    refused(twice("vision"), "vision", "16 x 16")
+    refused(twice("decoder"), "decoder", "['pixels']")
+    refused(lambda manifest, _graphs: manifest["image"].update(crop=[17, 17]), "vision", "17 x 17")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that pins processes to CPUs")
 def test_available_cpus_are_those_of_the_process():
     script = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"

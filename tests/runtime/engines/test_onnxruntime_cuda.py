@@ -1,4 +1,4 @@
-"""The calls to CUDA, against a runtime library that answers without a GPU."""
+"""The calls to CUDA, against a fake runtime library that needs no GPU."""
 
 from __future__ import annotations
 
@@ -115,28 +115,30 @@ def test_memory_is_freed_with_its_object(cuda):
 
 
 def test_too_little_memory_is_one_sentence(cuda):
-    with pytest.raises(EngineError, match=r"^cudaMalloc: cudaErrorMemoryAllocation in words$"):
+    with pytest.raises(EngineError) as error:
         CudaDevice().allocate(1 << 30)
+    assert str(error.value) == "cudaMalloc: cudaErrorMemoryAllocation in words"
 
 
-@pytest.mark.parametrize(
-    ("devices", "words"),
-    [(None, r"no NVIDIA GPU with a working driver here \(.* in words\)"), (0, "no NVIDIA GPU here")],
-)
-def test_no_gpu(devices, words, cuda):
+@pytest.mark.parametrize(("devices", "value"), [(None, "cudaErrorInsufficientDriver in words"), (0, "no device")])
+def test_no_gpu(devices, value, cuda):
     cuda.devices = devices
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(EngineError) as error:
         CudaDevice()
+    assert value in str(error.value)
 
 
 def test_no_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, MODULE, None)
     monkeypatch.setattr(cuda_module, "_has_driver", lambda: False)
-    with pytest.raises(EngineError, match=r"there is no NVIDIA GPU with a working driver here \(libcuda"):
+    with pytest.raises(EngineError) as error:
         CudaDevice()
+    assert "libcuda" in str(error.value)
     monkeypatch.setattr(cuda_module, "_has_driver", lambda: True)
-    with pytest.raises(EngineError, match=r"needs cuda\.bindings\.runtime.*pip install 'itune\[tensorrt\]'"):
+    with pytest.raises(EngineError) as error:
         CudaDevice()
+    assert MODULE in str(error.value)
+    assert "itune[tensorrt]" in str(error.value)
 
 
 def test_the_fake_has_nothing_that_the_bindings_lack():

@@ -1,4 +1,4 @@
-"""The TensorRT engine's own logic on a GPU that is none: whole captions through its buffers, its limits, its errors."""
+"""The TensorRT engine on a fake GPU: whole captions through its buffers, its limits, its errors."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ def trt(device, monkeypatch) -> FakeTensorRT:
     trt = FakeTensorRT(device)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     return trt
+
+
+def assert_says(error: pytest.ExceptionInfo[Any], *values: str) -> None:
+    """The message is one line and contains all values."""
+    assert "\n" not in str(error.value)
+    for value in values:
+        assert value in str(error.value)
 
 
 def edited(folder: Path, target: Path, edit: Callable[[dict], None]) -> Bundle:
@@ -145,33 +152,35 @@ def test_fewer_candidates_than_the_plan_gives(fp32_plans):
 
 @pytest.mark.usefixtures("trt")
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "values"),
     [
-        ({"num_beams": BEAMS + 1}, r"takes 15 rows, and 3 images with 6 beams .* --max-beams"),
+        ({"num_beams": BEAMS + 1}, ["15 rows", "18", "--max-beams"]),
         ({"num_beams": 5, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "bad_words": ["a", "dog"] * 9}, None),
-        ({"do_sample": True, "top_k": K + 1}, rf"gives the {K} best tokens .* need {K + 1}"),
-        ({"max_new_tokens": POSITIONS + 1}, rf"at most {POSITIONS}, .* itune-export --max-new-tokens"),
+        ({"do_sample": True, "top_k": K + 1}, [f"{K} candidates", f"{K + 1}"]),
+        ({"max_new_tokens": POSITIONS + 1}, [f"at most {POSITIONS}", "itune-export --max-new-tokens"]),
     ],
 )
-def test_beyond_the_profiles(options, words, fp32_plans, photos):
+def test_beyond_the_profiles(options, values, fp32_plans, photos):
     captioner = Captioner.load(fp32_plans, engine="tensorrt", threads=1)
     options = {"max_new_tokens": 9} | options
-    if words is None:
+    if values is None:
         assert captioner.caption(photos[:3], **options)
         return
-    with pytest.raises(SearchError, match=words) as error:
+    with pytest.raises(SearchError) as error:
         captioner.caption(photos[:3], **options)
-    assert "\n" not in str(error.value)
+    assert_says(error, *values)
 
 
 @pytest.mark.usefixtures("trt")
 def test_a_shape_that_no_profile_allows(fp32_plans):
     engine = TensorRTEngine.load(Bundle.load(fp32_plans))
     state = engine.encode(np.zeros((1, 32, 32, 3), np.uint8))
-    with pytest.raises(SearchError, match=r"decoder\.plan: no optimisation profile allows tokens \[1, 6\]"):
+    with pytest.raises(SearchError) as error:
         engine.step(np.zeros((1, 6), np.int64), np.array([0]), state, 4)
-    with pytest.raises(SearchError, match=r"takes photos of \(32, 32, 3\)"):
-        engine.encode(np.zeros((1, 8, 8, 3), np.uint8))
+    assert_says(error, "decoder.plan", "tokens [1, 6]")
+    with pytest.raises(SearchError) as error:
+        engine.encode(np.zeros((1, 40, 40, 3), np.uint8))
+    assert_says(error, "vision.plan", "[1, 40, 40, 3]", "[1, 32, 32, 3]")
 
 
 def set_plan(**values: object) -> Callable[[dict], None]:
@@ -184,21 +193,22 @@ def set_plan(**values: object) -> Callable[[dict], None]:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("settings", "values"),
     [
-        ({"version": "9.9"}, r"built with tensorrt-rtx 9\.9, and 1\.7\.1\.116 is installed: pip install .*==9\.9"),
-        ({"compute_capabilities": ["sm120"]}, r"built for sm120, and the GPU here is sm86: .* --gpu sm86"),
-        ({"flavour": "tensorrt", "version": "11.1"}, r"built with tensorrt 11\.1, which cannot be imported"),
+        ({"version": "9.9"}, ["tensorrt-rtx 9.9", "1.7.1.116", "tensorrt-rtx-cu12==9.9"]),
+        ({"compute_capabilities": ["sm120"]}, ["sm120", "--gpu sm86"]),
+        ({"flavour": "tensorrt", "version": "11.1"}, ["tensorrt 11.1", "tensorrt-cu12==11.1"]),
     ],
 )
-def test_plans_for_something_else(values, words, trt, fp32_plans, tmp_path, monkeypatch):
+def test_plans_for_something_else(settings, values, trt, fp32_plans, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    bundle = edited(fp32_plans, tmp_path / "bundle", set_plan(**values))
-    with pytest.raises(EngineError, match=rf"vision\.plan was {words}") as error:
+    bundle = edited(fp32_plans, tmp_path / "bundle", set_plan(**settings))
+    with pytest.raises(EngineError) as error:
         TensorRTEngine.load(bundle)
-    assert "\n" not in str(error.value)
-    with pytest.raises(EngineError, match=r"cannot run here: .* --engine onnxruntime runs its ONNX graphs"):
+    assert_says(error, "vision.plan", *values)
+    with pytest.raises(EngineError) as error:
         Captioner.load(bundle.folder)
+    assert_says(error, "--engine onnxruntime", *values)
     assert Captioner.load(bundle.folder, engine="onnxruntime").engine_name == "onnxruntime"
 
 
@@ -210,9 +220,9 @@ def test_the_vendors_own_tensorrt(device, fp32_plans, tmp_path, monkeypatch):
 
 def test_a_plan_that_tensorrt_refuses(trt, fp32_plans):
     trt.refuses = "Error Code 1:\nSerialization"
-    with pytest.raises(EngineError, match=r"vision\.plan: tensorrt_rtx .* cannot load it here \(.* Serial") as error:
+    with pytest.raises(EngineError) as error:
         TensorRTEngine.load(Bundle.load(fp32_plans))
-    assert "\n" not in str(error.value)
+    assert_says(error, "vision.plan", "tensorrt_rtx", "Error Code 1: Serialization")
 
 
 def spoil_type(content: dict) -> None:
@@ -237,18 +247,19 @@ def drop_plan(content: dict) -> None:
 
 @pytest.mark.usefixtures("trt")
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "values"),
     [
-        (spoil_type, r"'tokens' is int64, and int32 in bundle\.json"),
-        (spoil_name, r"is float32, and not there in bundle\.json"),
-        (drop_profile, r"2 optimisation profiles, and bundle\.json 1"),
-        (drop_range, r"lacks the profile of an input"),
-        (drop_plan, r"no TensorRT plan of the decoder; export it with --target tensorrt"),
+        (spoil_type, ["decoder.plan", "('tokens', 'int64')", "('tokens', 'int32')"]),
+        (spoil_name, ["decoder.plan", "('present.0.key', 'float", "('scores', 'float"]),
+        (drop_profile, ["decoder.plan", "2 profiles", "1 profiles"]),
+        (drop_range, ["decoder.plan", "profiles"]),
+        (drop_plan, ["decoder", "--target tensorrt"]),
     ],
 )
-def test_a_manifest_that_describes_something_else(edit, words, fp32_plans, tmp_path):
-    with pytest.raises(BundleError, match=words):
+def test_a_manifest_that_describes_something_else(edit, values, fp32_plans, tmp_path):
+    with pytest.raises(BundleError) as error:
         TensorRTEngine.load(edited(fp32_plans, tmp_path / "bundle", edit))
+    assert_says(error, *values)
 
 
 def test_cuda_graphs_only_where_the_library_has_them(trt, fp32_plans, photos, monkeypatch):
@@ -273,8 +284,11 @@ def test_the_first_profile_that_allows_the_sizes():
         return {"x": ProfileRange(min=low, opt=low, max=high)}
 
     profiles = [allow([1, 0], [2, 0]), allow([1, 1], [8, 5]), allow([1, 1], [16, 5])]
-    chosen = [choose_profile(profiles, {"x": size}) for size in ([2, 0], [2, 1], [9, 5], [3, 0], [2])]
-    assert chosen == [0, 1, 2, None, None]
+    assert [choose_profile(profiles, {"x": size}, "a.plan") for size in ([2, 0], [2, 1], [9, 5])] == [0, 1, 2]
+    for size in ([3, 0], [2]):
+        with pytest.raises(SearchError) as error:
+            choose_profile(profiles, {"x": size}, "a.plan")
+        assert_says(error, "a.plan", f"x {size}")
 
 
 def test_the_fake_has_nothing_that_the_real_library_lacks():
@@ -292,7 +306,7 @@ def test_the_fake_has_nothing_that_the_real_library_lacks():
 def test_the_real_library_refuses_a_plan_in_one_sentence(device, fp32_plans, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
     bundle = edited(fp32_plans, tmp_path / "bundle", set_plan(version=trt.__version__))
-    with pytest.raises(EngineError, match=r"vision\.plan: .* cannot load it here \(.*erializ.* export it") as error:
+    with pytest.raises(EngineError) as error:
         TensorRTEngine.load(bundle)
-    assert "\n" not in str(error.value)
+    assert_says(error, "vision.plan", "erializ")
     assert PlanSettings.model_validate(bundle.manifest.graphs[-1].plan)

@@ -1,4 +1,4 @@
-"""Sampling against the exact distribution, which the warpers of transformers spell out, and for what it promises."""
+"""Sampling against the exact distribution, computed with the warpers of transformers, and its guarantees."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     NoBadWordsLogitsProcessor,
@@ -19,9 +20,9 @@ from transformers.generation.logits_process import (
 )
 
 from itune.runtime.engines.base import Float32
-from itune.runtime.errors import SearchError
+from itune.runtime.errors import SearchError, reason
 from itune.runtime.search import SearchConfig
-from itune.runtime.search.sampling import exp, uniform
+from itune.runtime.search.sampling import uniform
 from tests.runtime.tables import Search, TableEngine, TableState, always, log_sum_exp, random_logits
 
 VOCABULARY, END = 14, 13
@@ -144,8 +145,9 @@ def test_samples_end_at_different_steps(search: Search) -> None:
 
 def test_samples_without_a_possible_token_are_left_out(search: Search) -> None:
     config = sampling(max_new_tokens=4, min_new_tokens=4, num_return=8, no_repeat_ngram_size=1, top_k=0)
-    with pytest.raises(SearchError, match=r"image 0, every next token is forbidden after 2: loosen"):
+    with pytest.raises(SearchError) as error:
         search(TableEngine(always(np.zeros(4, np.float32))), TableState(range(1)), [[1]], config, 0)
+    assert "image 0" in str(error.value)
 
     def logits(_image: int, history: tuple[int, ...]) -> Float32:  # 3 leads nowhere
         return np.full(5, -np.inf if history[-1] == 3 else 0, np.float32)
@@ -166,30 +168,25 @@ def test_random_numbers_are_even() -> None:
     assert abs(np.corrcoef(numbers)[0, 1]) < 0.1
 
 
-def test_exp() -> None:
-    x = -np.concatenate([np.linspace(0, 5, 20_000), np.geomspace(1e-300, 699, 20_000)])
-    exact = np.exp(x.astype(np.longdouble))
-    assert (np.abs(exp(x) - exact) <= 2 * np.spacing(exp(x))).all()
-    assert exp(np.array([0.0, -701.0, -np.inf])).tolist() == [1, 0, 0]
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field", "value"),
     [
-        ({"num_beams": 5}, "num_beams must be 1 when sampling"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": np.nan}, "temperature must be a finite number"),
-        ({"top_k": -1}, "top_k must be a whole number of at least 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
-        ({"seed": -1}, "seed must be a whole number"),
-        ({"seed": 2**64}, r"seed must be below 2 \*\* 64"),
-        ({"do_sample": False, "temperature": 0.5}, "temperature changes nothing without sampling"),
-        ({"do_sample": False, "seed": 7}, "seed changes nothing without sampling"),
-        ({"do_sample": False, "num_return": 2}, "num_return must be at most num_beams"),
+        ({"num_beams": 5}, "num_beams", 5),
+        ({"temperature": 0.0}, "temperature", 0.0),
+        ({"temperature": np.nan}, "temperature", np.nan),
+        ({"top_k": -1}, "top_k", -1),
+        ({"top_p": 0.0}, "top_p", 0.0),
+        ({"top_p": 1.5}, "top_p", 1.5),
+        ({"seed": -1}, "seed", -1),
+        ({"seed": 2**64}, "seed", 2**64),
+        ({"do_sample": False, "temperature": 0.5}, "temperature", "do_sample"),
+        ({"do_sample": False, "seed": 7}, "seed", "do_sample"),
+        ({"do_sample": False, "num_return": 2}, "num_return", 2),
     ],
     ids=str,
 )
-def test_refuses_a_bad_option_by_name(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(SearchError, match=message):
+def test_refuses_a_bad_option_by_name(options: dict[str, Any], field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as error:
         sampling(**options)
+    assert field in reason(error.value)
+    assert str(value) in reason(error.value)

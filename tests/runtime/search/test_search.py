@@ -1,10 +1,9 @@
-"""The search against a plain reference, on made-up decoders full of ties, -inf and tiny vocabularies."""
+"""The search against a plain reference, on fake decoders full of ties, -inf and tiny vocabularies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from itune.runtime.engines.base import Float32
-from itune.runtime.errors import SearchError
+from itune.runtime.engines.base import Candidates, Float32
+from itune.runtime.errors import SearchError, reason
 from itune.runtime.search import Hypothesis, SearchConfig
 from tests.runtime.tables import Logits, Search, TableEngine, TableState, always, log_sum_exp, random_logits
 
@@ -114,8 +114,9 @@ def check_against_reference(
     if all(expected):
         assert search(TableEngine(logits), state, prompts, config, end) == expected
     else:
-        with pytest.raises(SearchError, match="No caption is possible for image"):
+        with pytest.raises(SearchError) as error:
             search(TableEngine(logits), state, prompts, config, end)
+        assert f"image {expected.index([])}" in str(error.value)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -155,7 +156,9 @@ def test_early_stopping(search: Search, length_penalty: float) -> None:
     for seed in range(20):
         logits = random_logits(seed, vocabulary=9, levels=4, impossible=0)
         for early_stopping in (True, False, "never"):
-            config = SearchConfig(2, max_new_tokens=12, length_penalty=length_penalty, early_stopping=early_stopping)
+            config = SearchConfig(
+                num_beams=2, max_new_tokens=12, length_penalty=length_penalty, early_stopping=early_stopping
+            )
             engine = TableEngine(logits)
             found = search(engine, TableState(range(1)), [[1]], config, 0)
             assert found == [reference(partial(logits, 0), (1,), config, 0)]
@@ -223,8 +226,9 @@ def test_refuses_logits_that_are_not_numbers(search: Search, bad: float, num_bea
         values[7] = bad if len(history) == step else 0
         return values
 
-    with pytest.raises(SearchError, match="not numbers"):
+    with pytest.raises(SearchError) as error:
         search(TableEngine(logits), TableState(range(2)), [[1], [2]], SearchConfig(num_beams=num_beams), 19)
+    assert "NaN" in str(error.value)
 
 
 def test_fewer_possible_tokens_than_beams(search: Search) -> None:
@@ -239,18 +243,29 @@ def test_fewer_possible_tokens_than_beams(search: Search) -> None:
 def test_no_caption_is_possible(search: Search, num_beams: int) -> None:
     engine = TableEngine(always(np.zeros(3, np.float32)))
     config = SearchConfig(num_beams=num_beams, max_new_tokens=9, min_new_tokens=9, no_repeat_ngram_size=1)
-    with pytest.raises(SearchError, match=r"every next token is forbidden after 1: loosen"):
+    with pytest.raises(SearchError) as error:
         search(engine, TableState(range(2)), [[0], [0]], config, 2)
+    assert "image 0" in str(error.value)
+    assert len(engine.rows_per_step) == 2  # token 1, then nothing
 
 
 def test_no_images(search: Search) -> None:
     assert search(TableEngine(random_logits(0, 9, 9, 0)), TableState(range(0)), [], SearchConfig(), 1) == []
 
 
-@pytest.mark.parametrize("prompts", [[], [[1]], [[1], []], [[1], [2], [3]]])
-def test_refuses_prompts_that_do_not_fit(search: Search, prompts: Sequence[Sequence[int]]) -> None:
-    with pytest.raises(SearchError, match=r"(?i)prompt"):
-        search(TableEngine(random_logits(0, 9, 9, 0)), TableState(range(2)), prompts, SearchConfig(), 1)
+@pytest.mark.parametrize("spoil", [lambda a: a[:, :-1], lambda a: np.concatenate([a, a]), lambda a: a.T])
+@pytest.mark.parametrize("field", range(3))
+def test_refuses_candidates_that_are_misshapen(search: Search, spoil: Callable[[Any], Any], field: int) -> None:
+    class Misshapen(TableEngine):
+        def step(self, *arguments: Any, **options: Any) -> Candidates:
+            arrays = list(super().step(*arguments, **options))
+            arrays[field] = spoil(arrays[field].reshape(len(arrays[0]), -1))
+            return Candidates(*arrays)
+
+    engine = Misshapen(random_logits(0, 30, 9, 0))
+    with pytest.raises(SearchError) as error:
+        search(engine, TableState(range(2)), [[1], [2]], SearchConfig(num_beams=3), 1)
+    assert "6 candidates in each of 2 rows" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +274,7 @@ def test_refuses_prompts_that_do_not_fit(search: Search, prompts: Sequence[Seque
         ("num_beams", 0),
         ("num_beams", 2.5),
         ("max_new_tokens", 0),
-        ("max_new_tokens", "12"),
+        ("max_new_tokens", "twelve"),
         ("min_new_tokens", -1),
         ("min_new_tokens", 33),
         ("length_penalty", math.inf),
@@ -276,5 +291,6 @@ def test_refuses_prompts_that_do_not_fit(search: Search, prompts: Sequence[Seque
     ],
 )
 def test_refuses_a_bad_option_by_name(field: str, value: Any) -> None:
-    with pytest.raises(SearchError, match=rf"^{field} [^\n]*\.$"):
-        replace(SearchConfig(), **{field: value})
+    with pytest.raises(ValidationError) as error:
+        SearchConfig(**{field: value})
+    assert reason(error.value).startswith(field)

@@ -65,7 +65,9 @@ def model() -> Iterator[WatchedGPT2]:
 
 
 class HistoryState:
-    """The images still present, and what every row of the last step was fed so far."""
+    """The images still present, and the history of every row of the last step."""
+
+    embedding = None
 
     def __init__(self, images: int):
         self.images = images
@@ -105,7 +107,7 @@ class HistoryEngine:
 
 
 def oracle(model: WatchedGPT2, prompt: list[int], config: SearchConfig) -> list[Hypothesis]:
-    """`generate` on one image alone; `model.gap` then tells how near a different result was."""
+    """`generate` on one image alone; `model.gap` is then the smallest score gap that decided something."""
     model.gap = np.inf
     beams = config.num_beams > 1
     out = model.generate(
