@@ -44,14 +44,6 @@ _EXPECTED = (
 )
 
 
-def holds(check: Callable[[], bool]) -> bool:
-    """Call `Path.is_file` or `is_dir`; return False where they raise because the name is too long."""
-    try:
-        return check()
-    except OSError:
-        return False
-
-
 def split_name(name: str) -> str:
     """Return a split's usual name: "dev" for "val", "train" for Karpathy's "restval"."""
     return _SPLIT_NAMES.get(name.lower(), name.lower())
