@@ -110,22 +110,17 @@ class _CocoImage(BaseModel):
     domain: _Text | None = None
 
 
-class _CocoAnnotation(BaseModel):
+class _Caption(BaseModel):
     image_id: _Id
     caption: _Text
 
 
 class _Coco(BaseModel):
     images: Annotated[list[_CocoImage], Field(min_length=1)]
-    annotations: list[_CocoAnnotation] = []
+    annotations: list[_Caption] = []
 
 
-class _Result(BaseModel):
-    image_id: _Id
-    caption: _Text
-
-
-_RESULTS = TypeAdapter(Annotated[list[_Result], Field(min_length=1)])
+_RESULTS = TypeAdapter(Annotated[list[_Caption], Field(min_length=1)])
 
 
 def find_caption_file(folder: Path) -> Path:

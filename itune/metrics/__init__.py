@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .bleu import Bleu, corpus_bleu
 from .cider import CiderD
 from .evaluation import SCORES, Evaluation, compare_groups, evaluate
 from .rouge import rouge_l
@@ -23,7 +22,6 @@ __all__ = [
     "Evaluation",
     "Scores",
     "compare_groups",
-    "corpus_bleu",
     "evaluate",
     "rouge_l",
     "score",
@@ -36,7 +34,7 @@ class Scores:
     """CIDEr-D (0 to 10) and BLEU-1 to 4 (0 to 1) of a corpus, and CIDEr-D by image id."""
 
     cider: float
-    bleu: Bleu
+    bleu: tuple[float, float, float, float]
     num_images: int
     per_image_cider: dict[str, float]
 

@@ -18,21 +18,13 @@ from .tokenize import MAX_ORDER, count_ngrams
 TINY = 1e-15
 SMALL = 1e-9
 
-Bleu = tuple[float, float, float, float]
-
-
-def corpus_bleu(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Bleu:
-    """Return BLEU-1 to 4, each from 0 to 1, of (candidate words, words of each reference) pairs.
-
-    Matches and lengths are summed over the corpus. The reference length is the one closest to the candidate's, of two
-    equally close ones the shorter.
-    """
-    bleu1, bleu2, bleu3, bleu4 = bleu_metric(pairs).scores().tolist()
-    return bleu1, bleu2, bleu3, bleu4
-
 
 def bleu_metric(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Metric:
-    """Return BLEU as statistics: matches per order, n-grams per order, candidate length, reference length."""
+    """Return BLEU-1 to 4, each from 0 to 1, of (candidate words, words of each reference) pairs.
+
+    Statistics: matches per order, n-grams per order, candidate length, and the reference length closest to it, of two
+    equally close ones the shorter.
+    """
     rows = [_count(candidate, references) for candidate, references in pairs]
     return Metric(("bleu1", "bleu2", "bleu3", "bleu4"), np.array(rows, np.float64).reshape(-1, 10), _bleu)
 

@@ -5,6 +5,7 @@ A datastore appears whole or not at all; while one is added to, readers see the 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -220,21 +221,21 @@ def _write(
         require_faiss()  # before hours of embedding
     raw = folder / "raw.f32"
     photos: dict[str, int] = {}
-    entries: list[tuple[int, int, int]] = []
-    with raw.open("wb") as file, TextWriter(folder, CAPTIONS) as captions, TextWriter(folder, IMAGES) as images:
+    entries = array("q")  # image, first caption, and the one after the last
+    with raw.open("wb") as embeddings, TextWriter(folder, CAPTIONS) as captions, TextWriter(folder, IMAGES) as images:
         if base is not None:
             captions.extend(_each(base.captions))
             images.extend(_each(base.images))
         before = captions.count
         for rows, batch in embedder.entries(new):
-            file.write(np.asarray(rows, np.float32).tobytes())
+            embeddings.write(np.asarray(rows, np.float32).tobytes())
             for record, texts in batch:
                 if record.id not in photos:
                     photos[record.id] = images.count
                     images.extend([names[record.id]])
                 start = captions.count
                 captions.extend(" ".join(text.split()) for text in texts)
-                entries.append((photos[record.id], start, captions.count))
+                entries.extend((photos[record.id], start, captions.count))
     known = len(records) - len(new)
     if not entries:
         unreadable = "".join(f"; {reason}" for reason in list(embedder.unreadable.values())[:1])
@@ -242,15 +243,15 @@ def _write(
             f"{source.captions}: has no photo to add: of {len(records)}, {known} are in the datastore already and "
             f"{len(embedder.unreadable)} cannot be read{unreadable}"
         )
-    total = len(old) + len(entries)
-    np.save(folder / ENTRIES, np.concatenate([old, np.array(entries, np.int64)]))
-    new_rows = np.memmap(raw, np.float32, mode="r").reshape(len(entries), identity.dim)
-    _write_embeddings(folder, new_rows, base, centered, total)
+    table = np.concatenate([old, np.frombuffer(entries, np.int64).reshape(-1, 3)])
+    total = len(table)
+    np.save(folder / ENTRIES, table)
+    _write_embeddings(folder, np.memmap(raw, np.float32, mode="r").reshape(-1, identity.dim), base, centered, total)
     raw.unlink()
     approximate = total > FLAT_ENTRIES
     nprobe = write_index(folder, base, embedder.progress) if approximate else 0
     file = find_caption_file(source.captions) if holds(source.captions.is_dir) else source.captions
-    provenance = {
+    added = {
         "file": file.name,
         "sha256": hash_files([file]),
         "split": split,
@@ -268,10 +269,7 @@ def _write(
         nprobe=nprobe,
         centered=centered,
         files={path.name: FileHash.of(path) for path in sorted(folder.iterdir())},
-        provenance={
-            "itune": __version__,
-            "sources": [*([] if base is None else base.manifest.sources), provenance],
-        },
+        provenance={"itune": __version__, "sources": [*(base.manifest.sources if base else []), added]},
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Added(manifest, known, embedder.unreadable)
@@ -286,8 +284,9 @@ def _write_embeddings(folder: Path, new: Float32, base: Datastore | None, center
         np.save(folder / MEAN, np.asarray(mean))
 
     def chunks() -> Iterator[NDArray[Any]]:
-        for rows in () if base is None else (base.embeddings,):
-            yield from (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
+        for start in range(0, total - len(new), _CHUNK):
+            assert base is not None
+            yield base.embeddings[start : start + _CHUNK]
         yield from (centre(new[start : start + _CHUNK], mean) for start in range(0, len(new), _CHUNK))
 
     dtype = np.float16 if total > FLAT_ENTRIES else np.float32

@@ -115,11 +115,11 @@ class EmbeddingEngine:
 class TextEncoder:
     """CLIP's text tower: turns captions into projected text features of length 1."""
 
-    def __init__(self, source: str, revision: str | None = None) -> None:
+    def __init__(self, source: str) -> None:
         """Load a full CLIP checkpoint (hub id or folder) with its tokenizer. Raises BackboneError."""
         from transformers import AutoTokenizer, CLIPModel
 
-        folder = fetch(source, revision)
+        folder = fetch(source)
         model, missing = load_pretrained(CLIPModel, folder, "a CLIP with a text tower")
         if lacks := [name for name in missing if name.startswith("text_")]:
             raise BackboneError(f"{folder}: has no {lacks[0]}; name a full CLIP checkpoint, or build with --kind image")
@@ -145,10 +145,10 @@ class TextEncoder:
 
 
 def load_encoder(
-    source: str, revision: str | None = None, pooling: Literal["mean", "projection"] | None = None
+    source: str, pooling: Literal["mean", "projection"] | None = None
 ) -> tuple[VisionTower, RetrievalHead]:
     """Load a vision tower and its retrieval head."""
-    tower = load_vision_tower(source, revision)
+    tower = load_vision_tower(source)
     return tower, load_head(tower, source, pooling)
 
 
