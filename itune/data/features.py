@@ -102,7 +102,9 @@ class FeatureCache:
 
     def __init__(self, folder: Path, tower: VisionTower) -> None:
         self.tower, self.tokens, self.width = tower, tower.tokens, tower.width
-        self._folders = [folder / cache_key(tower, flip) for flip in (False, True)]
+        self._identities = [cache_identity(tower, flip) for flip in (False, True)]
+        keys = (hashlib.sha256(json.dumps(each, sort_keys=True).encode()) for each in self._identities)
+        self._folders = [folder / key.hexdigest()[:16] for key in keys]
         self._rows: list[dict[Path, int]] = [{}, {}]  # by path, so that a photo that changes later keeps its row
         self._maps: list[NDArray[np.float16]] = [np.empty((0, self.tokens, self.width), np.float16)] * 2
 
@@ -133,7 +135,7 @@ class FeatureCache:
             except ImageError as error:
                 unreadable[path] = str(error)
         with FileLock(folder / "lock"):
-            write_json(folder / "tower.json", cache_identity(self.tower, mirrored))
+            write_json(folder / "tower.json", self._identities[mirrored])
             rows = self._recover(folder)
             bad = self._append(folder, names, mirrored, rows, progress)
         unreadable |= {path: bad[name] for path, name in names.items() if name in bad}
@@ -212,9 +214,3 @@ def cache_identity(tower: VisionTower, flip: bool) -> dict[str, Any]:
         "image": tower.image.model_dump(mode="json"),
         "flip": flip,
     }
-
-
-def cache_key(tower: VisionTower, flip: bool) -> str:
-    """Return the name of the cache's subfolder for a tower, its preprocessing and mirroring."""
-    text = json.dumps(cache_identity(tower, flip), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -54,14 +54,6 @@ def _split_in_file_name(file_name: str) -> str | None:
     return next((split for split, pattern in _SPLIT_IN_FILE_NAME.items() if pattern.search(words)), None)
 
 
-def _photo(name: str) -> str:
-    """Normalise a photo's name: "./a.jpg" and "a.jpg" are the same photo."""
-    path = PurePosixPath(name)
-    if path.name in {"", ".."}:
-        raise ValueError("must name a photo")
-    return str(path)
-
-
 def _with_words(captions: list[str]) -> list[str]:
     """Drop captions such as "." that contain neither a letter nor a digit; data sets do contain them."""
     return [caption for caption in captions if any(map(str.isalnum, caption))]
@@ -74,7 +66,11 @@ _Id = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1),
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
 ]
-_Photo = Annotated[_Text, AfterValidator(_photo)]
+_Photo = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1),
+    AfterValidator(lambda name: str(PurePosixPath(name))),  # "./a.jpg" and "a.jpg" are the same photo
+]
 _Captions = Annotated[list[_Text], AfterValidator(_with_words)]
 _Split = Annotated[_Text | None, AfterValidator(lambda split: split_name(split) if split else None)]
 

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ from ..runtime.settings import EncoderIdentity
 from .encoder import RetrievalHead, TextEncoder, load_encoder
 from .faiss_index import require_faiss, write_index
 from .options import CaptionSource, DatastoreOptions
-from .writers import TextWriter, write_rows
+from .writers import write_rows, write_texts
 
 __all__ = ["FLAT_ENTRIES", "CaptionSource", "DatastoreOptions", "add_to_datastore", "build_datastore", "photos_in"]
 
@@ -219,23 +220,19 @@ def _write(
     old = np.empty((0, 3), np.int64) if base is None else base.entries
     if len(old) + coming > FLAT_ENTRIES:
         require_faiss()  # before hours of embedding
-    raw = folder / "raw.f32"
+    first_caption, first_image = (0, 0) if base is None else (base.manifest.captions, base.manifest.images)
     photos: dict[str, int] = {}
+    captions: list[str] = []
     entries = array("q")  # image, first caption, and the one after the last
-    with raw.open("wb") as embeddings, TextWriter(folder, CAPTIONS) as captions, TextWriter(folder, IMAGES) as images:
-        if base is not None:
-            captions.extend(_each(base.captions))
-            images.extend(_each(base.images))
-        before = captions.count
+    raw = folder / "raw.f32"
+    with raw.open("wb") as file:
         for rows, batch in embedder.entries(new):
-            embeddings.write(np.asarray(rows, np.float32).tobytes())
+            file.write(np.asarray(rows, np.float32).tobytes())
             for record, texts in batch:
-                if record.id not in photos:
-                    photos[record.id] = images.count
-                    images.extend([names[record.id]])
-                start = captions.count
-                captions.extend(" ".join(text.split()) for text in texts)
-                entries.extend((photos[record.id], start, captions.count))
+                photo = photos.setdefault(record.id, first_image + len(photos))
+                start = first_caption + len(captions)
+                captions += (" ".join(text.split()) for text in texts)
+                entries.extend((photo, start, first_caption + len(captions)))
     known = len(records) - len(new)
     if not entries:
         unreadable = "".join(f"; {reason}" for reason in list(embedder.unreadable.values())[:1])
@@ -246,25 +243,27 @@ def _write(
     table = np.concatenate([old, np.frombuffer(entries, np.int64).reshape(-1, 3)])
     total = len(table)
     np.save(folder / ENTRIES, table)
+    write_texts(folder, CAPTIONS, chain(_each(base and base.captions), captions))
+    write_texts(folder, IMAGES, chain(_each(base and base.images), (names[photo] for photo in photos)))
     _write_embeddings(folder, np.memmap(raw, np.float32, mode="r").reshape(-1, identity.dim), base, centered, total)
     raw.unlink()
     approximate = total > FLAT_ENTRIES
     nprobe = write_index(folder, base, embedder.progress) if approximate else 0
-    file = find_caption_file(source.captions) if holds(source.captions.is_dir) else source.captions
+    path = find_caption_file(source.captions) if holds(source.captions.is_dir) else source.captions
     added = {
-        "file": file.name,
-        "sha256": hash_files([file]),
+        "file": path.name,
+        "sha256": hash_files([path]),
         "split": split,
         "photos": len(photos),
-        "captions": captions.count - before,
+        "captions": len(captions),
         "added": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     manifest = DatastoreManifest(
         kind=embedder.kind,
         encoder=identity,
         entries=total,
-        captions=captions.count,
-        images=images.count,
+        captions=first_caption + len(captions),
+        images=first_image + len(photos),
         index="ivf" if approximate else "flat",
         nprobe=nprobe,
         centered=centered,
@@ -331,5 +330,5 @@ def _captions_of(base: Datastore, images: set[str]) -> Mapping[str, set[str]]:
     return captions
 
 
-def _each(texts: Texts) -> Iterator[str]:
-    return (texts[i] for i in range(len(texts)))
+def _each(texts: Texts | None) -> Iterator[str]:
+    return iter(()) if texts is None else (texts[i] for i in range(len(texts)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..progress import OnStage
-from ..runtime.errors import DatastoreError
+from ..runtime.errors import DatastoreError, reading
 from ..runtime.retrieval.datastore import EMBEDDINGS, INDEX, Datastore
 
 _CHUNK = 1 << 16
@@ -29,10 +29,8 @@ def clusters(entries: int) -> int:
 
 def require_faiss() -> Any:
     """Return the module. Raises DatastoreError if it is not installed."""
-    try:
+    with reading("more than 100,000 entries need faiss", DatastoreError, mend="pip install 'itune[retrieval]'"):
         import faiss
-    except ImportError:
-        raise DatastoreError("more than 100,000 entries need faiss: pip install 'itune[retrieval]'") from None
     return faiss
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -25,30 +24,10 @@ def write_rows(path: Path, dtype: DTypeLike, shape: tuple[int, ...], chunks: Ite
             file.write(np.ascontiguousarray(rows, dtype).tobytes())
 
 
-class TextWriter:
-    """Writes NAME.txt, one text per line, and NAME.npy, the byte offset of each line."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._file = (folder / f"{name}.txt").open("wb")
-        self._path = folder / f"{name}.npy"
-        self._offsets = array("q", [0])
-
-    @property
-    def count(self) -> int:
-        """The number of texts so far."""
-        return len(self._offsets) - 1
-
-    def extend(self, texts: Iterable[str]) -> None:
-        """Append texts, which must not contain line breaks."""
+def write_texts(folder: Path, name: str, texts: Iterable[str]) -> None:
+    """Write NAME.txt, one text per line, and NAME.npy, the byte offsets of the lines. Texts contain no line breaks."""
+    offsets = array("q", [0])
+    with (folder / f"{name}.txt").open("wb") as file:
         for text in texts:
-            line = f"{text}\n".encode()
-            self._file.write(line)
-            self._offsets.append(self._offsets[-1] + len(line))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
-        self._file.close()
-        if kind is None:
-            np.save(self._path, np.frombuffer(self._offsets, np.int64))
+            offsets.append(offsets[-1] + file.write(f"{text}\n".encode()))
+    np.save(folder / f"{name}.npy", np.frombuffer(offsets, np.int64))
