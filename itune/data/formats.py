@@ -162,7 +162,7 @@ def read_results(file: Path) -> dict[str, str]:
         file, DataError, mend='expected a list of {"image_id": ..., "caption": "..."}, COCO\'s results format'
     ):
         results = _RESULTS.validate_json(file.read_text(encoding="utf-8-sig"))
-        _require_unique(file, ((str(i), "image_id", result.image_id) for i, result in enumerate(results)))
+        _require_unique(file, ((f"entry {i}", "image_id", result.image_id) for i, result in enumerate(results)))
     return {result.image_id: result.caption for result in results}
 
 
@@ -184,7 +184,9 @@ def _stem(name: str) -> str:
 
 
 def _entry(line: _JsonLine, where: str) -> Entry:
-    return Entry((line.image,), tuple(line.captions), line.id or _stem(line.image), line.split, where, line.domain)
+    return Entry(
+        (line.image,), tuple(line.captions), line.id or _stem(line.image), line.split, where, line.domain or None
+    )
 
 
 def _read_token_file(text: str, file: Path) -> list[Entry]:
