@@ -9,9 +9,10 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ from ..runtime.retrieval.datastore import (
 from ..runtime.settings import EncoderIdentity
 from .encoder import RetrievalHead, TextEncoder, load_encoder
 from .faiss_index import require_faiss, write_index
-from .options import CaptionSource, DatastoreOptions
+from .options import CaptionSource, DatastoreOptions, Kind, Pooling
 from .writers import write_rows, write_texts
 
 __all__ = ["FLAT_ENTRIES", "CaptionSource", "DatastoreOptions", "add_to_datastore", "build_datastore", "photos_in"]
@@ -148,43 +149,41 @@ def encoder_of(store: Datastore, encoder: str | None = None) -> tuple[VisionTowe
     return tower, head
 
 
+_Batch = tuple[Float32, list[tuple[Record, Sequence[str]]]]
+"""Embeddings [entries, D], and the (record, captions) of each entry."""
+
+
 class _Embedder:
     """Turns records into entries: captions or photos with their embeddings."""
 
     def __init__(
-        self,
-        source: str,
-        kind: Literal["text", "image"] | None,
-        pooling: Literal["mean", "projection"] | None,
-        cache: Path | None,
-        progress: OnStage,
+        self, source: str, kind: Kind | None, pooling: Pooling | None, cache: Path | None, progress: OnStage
     ) -> None:
         self.tower, self.head = load_encoder(source, pooling=pooling or ("projection" if kind == "text" else None))
-        is_text = self.head.encoder.pooling == "projection" and _has_text_tower(self.tower.folder)
-        self.kind = kind or ("text" if is_text else "image")
+        config = self.tower.folder / "config.json"
+        has_text = config.is_file() and '"text_config"' in config.read_text("utf-8")
+        self.kind = kind or ("text" if has_text and self.head.encoder.pooling == "projection" else "image")
         self.texts = TextEncoder(source) if self.kind == "text" else None
         self.cache, self.progress = cache, progress
         self.unreadable: dict[Path, str] = {}
 
-    def entries(self, records: Sequence[Record]) -> Iterator[tuple[Float32, list[tuple[Record, Sequence[str]]]]]:
-        """Yield batches of embeddings [entries, D] and the (record, captions) of each."""
+    def entries(self, records: Sequence[Record]) -> Iterator[_Batch]:
+        """Embed the captions or photos of `records`; adds to `unreadable`."""
         if self.texts is None:
             yield from self._photos(records)
             return
         pairs = [(record, (caption,)) for record in records for caption in record.captions]
         for start in range(0, len(pairs), _TEXT_BATCH):
             batch = pairs[start : start + _TEXT_BATCH]
-            yield self.texts.embed([captions[0] for _, captions in batch]), list(batch)
+            yield self.texts.embed([caption for _, (caption,) in batch]), [*batch]
             self.progress("embedding captions", start + len(batch), len(pairs))
 
-    def _photos(self, records: Sequence[Record]) -> Iterator[tuple[Float32, list[tuple[Record, Sequence[str]]]]]:
+    def _photos(self, records: Sequence[Record]) -> Iterator[_Batch]:
         live = LiveFeatures(self.tower)
         cache = None if self.cache is None else FeatureCache(self.cache, self.tower)
         if cache is not None:
-            self.unreadable |= cache.prepare(
-                [record.image for record in records],
-                progress=lambda done, total: self.progress("reading photos", done, total),
-            )
+            images = [record.image for record in records]
+            self.unreadable |= cache.prepare(images, progress=partial(self.progress, "reading photos"))
         for start in range(0, len(records), _IMAGE_BATCH):
             batch = records[start : start + _IMAGE_BATCH]
             readable = [record.image for record in batch if record.image not in self.unreadable]
@@ -199,11 +198,6 @@ class _Embedder:
             self.progress("embedding photos", min(start + _IMAGE_BATCH, len(records)), len(records))
 
 
-def _has_text_tower(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and '"text_config"' in config.read_text("utf-8")
-
-
 def _write(
     folder: Path,
     base: Datastore | None,
@@ -212,6 +206,7 @@ def _write(
     identity: EncoderIdentity,
     centered: bool,
 ) -> Added:
+    """Write a datastore into the empty `folder`: the entries of `base` first, then those of `source`."""
     split = None if source.split == "all" else source.split
     records = load_records(source.captions, images=source.images, split=split, check_images=embedder.kind == "image")
     names = _names(records, base, source.captions.stem)
@@ -243,8 +238,8 @@ def _write(
     table = np.concatenate([old, np.frombuffer(entries, np.int64).reshape(-1, 3)])
     total = len(table)
     np.save(folder / ENTRIES, table)
-    write_texts(folder, CAPTIONS, chain(_each(base and base.captions), captions))
-    write_texts(folder, IMAGES, chain(_each(base and base.images), (names[photo] for photo in photos)))
+    write_texts(folder, CAPTIONS, chain(_each(base.captions if base else None), captions))
+    write_texts(folder, IMAGES, chain(_each(base.images if base else None), (names[photo] for photo in photos)))
     _write_embeddings(folder, np.memmap(raw, np.float32, mode="r").reshape(-1, identity.dim), base, centered, total)
     raw.unlink()
     approximate = total > FLAT_ENTRIES

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -36,6 +36,7 @@ from ..runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
 from ..runtime.errors import reading
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.settings import EncoderIdentity
+from .options import Pooling
 
 EPSILON = 1e-12
 """Minimum of a vector's length before it divides."""
@@ -63,7 +64,7 @@ class RetrievalHead:
         return pooled
 
 
-def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "projection"] | None = None) -> RetrievalHead:
+def load_head(tower: VisionTower, source: str, pooling: Pooling | None = None) -> RetrievalHead:
     """Load the retrieval head of a tower that was loaded from `source`.
 
     `pooling` None is "projection" if the tower's folder has CLIP's projection, else "mean".
@@ -144,9 +145,7 @@ class TextEncoder:
         return embedded
 
 
-def load_encoder(
-    source: str, pooling: Literal["mean", "projection"] | None = None
-) -> tuple[VisionTower, RetrievalHead]:
+def load_encoder(source: str, pooling: Pooling | None = None) -> tuple[VisionTower, RetrievalHead]:
     """Load a vision tower and its retrieval head."""
     tower = load_vision_tower(source)
     return tower, load_head(tower, source, pooling)

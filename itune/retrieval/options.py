@@ -9,6 +9,9 @@ from pydantic import model_validator
 
 from ..runtime.settings import Settings
 
+Kind = Literal["text", "image"]
+Pooling = Literal["mean", "projection"]
+
 
 class CaptionSource(Settings):
     """The captions to put into a datastore."""
@@ -26,10 +29,10 @@ class CaptionSource(Settings):
 class DatastoreOptions(Settings):
     """How a datastore is built."""
 
-    kind: Literal["text", "image"] | None = None
+    kind: Kind | None = None
     """text: embed the captions, by the text tower of a full CLIP checkpoint. image: embed the photos, by any tower, and
     retrieve their captions. [default: text if the encoder has a text tower]"""
-    pooling: Literal["mean", "projection"] | None = None
+    pooling: Pooling | None = None
     """A photo's embedding: the mean of its visual embeddings, or CLIP's projection. [default: the projection if the
     encoder has one]"""
     center: bool | None = None

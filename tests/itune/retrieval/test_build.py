@@ -346,10 +346,10 @@ def test_command_line(
     store, photo = tmp_path / "store", captions.parent / "5.png"
     bad = captions.parent / "unreadable.png"
     bad.write_bytes(b"no image")
-    given = ["--captions", captions, "--encoder", clip_folder, "-o", store, "--cache-features", tmp_path / "features"]
-    status, _, told = run("build", *given)
-    assert status == 0, told
-    assert "24 captions of 12 photos, 12 entries" in told
+    arguments = ["--captions", captions, "--encoder", clip_folder, "-o", store, "--cache-features", tmp_path / "cache"]
+    status, _, message = run("build", *arguments)
+    assert status == 0, message
+    assert "24 captions of 12 photos, 12 entries" in message
     assert json.loads(run("info", store, "--json")[1])["encoder"]["pooling"] == "mean"
     assert "photos (image to image)" in run("info", store)[1]
     content = json.loads((store / "datastore.json").read_text())
@@ -363,7 +363,10 @@ def test_command_line(
     assert set(first["retrieved"][0]) == {"caption", "score", "image"}
     assert run("search", store, photo, "-k", 3)[1].count("\t") == 6
     (store / "captions.txt").write_text("damaged")
-    for command, reason in ((["info", store], "is damaged"), (["serach"], "must be one of build, add, info, search")):
-        status, _, told = run(*command)
-        assert (status, len(told.splitlines())) == (2, 1)
-        assert reason in told
+    for command, value in ((["info", store], "captions.txt"), (["serach"], "serach")):
+        status, _, message = run(*command)
+        assert (status, len(message.splitlines())) == (2, 1)
+        assert value in message
+    status, _, message = run("build", *arguments, "--kind", "text", "--pooling", "mean", "--force")
+    assert status == 2
+    assert "--pooling mean" in message
