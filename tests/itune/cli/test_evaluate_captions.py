@@ -201,7 +201,7 @@ def test_mistakes(tmp_path: Path, references: Path, refused: Callable[..., str])
     sentence = refused("default", "--data", references, "--output", twice, "--json", tmp_path / "." / "new.json")
     assert f"error: --output and --json would both be written to {twice}: name another place" in sentence
     assert (file.read_bytes(), references.read_bytes(), twice.exists()) == (*before, False)
-    assert "has no test split" in refused(*both, "--split", "test")
+    assert "split test" in refused(*both, "--split", "test")
     other = results(tmp_path / "other.json", GOOD | {99: "a dog"})
     sentence = refused("--captions", other, "--references", references)
     assert "other.json: 1 of its 61 images have no reference captions (the first: '99')" in sentence
