@@ -27,7 +27,7 @@ from rich.table import Table
 
 from itune.retrieval.build import FLAT_ENTRIES
 from itune.retrieval.faiss_index import write_index
-from itune.retrieval.writers import ArrayWriter, TextWriter
+from itune.retrieval.writers import write_rows, write_texts
 from itune.runtime.manifest import FileHash
 from itune.runtime.retrieval.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
 from itune.runtime.retrieval.nearest import Ranking
@@ -80,15 +80,11 @@ def make_store(folder: Path, made: Made, entries: int, dim: int) -> float:
     """Write a datastore of made-up captions; returns the seconds that its index took."""
     folder.mkdir(parents=True)
     approximate = entries > FLAT_ENTRIES
-    with ArrayWriter(folder / EMBEDDINGS, np.float16 if approximate else np.float32, (dim,)) as writer:
-        for rows in made.entries(entries):
-            writer.append(rows)
+    write_rows(folder / EMBEDDINGS, np.float16 if approximate else np.float32, (entries, dim), made.entries(entries))
     numbers = np.arange(entries)
     np.save(folder / ENTRIES, np.stack([numbers // CAPTIONS, numbers, numbers + 1], axis=1))
-    with TextWriter(folder, "captions") as captions:
-        captions.extend(f"caption {i} of a photo, with as many words as they have" for i in range(entries))
-    with TextWriter(folder, "images") as images:
-        images.extend(str(i) for i in range(-(-entries // CAPTIONS)))
+    write_texts(folder, "captions", (f"caption {i} of a photo, with as many words as usual" for i in range(entries)))
+    write_texts(folder, "images", map(str, range(-(-entries // CAPTIONS))))
     start = perf_counter()
     nprobe = write_index(folder, None, lambda *_: None) if approximate else 0
     seconds = perf_counter() - start

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,16 @@ from tokenizers import Tokenizer
 from .data.features import Features
 from .data.records import Record
 from .eager import EagerEngine
-from .files import atomic_path
+from .files import write_json
 from .metrics import Scores, score
+from .progress import OnProgress
 from .runtime import Captioner
 from .runtime.errors import ImageError
 from .runtime.search import SearchConfig, search
 from .runtime.settings import TextSettings
 from .training.batches import caption_head, special_token
 
-Progress = Callable[[int, int], None]
-"""Told (images done, images in all)."""
-_BATCH = 16  # images whose beams are searched at once
+_BATCH = 16  # images per search
 
 
 def caption_features(
@@ -34,11 +32,11 @@ def caption_features(
     config: SearchConfig,
     *,
     heads: Mapping[Path, Sequence[int]] | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[str]:
-    """Caption photos whose visual embeddings are at hand (during training).
+    """Caption photos from their visual embeddings, as training does.
 
-    `heads`: what stands before the caption of each photo, where that differs.
+    `heads` maps each photo to the prompt tokens before its caption; by default all photos share those of `text`.
     """
     head = caption_head(tokenizer, text, engine.model.prefix_ids)
     end = special_token(tokenizer, text.end, "end")
@@ -58,10 +56,10 @@ def caption_records(
     captioner: Captioner,
     records: Sequence[Record],
     *,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     **search_options: Any,
 ) -> tuple[dict[str, str], dict[Path, str]]:
-    """Captions by record id, and the photos that could not be captioned with the reason.
+    """Return captions by record id, and the photos that could not be captioned with the reasons.
 
     `search_options` are those of `Captioner.stream`.
     """
@@ -79,16 +77,15 @@ def caption_records(
 
 
 def score_captions(captions: dict[str, str], records: Sequence[Record]) -> Scores:
-    """CIDEr-D and BLEU of captions by record id, against the records' own captions."""
+    """Score captions, by record id, against the records' own captions."""
     references = {record.id: record.captions for record in records if record.id in captions}
     return score(captions, references)
 
 
 def write_results(captions: dict[str, str], path: Path) -> None:
-    """Write captions in COCO's results format, `[{"image_id", "caption"}]`; ids that are numbers become numbers."""
+    """Write captions in COCO's results format, `[{"image_id", "caption"}]`; numeric ids become numbers."""
     results = [
         {"image_id": int(key) if key.isdecimal() and str(int(key)) == key else key, "caption": caption}
         for key, caption in captions.items()
     ]
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, results, indent=1)

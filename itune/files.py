@@ -1,24 +1,26 @@
-"""Files and folders that appear whole or not at all, and replace nothing that is not ours; hashes of them."""
+"""Write files and folders whole or not at all, without replacing other people's; hash and lock them."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .runtime.errors import ItuneError
+from .runtime.errors import ItuneError, reading
 
-_SHOWN = 40
-"""So much of a name is in that of its temporary file."""
+_NAME_LENGTH = 40
+"""Characters of a file's name that its temporary file's name keeps: names may be as long as the file system allows."""
 
 
 def hash_files(paths: list[Path]) -> str:
-    """SHA-256 of the files' contents, one after the other in order of their names."""
+    """SHA-256 of the files' contents, concatenated in the order of their paths."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         with path.open("rb") as file:
@@ -27,26 +29,28 @@ def hash_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def holds(check: Callable[[], bool]) -> bool:
+    """Call `Path.is_file` or `is_dir`; return False where they raise because the name is too long."""
+    try:
+        return check()
+    except OSError:
+        return False
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, or vanishes.
+    """Yield a temporary folder that replaces `folder` if the block succeeds and is deleted otherwise.
 
-    Where `folder` is a symbolic link, of what it leads to. Raises ItuneError where there can be no such folder.
+    A symbolic link stays; the folder that it points to is replaced. Raises ItuneError if `folder` cannot be written.
     """
-    try:
+    with reading(folder, ItuneError, mend="choose another folder to write to"):
         folder = folder.resolve()
-    except RuntimeError:  # until Python 3.13
-        raise ItuneError(f"{folder} is a symbolic link to itself: name another place") from None
-    temporary = _temporary(folder)
-    old = temporary.with_suffix(".old")
-    try:
+        temporary = _temporary(folder)
+        old = temporary.with_suffix(".old")
         if folder.exists() and not folder.is_dir():
-            raise FileExistsError
+            raise NotADirectoryError(errno.ENOTDIR, "is a file")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-    except OSError as error:
-        reason = "a file is in its way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise ItuneError(f"{folder} cannot be written ({reason}): name another place") from None
     try:
         yield temporary
         if folder.exists():
@@ -61,7 +65,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, or vanishes."""
+    """Yield a temporary path that replaces `path` if the block succeeds and is deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -71,24 +75,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write `content` as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def recover_folder(folder: Path) -> None:
-    """Put back what an `atomic_folder` that was killed between its two renamings has left; else do nothing."""
+    """Restore `folder` if an `atomic_folder` was killed between its two renames; otherwise do nothing."""
     if folder.exists():
         return
-    for old in sorted(folder.parent.glob(f".{glob.escape(folder.name[:_SHOWN])}.*.old")):
-        new = old.with_suffix(".tmp")  # complete, or the old one were still in its place
+    for old in sorted(folder.parent.glob(f".{glob.escape(folder.name[:_NAME_LENGTH])}.*.old")):
+        new = old.with_suffix(".tmp")  # complete, because the old folder was moved away after it was written
         (new if new.exists() else old).rename(folder)
         return
 
 
 def keep_foreign(folder: Path, own: Collection[str]) -> None:
-    """Raise ItuneError if a folder that is to be replaced holds what is not among our `own` names."""
+    """Raise ItuneError if a folder that is to be replaced contains a file whose name is not in `own`."""
     if foreign := sorted(child.name for child in folder.iterdir() if child.name not in own):
         raise ItuneError(f"{folder} holds {foreign[0]}, which would be lost: move it away, or choose another folder")
 
 
 def listed_files(manifest: Path) -> set[str]:
-    """The names of a manifest and of the `files` that it lists; none where there is no such manifest."""
+    """Return the names of a manifest and of the `files` that it lists; none if it cannot be read."""
     try:
         files = json.loads(manifest.read_bytes())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -96,7 +106,28 @@ def listed_files(manifest: Path) -> set[str]:
     return {manifest.name, *files} if isinstance(files, dict) else set()
 
 
+@contextmanager
+def only_writer(lock_file: Path, busy: str, error: type[ItuneError] = ItuneError) -> Iterator[None]:
+    """Hold a lock during the block, then delete its file.
+
+    Raises:
+        ItuneError: an `error`; another process holds the lock (the message is `busy`), or the file cannot be written.
+    """
+    from filelock import FileLock, Timeout  # a dependency of training alone
+
+    lock = FileLock(lock_file)
+    with reading(lock_file, error, mend="choose another folder to write to"):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise error(busy) from None
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)
+        lock.release()
+
+
 def _temporary(path: Path) -> Path:
-    """A name beside `path`, of which only a part is in it: names may be as long as the file system allows."""
-    # Not by the process id, which is the same every time in a container, where a killed run may have left its own.
-    return path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}.tmp")
+    # Random, because in a container every process may have the same id, and a killed one may have left its file.
+    return path.with_name(f".{path.name[:_NAME_LENGTH]}.{secrets.token_hex(4)}.tmp")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runtime.errors import ItuneError
+from ..runtime.errors import ItuneError, reading
 from . import common
 
 if TYPE_CHECKING:
-    from ..retrieval.build import Report, Source
-    from ..runtime.retrieval.datastore import DatastoreManifest
+    from ..progress import OnStage
+    from ..retrieval.build import Added
+    from ..retrieval.options import CaptionSource
 
 Captions = Annotated[
     Path, typer.Option(help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL.")
@@ -74,21 +75,16 @@ def build(
     _version: common.Version = False,
 ) -> None:
     """Build a datastore from the captions of a file."""
-    from ..retrieval.build import build_datastore
-
     source = _source(captions, images, split, cache_features, threads)
-    with _reporting() as report:
-        manifest = build_datastore(
-            source,
-            encoder,
-            output,
-            kind=kind.value if kind else None,
-            pooling=pooling.value if pooling else None,
-            center=center,
-            force=force,
-            report=report,
+    from ..retrieval.build import build_datastore
+    from ..retrieval.options import DatastoreOptions
+
+    with reading("itune-datastore build"):
+        options = DatastoreOptions(
+            kind=kind.value if kind else None, pooling=pooling.value if pooling else None, center=center, force=force
         )
-    _tell(output, manifest, source)
+    with _reporting() as progress:
+        _report(output, build_datastore(source, encoder, output, options, progress))
 
 
 def add(
@@ -104,12 +100,11 @@ def add(
     _version: common.Version = False,
 ) -> None:
     """Add the captions of a file, but for photos that are there already; till the end the datastore stays as it is."""
+    source = _source(captions, images, split, cache_features, threads)
     from ..retrieval.build import add_to_datastore
 
-    source = _source(captions, images, split, cache_features, threads)
-    with _reporting() as report:
-        manifest = add_to_datastore(store, source, encoder=encoder, report=report)
-    _tell(store, manifest, source)
+    with _reporting() as progress:
+        _report(store, add_to_datastore(store, source, encoder=encoder, progress=progress))
 
 
 def info(
@@ -195,26 +190,26 @@ def _require_torch(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _source(captions: Path, images: Path | None, split: str, cache: Path | None, threads: int | None) -> Source:
+def _source(captions: Path, images: Path | None, split: str, cache: Path | None, threads: int | None) -> CaptionSource:
     _require_torch(threads)
     common.exit_when_asked()
-    from ..retrieval.build import Source
+    from ..retrieval.options import CaptionSource
 
-    return Source(captions, images, None if split == "all" else split, cache)
+    return CaptionSource(captions=captions, images=images, split=split, cache_features=cache)
 
 
 @contextmanager
-def _reporting() -> Iterator[Report]:
+def _reporting() -> Iterator[OnStage]:
     with common.console().status("loading the encoder") as status:
         yield lambda what, done, total: status.update(f"{what}: {done:,} of {total:,}")
 
 
-def _tell(store: Path, manifest: DatastoreManifest, source: Source) -> None:
-    console = common.console()
-    for reason in source.unreadable.values():
+def _report(store: Path, added: Added) -> None:
+    console, manifest = common.console(), added.manifest
+    for reason in added.unreadable.values():
         console.print(f"left out: {reason}", style="yellow", markup=False)
-    if source.known:
-        console.print(f"{source.known:,} photos were there already", highlight=False)
+    if added.known:
+        console.print(f"{added.known:,} photos were there already", highlight=False)
     console.print(
         f"{store}: {manifest.captions:,} captions of {manifest.images:,} photos, {manifest.entries:,} entries",
         highlight=False,

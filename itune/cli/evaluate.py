@@ -152,7 +152,8 @@ def evaluate(
 
 def _inputs(data: Path | None, references: Path | None, captions: list[Path]) -> Iterator[tuple[str, Path]]:
     """What is read, and where."""
-    from ..data.formats import find_caption_file, holds
+    from ..data.formats import find_caption_file
+    from ..files import holds
 
     for what, path in (("the captions of --data", data), ("the references", references)):
         if path is not None:

@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from ..data.formats import holds
-from ..files import atomic_path
+from ..files import atomic_path, holds
 from ..runtime.errors import ItuneError
 from . import common
 

@@ -1,16 +1,15 @@
-"""Visual embeddings of training photos: computed as they are needed, or once and memory-mapped.
+"""Visual embeddings of training photos: computed on demand, or computed once and memory-mapped.
 
-The tower is frozen, so an image's embeddings never change: with `--cache-features` they are kept in half
-precision, in a folder of their own for every tower and preprocessing.
+The tower is frozen, so a photo's embeddings never change: `--cache-features` keeps them in half precision, in a
+subfolder per tower and preprocessing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,44 +20,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backbones import VisionTower
-from ..files import atomic_path, hash_files
+from ..files import hash_files, write_json
+from ..progress import OnProgress
 from ..runtime.engines.base import UInt8
-from ..runtime.errors import ImageError, ItuneError
+from ..runtime.errors import ImageError, reading
 from ..runtime.image import decode, preprocess
 
-Progress = Callable[[int, int], None]
-"""Told (images done, images in all)."""
-_BATCH = 16  # photos that go through the tower at once
+_BATCH = 16  # photos per forward pass of the tower
 
 
 class Features(Protocol):
-    """Where training and evaluation get visual embeddings from."""
+    """A source of visual embeddings for training and evaluation."""
 
     tokens: int
     width: int
 
     def prepare(
-        self, images: Sequence[Path], *, flip: bool = False, progress: Progress | None = None
+        self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress | None = None
     ) -> dict[Path, str]:
-        """Make these photos ready to be read; returns those that cannot be decoded, with the reason."""
+        """Prepare photos for `read`, and with `flip` their mirror images; return the unreadable ones and why."""
         ...
 
     def read(self, images: Sequence[Path], flip: Sequence[bool] | None = None) -> Tensor:
-        """Embeddings [images, tokens, width] of photos, mirrored where `flip` says so."""
+        """Return the embeddings [images, tokens, width] of prepared photos, mirrored where `flip` is True."""
         ...
 
 
 class LiveFeatures:
-    """Runs the tower each time."""
+    """Runs the tower at every read."""
 
     def __init__(self, tower: VisionTower, threads: int = 2) -> None:
         self.tower, self.tokens, self.width = tower, tower.tokens, tower.width
         self._pool = ThreadPoolExecutor(threads)
 
     def prepare(
-        self, images: Sequence[Path], *, flip: bool = False, progress: Progress | None = None
+        self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress | None = None
     ) -> dict[Path, str]:
-        """Decode every photo once, so that a bad one is known before training (see `Features.prepare`)."""
+        """Decode every photo once, so that training starts without unreadable ones."""
         del flip  # mirroring needs no preparation here
         unreadable: dict[Path, str] = {}
         for done, (path, pixels) in enumerate(zip(images, self._pool.map(self.pixels, images), strict=True), 1):
@@ -69,14 +67,14 @@ class LiveFeatures:
         return unreadable
 
     def pixels(self, path: Path) -> UInt8 | str:
-        """A photo's pixels, or why there are none."""
+        """Return a photo's preprocessed pixels [H, W, 3], or the reason why it cannot be decoded."""
         try:
             return preprocess(decode(path), self.tower.image)
         except ImageError as error:
             return str(error)
 
     def embed(self, paths: Sequence[Path], mirrored: Sequence[bool]) -> tuple[Tensor, dict[Path, str]]:
-        """Embeddings of the photos that can be decoded, and the reasons of the others."""
+        """Return the embeddings of the readable photos, and the unreadable ones with the reasons."""
         decoded = list(self._pool.map(self.pixels, paths))
         unreadable = {path: p for path, p in zip(paths, decoded, strict=True) if isinstance(p, str)}
         pixels = [
@@ -87,86 +85,75 @@ class LiveFeatures:
         return self.tower.embed(np.stack(pixels)), unreadable
 
     def read(self, images: Sequence[Path], flip: Sequence[bool] | None = None) -> Tensor:
-        """See `Features.read`."""
+        """Embed the photos now. Raises ImageError if one cannot be decoded."""
         embeddings, unreadable = self.embed(images, flip if flip is not None else [False] * len(images))
-        for reason in unreadable.values():
-            raise ImageError(reason)
+        if unreadable:
+            raise ImageError(next(iter(unreadable.values())))
         return embeddings
 
 
 class FeatureCache:
-    """Embeddings in one fp16 file per tower, preprocessing and mirroring; grows, and survives interruption.
+    """Embeddings in one fp16 file per tower, preprocessing and mirroring; several processes may share it.
 
-    `features.f16` holds rows [tokens, width]; line i of `index.jsonl` names the photo of row i by path, size and
-    time of change. A row counts once its line is complete, so a build that was cut off goes on where it was. Of several
-    processes with one cache, one adds to it while the others wait.
+    `features.f16` contains rows [tokens, width]; line i of `index.jsonl` names the photo of row i. A row counts once
+    its line is complete, so an interrupted build continues where it stopped. One process at a time appends. Plain
+    files, because HDF5 files break when a writer is killed, and zarr and safetensors need a file per chunk.
     """
 
     def __init__(self, folder: Path, tower: VisionTower) -> None:
         self.tower, self.tokens, self.width = tower, tower.tokens, tower.width
-        self._folders = [folder / cache_key(tower, flip) for flip in (False, True)]
-        self._rows: list[dict[Path, int]] = [{}, {}]
-        """Where a photo's embeddings are, as it was when it was prepared."""
-        self._maps: list[NDArray[np.float16] | None] = [None, None]
+        self._identities = [cache_identity(tower, flip) for flip in (False, True)]
+        keys = (hashlib.sha256(json.dumps(each, sort_keys=True).encode()) for each in self._identities)
+        self._folders = [folder / key.hexdigest()[:16] for key in keys]
+        self._rows: list[dict[Path, int]] = [{}, {}]  # by path, so that a photo that changes later keeps its row
+        self._maps: list[NDArray[np.float16]] = [np.empty((0, self.tokens, self.width), np.float16)] * 2
 
     def prepare(
-        self, images: Sequence[Path], *, flip: bool = False, progress: Progress | None = None
+        self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress | None = None
     ) -> dict[Path, str]:
-        """Compute what is missing (see `Features.prepare`)."""
+        """Compute the embeddings that are missing."""
         unreadable: dict[Path, str] = {}
         for mirrored in (False, True) if flip else (False,):
             unreadable |= self._build(images, mirrored, progress)
         return unreadable
 
     def read(self, images: Sequence[Path], flip: Sequence[bool] | None = None) -> Tensor:
-        """See `Features.read`."""
+        """Return the embeddings of photos as they were when `prepare` saw them."""
         flips = flip if flip is not None else [False] * len(images)
-        rows = np.empty((len(images), self.tokens, self.width), np.float16)
-        for i, (path, mirrored) in enumerate(zip(images, flips, strict=True)):
-            stored = self._maps[mirrored]
-            if stored is None:
-                raise RuntimeError("call `prepare` with these photos first")
-            rows[i] = stored[self._rows[mirrored][path]]
-        return torch.from_numpy(rows).float()
+        rows = [self._maps[side][self._rows[side][path]] for path, side in zip(images, flips, strict=True)]
+        return torch.from_numpy(np.stack(rows)).float()
 
-    def _build(self, images: Sequence[Path], mirrored: bool, progress: Progress | None) -> dict[Path, str]:
+    def _build(self, images: Sequence[Path], mirrored: bool, progress: OnProgress | None) -> dict[Path, str]:
         folder = self._folders[mirrored]
-        try:
+        with reading(f"--cache-features {folder.parent}", mend="choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ItuneError(
-                f"--cache-features {folder.parent} cannot be made a folder ({error.strerror}): name another"
-            ) from None
-        data, index = folder / "features.f16", folder / "index.jsonl"
+        names: dict[Path, str] = {}
+        unreadable: dict[Path, str] = {}
+        for path in images:
+            try:
+                names[path] = identity(path)
+            except ImageError as error:
+                unreadable[path] = str(error)
         with FileLock(folder / "lock"):
-            with atomic_path(folder / "tower.json") as temporary:
-                temporary.write_text(json.dumps(cache_identity(self.tower, mirrored), indent=2) + "\n")
-            rows = self._recover(data, index)
-            names, unreadable = _identities(images)
-            bad = self._add(names, mirrored, rows, progress)
-        for path, name in names.items():
-            if name in bad:
-                unreadable[path] = bad[name]
-            else:
-                self._rows[mirrored][path] = rows[name]
-        shape = (len(rows), self.tokens, self.width)  # an empty file cannot be mapped
-        self._maps[mirrored] = (
-            np.memmap(data, np.float16, mode="r", shape=shape) if rows else np.empty(shape, np.float16)
-        )
+            write_json(folder / "tower.json", self._identities[mirrored])
+            rows = self._recover(folder)
+            bad = self._append(folder, names, mirrored, rows, progress)
+        unreadable |= {path: bad[name] for path, name in names.items() if name in bad}
+        self._rows[mirrored] |= {path: rows[name] for path, name in names.items() if name in rows}
+        if rows:  # an empty file cannot be mapped
+            shape = (len(rows), self.tokens, self.width)
+            self._maps[mirrored] = np.memmap(folder / "features.f16", np.float16, mode="r", shape=shape)
         return unreadable
 
-    def _add(
-        self, names: dict[Path, str], mirrored: bool, rows: dict[str, int], progress: Progress | None
+    def _append(
+        self, folder: Path, names: dict[Path, str], mirrored: bool, rows: dict[str, int], progress: OnProgress | None
     ) -> dict[str, str]:
-        """Append the photos that are not among `rows`, and enter them there; returns why some cannot be read."""
-        folder = self._folders[mirrored]
-        # Two paths may lead to one photo.
-        missing = list({name: path for path, name in names.items() if name not in rows}.items())
+        """Embed the photos that are not in `rows` and add them to it; return the unreadable ones and why."""
         unreadable: dict[str, str] = {}
         live = LiveFeatures(self.tower)
+        missing = list({name: path for path, name in names.items() if name not in rows}.items())
         done = len(names) - len(missing)
-        data, index = folder / "features.f16", folder / "index.jsonl"
-        with data.open("ab") as features, index.open("a", encoding="utf-8") as lines:
+        with (folder / "features.f16").open("ab") as features, (folder / "index.jsonl").open("a") as index:
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
                 embeddings, bad = live.embed([path for _, path in batch], [mirrored] * len(batch))
@@ -175,29 +162,33 @@ class FeatureCache:
                 features.flush()
                 for name in (name for name, path in batch if path not in bad):
                     rows[name] = len(rows)
-                    lines.write(json.dumps(name) + "\n")
-                lines.flush()
+                    index.write(json.dumps(name) + "\n")
+                index.flush()
                 done += len(batch)
                 if progress:
                     progress(done, len(names))
         return unreadable
 
-    def _recover(self, data: Path, index: Path) -> dict[str, int]:
-        """The complete rows; what an interruption left half-written is cut off."""
-        lines = index.read_bytes().splitlines(keepends=True) if index.exists() else []
-        names = [name for name in takewhile(bool, map(_name, lines)) if name]
-        row_bytes = self.tokens * self.width * 2
-        complete = min(len(names), data.stat().st_size // row_bytes if data.exists() else 0)
-        if data.exists():
-            with data.open("r+b") as file:
-                file.truncate(complete * row_bytes)
-            with index.open("a+b") as file:
-                file.truncate(sum(map(len, lines[:complete])))
-        return {name: row for row, name in enumerate(names[:complete])}
+    def _recover(self, folder: Path) -> dict[str, int]:
+        """Return the complete rows by photo, and cut off what an interruption left half-written."""
+        names: list[str] = []
+        length, row_bytes = 0, self.tokens * self.width * 2
+        with (folder / "features.f16").open("a+b") as features, (folder / "index.jsonl").open("a+b") as index:
+            stored = features.tell() // row_bytes
+            index.seek(0)
+            for line in index:
+                name = _name(line)
+                if name is None or len(names) == stored:
+                    break
+                names.append(name)
+                length += len(line)
+            features.truncate(len(names) * row_bytes)
+            index.truncate(length)
+        return {name: row for row, name in enumerate(names)}
 
 
 def _name(line: bytes) -> str | None:
-    """The photo that a line of the index names; None where the line is cut off or damaged."""
+    """Return the photo that a line of the index names, or None if the line is cut off or damaged."""
     try:
         name = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -205,46 +196,21 @@ def _name(line: bytes) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _identities(images: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
-    """The photos' keys, and the reasons of those that have none."""
-    names: dict[Path, str] = {}
-    unreadable: dict[Path, str] = {}
-    for path in images:
-        try:
-            names[path] = identity(path)
-        except ImageError as error:
-            unreadable[path] = str(error)
-    return names, unreadable
-
-
 def identity(path: Path) -> str:
-    """A photo's key in the cache: a changed file is another photo."""
-    try:
+    """Return a photo's key in the cache, which changes with the file. Raises ImageError if there is no file."""
+    with reading(path, ImageError):
         stat = path.stat()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}") from None
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def cache_identity(tower: VisionTower, flip: bool) -> dict[str, Any]:
-    """Everything that embeddings depend on, beside the photo."""
+    """Return everything besides the photo that embeddings depend on."""
+    config = tower.folder / "config.json"  # activation and the like; an ONNX graph contains them
     return {
         "tower": tower.sha256,
-        "config": _config_hash(tower.folder),
+        "config": hash_files([config]) if config.is_file() else None,
         "tokens": tower.tokens,
         "width": tower.width,
         "image": tower.image.model_dump(mode="json"),
         "flip": flip,
     }
-
-
-def _config_hash(folder: Path) -> str | None:
-    """Of what says how a tower's weights are computed with; an ONNX graph says so itself."""
-    path = folder / "config.json"
-    return hash_files([path]) if path.is_file() else None
-
-
-def cache_key(tower: VisionTower, flip: bool) -> str:
-    """The cache's subfolder for a tower, its preprocessing, and mirroring."""
-    text = json.dumps(cache_identity(tower, flip), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,24 +1,25 @@
-"""The formats that captions come in; which one a file has is told from its content."""
+"""The formats of caption files. `_FORMATS` recognises a file by its content; a new format is one reader and one row."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, NamedTuple
 
-from ..runtime.errors import ItuneError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter
+
+from ..runtime.errors import ItuneError, reading
 
 
 class DataError(ItuneError):
-    """A caption file, one of its fields, or a photo that it names cannot be used."""
+    """A caption file, one of its fields, or one of its photos cannot be used."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A photo as a caption file describes it; `names` are the places that it may have below the image folder."""
+    """A photo in a caption file; `names` are its possible paths in the image folder, `where` is its line or field."""
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
@@ -29,347 +30,252 @@ class Entry:
 
 
 _SPLIT_NAMES = {"restval": "train", "training": "train", "val": "dev", "valid": "dev", "validation": "dev"}
-_LIST_NAMES = {
-    # val2014, captions_test, trainImages: words of their own, and no parts of latest, retrieval or constraints.
+_SPLIT_IN_FILE_NAME = {
+    # Matches val2014, captions_test and trainImages, but not latest, retrieval or constraints.
     split: re.compile(rf"(?<![a-z])(?:{names})(?:set|split)?(?![a-z])")
     for split, names in (("train", "train|training"), ("dev", "dev|val|valid|validation"), ("test", "test|testing"))
 }
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t\n]+)#\d+\t(?P<caption>.*)")
-_COCO_NAME = re.compile("captions|nocaps")
 _TEXT_SUFFIXES = {".txt", ".token", ".json", ".jsonl"}
 _HEAD_BYTES = 1 << 16
 _EXPECTED = (
-    "a Flickr token file (photo.jpg#0 TAB caption), Karpathy's JSON, COCO's or NoCaps' annotations, or JSON Lines of "
-    '{"image": "photo.jpg", "captions": ["..."]}'
+    "expected a Flickr token file (photo.jpg#0 TAB caption), Karpathy's JSON, COCO or NoCaps annotations, or JSON "
+    'Lines of {"image": "photo.jpg", "captions": ["..."]}'
 )
 
 
-def holds(check: Callable[[], bool]) -> bool:
-    """The answer of `Path.is_file` or `is_dir`; False for a name too long to be a file's, where they raise."""
-    try:
-        return check()
-    except OSError:
-        return False
-
-
 def split_name(name: str) -> str:
-    """The split's usual name: "dev" for "val", "train" for Karpathy's "restval"."""
+    """Return a split's usual name: "dev" for "val", "train" for Karpathy's "restval"."""
     return _SPLIT_NAMES.get(name.lower(), name.lower())
 
 
-def _named_split(file_name: str) -> str | None:
-    """The split that a file's name tells."""
+def _split_in_file_name(file_name: str) -> str | None:
     words = re.sub("(?<=[a-z])(?=[A-Z])", "_", file_name).lower()
-    return next((split for split, pattern in _LIST_NAMES.items() if pattern.search(words)), None)
+    return next((split for split, pattern in _SPLIT_IN_FILE_NAME.items() if pattern.search(words)), None)
+
+
+def _with_words(captions: list[str]) -> list[str]:
+    """Drop captions such as "." that contain neither a letter nor a digit; data sets do contain them."""
+    return [caption for caption in captions if any(map(str.isalnum, caption))]
+
+
+# pydantic refuses lone surrogates in strings.
+_Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+_Id = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+]
+_Photo = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1),
+    AfterValidator(lambda name: str(PurePosixPath(name))),  # "./a.jpg" and "a.jpg" are the same photo
+]
+_Captions = Annotated[list[_Text], AfterValidator(_with_words)]
+_Split = Annotated[_Text | None, AfterValidator(lambda split: split_name(split) if split else None)]
+
+
+class _JsonLine(BaseModel):
+    image: _Photo
+    captions: Annotated[_Captions, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    id: _Id | None = None
+    split: _Split = None
+    domain: _Text | None = None
+
+
+class _Sentence(BaseModel):
+    raw: _Text
+
+
+class _KarpathyImage(BaseModel):
+    filename: _Photo
+    sentences: list[_Sentence]
+    filepath: _Text = ""
+    cocoid: _Id | None = None
+    imgid: _Id | None = None
+    split: _Split = None
+
+
+class _Karpathy(BaseModel):
+    images: Annotated[list[_KarpathyImage], Field(min_length=1)]
+
+
+class _CocoImage(BaseModel):
+    id: _Id
+    file_name: _Photo | None = None
+    domain: _Text | None = None
+
+
+class _Caption(BaseModel):
+    image_id: _Id
+    caption: _Text
+
+
+class _Coco(BaseModel):
+    images: Annotated[list[_CocoImage], Field(min_length=1)]
+    annotations: list[_Caption] = []
+
+
+_RESULTS = TypeAdapter(Annotated[list[_Caption], Field(min_length=1)])
 
 
 def find_caption_file(folder: Path) -> Path:
-    """The one caption file of a folder; split lists and other texts may lie beside it."""
-    try:
+    """Return the only caption file of a folder; split lists and other text files may lie beside it."""
+    with reading(folder, DataError):
         names = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
-        # Flickr8k.lemma.token.txt lies beside the captions and holds dictionary forms: no text to learn from.
+        # Flickr8k.lemma.token.txt lies beside the captions and contains dictionary forms.
         found = [path for path in names if ".lemma." not in path.name and _looks_like_captions(path)]
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
     if len(found) == 1:
         return found[0]
-    if found:
-        raise DataError(f"{folder}: holds several caption files ({_listing(found)}); name the one to read")
-    others = (
-        f"its text files are {_listing(names)}" if names else "there is no .txt, .token, .json or .jsonl file in it"
+    listing = ", ".join(path.name for path in (found or names)[:8])
+    problem = (
+        f"{len(found)} caption files ({listing}); name the one to read"
+        if found
+        else f"no caption file; its text files: {listing or 'none'}; {_EXPECTED}"
     )
-    raise DataError(f"{folder}: holds no caption file ({others}); expected {_EXPECTED}")
-
-
-def _listing(paths: Sequence[Path]) -> str:
-    shown = ", ".join(path.name for path in paths[:8])
-    return f"{shown} and {len(paths) - 8} more" if len(paths) > 8 else shown
+    raise DataError(f"{folder} contains {problem}")
 
 
 def _looks_like_captions(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace").lstrip()
-    is_json = head.startswith("{") and ('"sentences"' in head or ('"image"' in head and '"captions"' in head))
-    # COCO's other annotations (instances, keypoints) begin with the same images.
-    is_json |= head.startswith("{") and '"file_name"' in head and bool(_COCO_NAME.search(path.name.lower()))
-    return is_json or bool(_TOKEN_LINE.match(head))
-
-
-def _read_text(file: Path, expected: str = _EXPECTED) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text (byte {error.start}); expected {expected}") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    return any(row.mark.match(head) and row.name.search(path.name) for row in _FORMATS)
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """The photos of a caption file in its order, each once. Raises DataError, naming the line or field."""
-    return _merge(_parse(file), file)
-
-
-def _parse(file: Path) -> list[Entry]:
-    text = _read_text(file)
-    start = text.lstrip()
-    if _TOKEN_LINE.match(start):
-        return _read_token_file(text, file)
-    if not start.startswith(("{", "[")):
-        raise DataError(f"{file}: {'holds no captions' if start else 'is empty'}; expected {_EXPECTED}")
-    whole = _parse_json(text)
-    if isinstance(whole, dict) and "images" in whole:
-        if "annotations" in whole or (isinstance(whole["images"], list) and _has_file_name(whole["images"][:1])):
-            return _read_coco(whole, file)
-        return _all_or_none(_read_karpathy(whole, file), file)
-    if isinstance(whole, Exception) and isinstance(_parse_json(start.partition("\n")[0]), Exception):
-        raise DataError(f"{file}: is damaged JSON ({whole})")
-    if isinstance(whole, list):
-        raise DataError(f"{file}: is one JSON list; expected {_EXPECTED}")
-    return _all_or_none(_read_jsonl(text, file), file)
-
-
-def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
-    without = [entry for entry in entries if entry.split is None]
-    if without and len(without) < len(entries):
-        raise DataError(f'{file}, {without[0].where}: has no "split", though others have; give it to all or to none')
-    return entries
+    """Read the photos of a caption file in its order, each once. Raises DataError, naming the line or field."""
+    with reading(file, DataError):
+        text = file.read_text(encoding="utf-8-sig")
+        head = text[:_HEAD_BYTES].lstrip()
+        reader = next((row.read for row in _FORMATS if row.mark.match(head)), None)
+        if reader is None:
+            raise DataError(f"{file}: starts with {head[:20]!a}; {_EXPECTED}")
+        return _merge(reader(text, file), file)
 
 
 def read_results(file: Path) -> dict[str, str]:
-    """Captions by image id, from COCO's results format: `[{"image_id": 42, "caption": "..."}, ...]`.
+    """Read captions by image id from COCO's results format: `[{"image_id": 42, "caption": "..."}, ...]`.
 
-    Raises DataError, naming the entry, for anything else, such as two captions of an image.
+    Raises DataError, naming the entry, for anything else, and for a second caption of an image.
     """
-    expected = 'a list of {"image_id": ..., "caption": "..."}, COCO\'s results format'
-    whole = _parse_json(_read_text(file, expected))
-    if isinstance(whole, Exception):
-        raise DataError(f"{file}: is not JSON ({whole}); expected {expected}")
-    if not isinstance(whole, list) or not whole:
-        raise DataError(f"{file}: must be {expected}, not {_shown(whole)}")
-    results: dict[str, str] = {}
-    places: dict[str, str] = {}
-    for where, value in _objects({"results": whole}, "results", ("image_id", "caption"), file):
-        key = _id(value["image_id"], f"{where}.image_id", file)
-        if key in results:
-            raise DataError(f"{file}, {where}: is a second caption of image {_shown(key)}, as {places[key]}; keep one")
-        results[key], places[key] = _text(value["caption"], f"{where}.caption", file), where
-    return results
+    with reading(
+        file, DataError, mend='expected a list of {"image_id": ..., "caption": "..."}, COCO\'s results format'
+    ):
+        results = _RESULTS.validate_json(file.read_text(encoding="utf-8-sig"))
+        _require_unique(file, ((f"entry {i}", "image_id", result.image_id) for i, result in enumerate(results)))
+    return {result.image_id: result.caption for result in results}
 
 
-def _parse_json(text: str) -> Any:
-    """The value, or the error where `text` is not JSON: only the caller knows which line of the file it is."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return error
+def _require_unique(file: Path, keys: Iterable[tuple[str, str, str]]) -> None:
+    """Raise DataError unless each (kind, key) occurs at one place only; `keys` are (place, kind, key)."""
+    first: dict[tuple[str, str], str] = {}
+    for where, kind, key in keys:
+        if (owner := first.setdefault((kind, key), where)) != where:
+            raise DataError(f"{file}, {where}: {kind} {key!a} is also that of {owner}; keep one")
 
 
 def _lines(text: str) -> Iterable[tuple[str, str]]:
-    """("line 3", its text) for every line that is not blank."""
+    """Yield ("line 3", its text) for every line that is not blank."""
     return ((f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _text(value: object, where: str, file: Path) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{file}, {where}: must be a string, not {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{file}, {where}: holds half of a surrogate pair, which is no character") from None
-    return value.strip()
-
-
-def _shown(value: object) -> str:
-    shown = ascii(value)
-    return shown if len(shown) <= 40 else f"{shown[:40]}..."
-
-
-def _captions(values: object, where: str, file: Path) -> tuple[str, ...]:
-    if not isinstance(values, list):
-        raise DataError(f"{file}, {where}: must be a list of strings, not {_shown(values)}")
-    captions = (_text(value, f"{where}[{i}]", file) for i, value in enumerate(values))
-    return tuple(caption for caption in captions if _says_something(caption))
-
-
-def _says_something(caption: str) -> bool:
-    """Whether there is a letter or a digit: data sets hold captions such as "." too."""
-    return any(character.isalnum() for character in caption)
-
-
-def _split(value: object, where: str, file: Path) -> str | None:
-    if value is None:
-        return None
-    return split_name(_text(value, where, file)) or None
-
-
-def _id(value: object, where: str, file: Path) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise DataError(f"{file}, {where}: must be a whole number or a name, not {_shown(value)}")
-    text = str(value) if isinstance(value, int) else _text(value, where, file)
-    if not text:
-        raise DataError(f"{file}, {where}: is empty; it must be a number or a name")
-    return text
-
-
-def _photo(value: object, where: str, file: Path) -> str:
-    """The name of a photo; "./a.jpg" and "a.jpg" are one."""
-    path = PurePosixPath(_text(value, where, file))
-    if path.name in {"", ".."}:
-        raise DataError(f"{file}, {where}: must name a photo, not {_shown(value)}")
-    return str(path)
 
 
 def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
+def _entry(line: _JsonLine, where: str) -> Entry:
+    return Entry(
+        (line.image,), tuple(line.captions), line.id or _stem(line.image), line.split, where, line.domain or None
+    )
+
+
 def _read_token_file(text: str, file: Path) -> list[Entry]:
     entries = []
     for where, line in _lines(text):
-        match = _TOKEN_LINE.fullmatch(line)
-        if match is None:
-            raise DataError(f"{file}, {where}: is not of the form photo.jpg#0 TAB caption: {_shown(line)}")
-        image, caption = _photo(match["image"], where, file), match["caption"].strip()
-        captions = (caption,) if _says_something(caption) else ()
-        entries.append(Entry((image,), captions, _stem(image), None, where))
+        with reading(f"{file}, {where}", DataError):
+            match = _TOKEN_LINE.fullmatch(line)
+            if match is None:
+                raise ValueError(f"expected photo.jpg#0 TAB caption, not {line[:40]!a}")
+            entries.append(_entry(_JsonLine(image=match["image"], captions=[match["caption"]]), where))
     known = {entry.names[0] for entry in entries} | {entry.id for entry in entries}
     splits = _read_split_lists(file, known)
     return [replace(entry, split=splits.get(entry.names[0], splits.get(entry.id))) for entry in entries]
 
 
 def _read_split_lists(token_file: Path, known: set[str]) -> dict[str, str]:
-    """Photo -> split, from the lists beside a token file: one name a line, the split's name in the file's name."""
-    lists: dict[str, Path] = {}
-    splits: dict[str, str] = {}
+    """Map photos to splits by the lists beside a token file: a photo per line, the split in the list's file name."""
+    lists: dict[Path, tuple[str, list[str]]] = {}
     for path in sorted(token_file.parent.glob("*.txt")):
-        split = _named_split(path.name)
+        split = _split_in_file_name(path.name)
         if split is None or path == token_file or not path.is_file():
             continue
-        names = [line.strip() for _, line in _lines(_read_text(path))]
+        with reading(path, DataError):
+            names = [line.strip() for _, line in _lines(path.read_text(encoding="utf-8-sig"))]
         if known.isdisjoint(names):
             continue  # some other text
         if unknown := [name for name in names if name not in known]:
             raise DataError(
-                f"{path}: {len(unknown)} of its {len(names)} photos have no caption in {token_file.name} "
-                f"(the first: {_shown(unknown[0])}); remove them from the list"
+                f"{path}: {len(unknown)} of {len(names)} photos have no caption in {token_file.name} (the first: "
+                f"{unknown[0]!a}); remove them from the list"
             )
-        if split in lists:
-            raise DataError(f"{path.parent}: {lists[split].name} and {path.name} both list {split} photos; keep one")
-        lists[split] = path
-        for name in names:
-            if splits.setdefault(name, split) != split:
-                raise DataError(f"{path}: lists {name}, as {lists[splits[name]].name} does; a photo has one split")
-    return splits
-
-
-def _read_karpathy(document: dict[str, Any], file: Path) -> list[Entry]:
-    images = document["images"]
-    if not isinstance(images, list) or not images:
-        raise DataError(f"{file}, images: must be a list of photos, not {_shown(images)}")
-    return [_read_karpathy_image(image, f"images[{i}]", file) for i, image in enumerate(images)]
-
-
-def _read_karpathy_image(image: object, where: str, file: Path) -> Entry:
-    if not isinstance(image, dict):
-        raise DataError(f"{file}, {where}: must be an object, not {_shown(image)}")
-    for field in ("filename", "sentences"):
-        if field not in image:
-            raise DataError(f"{file}, {where}: has no {field!r}")
-    name = _photo(image["filename"], f"{where}.filename", file)
-    folder = _text(image.get("filepath", ""), f"{where}.filepath", file)
-    sentences = image["sentences"]
-    if not isinstance(sentences, list) or not all(isinstance(s, dict) and "raw" in s for s in sentences):
-        raise DataError(f"{file}, {where}.sentences: must be a list of objects with 'raw', the caption")
-    key = next((field for field in ("cocoid", "imgid") if field in image), None)
-    return Entry(
-        names=(str(PurePosixPath(folder, name)), name) if folder else (name,),
-        captions=_captions([s["raw"] for s in sentences], f"{where}.sentences", file),
-        id=_id(image[key], f"{where}.{key}", file) if key else _stem(name),
-        split=_split(image.get("split"), f"{where}.split", file),
-        where=where,
+        lists[path] = split, names
+    _require_unique(token_file.parent, ((path.name, "split", split) for path, (split, _) in lists.items()))
+    _require_unique(
+        token_file.parent, ((path.name, "photo", name) for path, (_, names) in lists.items() for name in names)
     )
+    return {name: split for split, names in lists.values() for name in names}
 
 
-def _has_file_name(images: list[Any]) -> bool:
-    return any(isinstance(image, dict) and "file_name" in image for image in images)
+def _read_karpathy(text: str, file: Path) -> list[Entry]:
+    entries = []
+    for i, image in enumerate(_Karpathy.model_validate_json(text).images):
+        name, folder = image.filename, image.filepath
+        names = (str(PurePosixPath(folder, name)), name) if folder else (name,)
+        captions = _with_words([sentence.raw for sentence in image.sentences])
+        key = image.cocoid or image.imgid or _stem(name)
+        entries.append(Entry(names, tuple(captions), key, image.split, f"images.{i}"))
+    return _all_or_none(entries, file)
 
 
-def _read_coco(document: dict[str, Any], file: Path) -> list[Entry]:
-    """COCO's annotation format, which NoCaps has, too, with a domain for each image; a test split has no annotations.
+def _read_coco(text: str, file: Path) -> list[Entry]:
+    """Read COCO's annotation format and NoCaps', which adds domains; a test split has no annotations.
 
-    The file's name says which split it is. Reference files without file names are read, too: to score, none are needed.
+    The file's name tells the split. Reference files may leave file names out: scoring needs none.
     """
-    split = _named_split(file.stem)
-    entries: dict[str, Entry] = {}
-    captions: dict[str, list[str]] = {}
-    for where, image in _objects(document, "images", ("id",), file):
-        key = _id(image["id"], f"{where}.id", file)
-        name = _photo(image.get("file_name", key), f"{where}.file_name", file)
-        if key in entries:
-            raise DataError(f"{file}, {where}: has the id {key} of {entries[key].where}; ids must differ")
-        domain = _domain(image.get("domain"), f"{where}.domain", file)
-        entries[key], captions[key] = Entry((name,), (), key, split, where, domain), []
-    if not entries:
-        raise DataError(f"{file}, images: is an empty list; expected {_EXPECTED}")
-    for where, annotation in _objects(document, "annotations", ("image_id", "caption"), file):
-        key = _id(annotation["image_id"], f"{where}.image_id", file)
-        if key not in captions:
-            raise DataError(f"{file}, {where}.image_id: {_shown(key)} is not the id of any of its images")
-        captions[key] += _captions([annotation["caption"]], f"{where}.caption", file)
-    names: dict[str, Entry] = {}
-    for entry in entries.values():
-        if (owner := names.setdefault(entry.names[0], entry)) is not entry:
-            raise DataError(f"{file}, {entry.where}: has the photo of {owner.where}, {entry.names[0]}, and another id")
-    return [replace(entry, captions=tuple(captions[key])) for key, entry in entries.items()]
-
-
-def _objects(
-    document: dict[str, Any], field: str, keys: Sequence[str], file: Path
-) -> Iterable[tuple[str, dict[str, Any]]]:
-    """("images[3]", its value) of a list of objects that have certain keys."""
-    values = document.get(field, [])
-    if not isinstance(values, list):
-        raise DataError(f"{file}, {field}: must be a list, not {_shown(values)}")
-    for i, value in enumerate(values):
-        if not isinstance(value, dict):
-            raise DataError(f"{file}, {field}[{i}]: must be an object, not {_shown(value)}")
-        if absent := [key for key in keys if key not in value]:
-            what = " (these are no captions: instances or keypoints?)" if absent == ["caption"] else ""
-            raise DataError(f"{file}, {field}[{i}]: has no {absent[0]!r}{what}")
-        yield f"{field}[{i}]", value
-
-
-def _domain(value: object, where: str, file: Path) -> str | None:
-    """Of NoCaps: in-domain, near-domain or out-domain; other names serve as well."""
-    return None if value is None else _text(value, where, file) or None
+    document = _Coco.model_validate_json(text)
+    names = {image.id: image.file_name or image.id for image in document.images}
+    places = [(f"images.{i}", image) for i, image in enumerate(document.images)]
+    _require_unique(file, ((where, "id", image.id) for where, image in places))
+    _require_unique(file, ((where, "file_name", names[image.id]) for where, image in places))
+    captions: dict[str, list[str]] = {key: [] for key in names}
+    for i, annotation in enumerate(document.annotations):
+        if annotation.image_id not in captions:
+            raise DataError(f"{file}, annotations.{i}: no image has the id {annotation.image_id!a}")
+        captions[annotation.image_id].append(annotation.caption)
+    split = _split_in_file_name(file.stem)
+    return [
+        Entry((names[image.id],), tuple(_with_words(captions[image.id])), image.id, split, where, image.domain or None)
+        for where, image in places
+    ]
 
 
 def _read_jsonl(text: str, file: Path) -> list[Entry]:
     entries = []
     for where, line in _lines(text):
-        value = _parse_json(line)
-        if isinstance(value, Exception):
-            reason = f"{value.msg}, column {value.colno}" if isinstance(value, json.JSONDecodeError) else str(value)
-            raise DataError(f"{file}, {where}: is not JSON ({reason})")
-        if not isinstance(value, dict) or "image" not in value or "captions" not in value:
-            raise DataError(f'{file}, {where}: must be {{"image": ..., "captions": [...]}}, not {_shown(line)}')
-        name = _photo(value["image"], f"{where}, image", file)
-        captions = value["captions"]
-        entries.append(
-            Entry(
-                names=(name,),
-                captions=_captions([captions] if isinstance(captions, str) else captions, f"{where}, captions", file),
-                id=_id(value["id"], f"{where}, id", file) if "id" in value else _stem(name),
-                split=_split(value.get("split"), f"{where}, split", file),
-                where=where,
-                domain=_domain(value.get("domain"), f"{where}, domain", file),
-            )
-        )
+        with reading(f"{file}, {where}", DataError):
+            entries.append(_entry(_JsonLine.model_validate_json(line), where))
+    return _all_or_none(entries, file)
+
+
+def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
+    without = [entry for entry in entries if entry.split is None]
+    if without and len(without) < len(entries):
+        raise DataError(f'{file}, {without[0].where}: has no "split", but others have; give it to all or to none')
     return entries
 
 
-def _merge(entries: Iterable[Entry], file: Path) -> list[Entry]:
-    """One entry for each photo, with the captions of all its lines."""
+def _merge(entries: Sequence[Entry], file: Path) -> list[Entry]:
+    """Merge the entries of each photo into one that has all their captions."""
     merged: dict[str, Entry] = {}
     captions: dict[str, list[str]] = {}
     for entry in entries:
@@ -381,11 +287,23 @@ def _merge(entries: Iterable[Entry], file: Path) -> list[Entry]:
                 "a photo has one split"
             )
         captions.setdefault(name, []).extend(entry.captions)
-    owners: dict[str, Entry] = {}
-    for entry in merged.values():
-        if (owner := owners.setdefault(entry.id, entry)) is not entry:
-            raise DataError(
-                f"{file}, {entry.where}: {entry.names[0]} has the id {entry.id!r} of {owner.names[0]} ({owner.where}); "
-                "ids must differ"
-            )
+    _require_unique(file, ((f"{entry.where} ({name})", "id", entry.id) for name, entry in merged.items()))
     return [replace(entry, captions=tuple(captions[name])) for name, entry in merged.items()]
+
+
+class _Format(NamedTuple):
+    mark: re.Pattern[str]
+    """Matches the start of the file's text."""
+    read: Callable[[str, Path], list[Entry]]
+    name: re.Pattern[str] = re.compile("")
+    """Must be found in a file's name where a folder is searched for its caption file."""
+
+
+_FORMATS = (  # the first whose mark matches
+    _Format(_TOKEN_LINE, _read_token_file),
+    _Format(re.compile(r'\{(?=[^\n]*"image"\s*:)[^\n]*"captions"\s*:'), _read_jsonl),
+    _Format(re.compile(r'\{(?s:.)*?"sentences"\s*:'), _read_karpathy),
+    # COCO's other annotations (instances, keypoints) start with the same images.
+    _Format(re.compile(r'\{(?s:.)*?"(?:images|annotations)"\s*:'), _read_coco, re.compile("(?i)captions|nocaps")),
+    _Format(re.compile(r"\{"), _read_jsonl, re.compile("(?!)")),
+)

@@ -1,7 +1,7 @@
 """Caption scores as papers report them: the arithmetic of the COCO caption evaluation code.
 
-One module for each metric; all of them see the same words (`tokenize`). `score` is what training looks at, `evaluate`
-what papers print, with intervals and tests. Scores keep that code's own scale (CIDEr-D 1.167 where a paper has 116.7).
+There is a module per metric, and all see the same words (`tokenize`). `score` gives CIDEr-D and BLEU; `evaluate` gives
+all scores, intervals and tests. Scores keep that code's scale (CIDEr-D 1.167 where a paper prints 116.7).
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .bleu import Bleu, corpus_bleu
-from .cider import CiderD, check_references, check_same_images
+from .cider import CiderD
 from .evaluation import SCORES, Evaluation, compare_groups, evaluate
 from .rouge import rouge_l
 from .statistics import Difference
-from .tokenize import tokenize, words
+from .tokenize import tokenize
 
 __all__ = [
     "SCORES",
@@ -23,7 +22,6 @@ __all__ = [
     "Evaluation",
     "Scores",
     "compare_groups",
-    "corpus_bleu",
     "evaluate",
     "rouge_l",
     "score",
@@ -33,31 +31,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scores:
-    """CIDEr-D and BLEU of a corpus: `cider` from 0 to 10, `bleu` 1 to 4 from 0 to 1; `per_image_cider` by image id."""
+    """CIDEr-D (0 to 10) and BLEU-1 to 4 (0 to 1) of a corpus, and CIDEr-D by image id."""
 
     cider: float
-    bleu: Bleu
+    bleu: tuple[float, float, float, float]
     num_images: int
     per_image_cider: dict[str, float]
 
 
 def score(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], *, tokenized: bool = False) -> Scores:
-    """Score one caption per image against its references, both by image id.
-
-    Only the references of the captioned images count, also for CIDEr-D's document frequencies. `tokenized` captions are
-    split at white space, others by `tokenize`. Raises ItuneError where a captioned image has no references.
-    """
-    check_same_images(candidates, references.keys() & candidates.keys())
-    references = check_references({image: references[image] for image in candidates})
-    candidate_words = {image: words(caption, tokenized=tokenized) for image, caption in candidates.items()}
-    reference_words = {
-        image: [words(caption, tokenized=tokenized) for caption in captions] for image, captions in references.items()
-    }
-    cider = CiderD({image: [" ".join(r) for r in refs] for image, refs in reference_words.items()}, tokenized=True)
-    per_image = cider.per_image({image: " ".join(tokens) for image, tokens in candidate_words.items()})
+    """Compute CIDEr-D and BLEU of one caption per image; arguments and errors are those of `evaluate`."""
+    found = evaluate(candidates, references, java=False, tokenized=tokenized)
+    scores = found.scores()
     return Scores(
-        cider=sum(per_image.values()) / len(per_image),
-        bleu=corpus_bleu((candidate_words[image], reference_words[image]) for image in candidates),
+        cider=scores["cider"],
+        bleu=(scores["bleu1"], scores["bleu2"], scores["bleu3"], scores["bleu4"]),
         num_images=len(candidates),
-        per_image_cider=per_image,
+        per_image_cider=dict(zip(found.images, found.per_image()["cider"].tolist(), strict=True)),
     )

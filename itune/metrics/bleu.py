@@ -11,28 +11,20 @@ from typing import cast
 
 import numpy as np
 
-from .cider import MAX_ORDER, count_ngrams
 from .statistics import Floats, Metric
+from .tokenize import MAX_ORDER, count_ngrams
 
-# The COCO code adds these instead of smoothing: a corpus without a match scores almost, but not quite, 0.
+# The COCO code adds these instead of smoothing: a corpus without a match scores slightly above 0.
 TINY = 1e-15
 SMALL = 1e-9
 
-Bleu = tuple[float, float, float, float]
-
-
-def corpus_bleu(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Bleu:
-    """BLEU-1..4, each from 0 to 1, of (candidate words, the words of each of its references) pairs.
-
-    Matches and lengths are summed over the corpus; of several references, the length closest to the candidate's counts
-    (the shorter one of two as close).
-    """
-    bleu1, bleu2, bleu3, bleu4 = bleu_metric(pairs).scores().tolist()
-    return bleu1, bleu2, bleu3, bleu4
-
 
 def bleu_metric(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Metric:
-    """The same as statistics: matches of each order, n-grams of each order, length of candidate and of reference."""
+    """Return BLEU-1 to 4, each from 0 to 1, of (candidate words, words of each reference) pairs.
+
+    Statistics: matches per order, n-grams per order, candidate length, and the reference length closest to it, of two
+    equally close ones the shorter.
+    """
     rows = [_count(candidate, references) for candidate, references in pairs]
     return Metric(("bleu1", "bleu2", "bleu3", "bleu4"), np.array(rows, np.float64).reshape(-1, 10), _bleu)
 

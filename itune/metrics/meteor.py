@@ -1,8 +1,8 @@
 """METEOR 1.5, by its authors' Java program, as the COCO caption evaluation code runs it.
 
 Denkowski and Lavie, "Meteor Universal: Language Specific Translation Evaluation for Any Target Language" (WMT 2014).
-The program aligns each caption with its references and prints what it counted; the formula of section 2, with the
-parameters for English, makes scores of the counts, for one image or the sum of many.
+The program aligns each caption with its references and prints counts. The formula of section 2, with the parameters
+for English, turns the counts of one image, or their sum over many, into a score.
 """
 
 from __future__ import annotations
@@ -11,45 +11,42 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..runtime.errors import reading
 from .java import UnavailableError, find_java, find_program, run_jar
 from .statistics import Floats, Metric
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
-STAGES = (1.0, 0.6, 0.8, 0.6)  # the weights of exact, stem, synonym and paraphrase matches
+STAGES = (1.0, 0.6, 0.8, 0.6)  # weights of exact, stem, synonym and paraphrase matches
 COUNTS = 23
-"""In a line of the program: lengths and function words of caption and reference; for each stage, matched content words
-of both, then function words of both; chunks; matched words of both."""
+"""A line of the program: length of caption and reference; function words of both; for each stage, matched content words
+of both and matched function words of both; chunks; matched words of both."""
 _CHUNKS = 20
 
 Pair = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def meteor(pairs: Sequence[Pair]) -> Metric:
-    """METEOR of (candidate words, the words of each of its references) pairs.
+    """Return METEOR of (candidate words, words of each reference) pairs.
 
-    Raises UnavailableError where Java or the program is missing, or fails.
+    Raises UnavailableError if Java or the program is missing or fails.
     """
     jar = find_program("meteor", "meteor-1.5.jar")
     find_program("meteor", "data", "paraphrase-en.gz")
     java = find_java()
     lines = "".join(f"{_line(*pair)}\n" for pair in pairs)
     printed = run_jar(java, jar, ["-", "-", "-stdio", "-l", "en", "-norm"], memory="2G", text=lines).splitlines()
-    try:
-        counts = np.array([line.split() for line in printed], np.float64)
-    except ValueError:
-        counts = np.empty((0, 0))
-    if counts.shape != (len(pairs), COUNTS):
-        raise UnavailableError(f"{jar.name} on {java.path} printed {len(printed)} lines that are not its counts")
+    with reading(f"the counts of {jar.name} on {java.path}", UnavailableError):
+        counts = np.array([line.split() for line in printed], np.float64).reshape(len(pairs), COUNTS)
     for row, (candidate, _) in zip(counts, pairs, strict=True):
         if not candidate:
-            row[[0, 2, *range(4, COUNTS)]] = 0  # of the caption only, for which a word had to stand in
+            row[[0, 2, *range(4, COUNTS)]] = 0  # counts of the caption, for which `_line` had to send a word
         if row[_CHUNKS] == 1 and (row[[0, 1]] == row[[21, 22]]).all():
-            row[_CHUNKS] = 0  # a caption that is its reference is not broken into chunks, the program says
+            row[_CHUNKS] = 0  # the program's rule for a caption that equals its reference
     return Metric(("meteor",), counts, corpus_meteor)
 
 
 def corpus_meteor(counts: Floats) -> Floats:
-    """METEOR from the program's counts, or sums of them: [..., 23] to [..., 1]."""
+    """Turn the program's counts [..., 23], or their sums, into METEOR [..., 1]."""
     test_length, reference_length, test_function, reference_function = np.moveaxis(counts[..., :4], -1, 0)
     stages = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 4)  # [..., stage, content and function words of either]
     chunks, test_words, reference_words = np.moveaxis(counts[..., 20:], -1, 0)
@@ -69,7 +66,7 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def _line(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> str:
-    # The program takes the last field that is not empty for the caption: something has to be there.
+    # The program takes the last field that is not empty as the caption, so no field may be empty.
     fields = [*(reference for reference in references if reference), candidate]
     if len(fields) == 1:
         fields = [["."], candidate]

@@ -1,7 +1,7 @@
-"""ROUGE-L: the longest common subsequence of a caption and its references, as the COCO caption evaluation code has it.
+"""ROUGE-L: the longest common subsequence of a caption and its references, as in the COCO caption evaluation code.
 
-Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3: F with beta = 1.2. Of several
-references, the best precision and the best recall count, be they of different ones.
+Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), section 3: F with beta = 1.2, of the best
+precision and the best recall over the references.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ BETA = 1.2
 
 
 def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L, from 0 to 1, of a caption's words against the words of each of its references."""
+    """Return ROUGE-L, from 0 to 1, of a caption's words against the words of each reference."""
     lengths = [(common_length(candidate, reference), len(reference)) for reference in references]
     precision = max((common / len(candidate) for common, _ in lengths if common), default=0.0)
     recall = max((common / length for common, length in lengths if common), default=0.0)
@@ -20,7 +20,7 @@ def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence (Hyyrö 2004: a bit for each of `first`'s words, 0 where a row grows)."""
+    """Return the length of the longest common subsequence, bit-parallel over `first` (Hyyrö 2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << place

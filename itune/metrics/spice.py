@@ -1,4 +1,4 @@
-"""SPICE, by its authors' Java program inside `pycocoevalcap`, whose models have to be there already.
+"""SPICE, by its authors' Java program in `pycocoevalcap`; its models must be installed already.
 
 Anderson, Fernando, Johnson, Gould, "SPICE: Semantic Propositional Image Caption Evaluation" (ECCV 2016).
 """
@@ -10,34 +10,42 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
+from ..runtime.errors import reading
 from .java import UnavailableError, find_java, find_program, run_jar
 from .meteor import Pair
 from .statistics import Metric, mean_metric
 
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 NEWEST_JAVA = 15
-"""From 16 on, Java keeps the program's serialisation library out of its own classes."""
+"""From 16 on, Java bars the program's serialisation library from its own classes."""
+
+
+class _FScore(BaseModel):
+    f: FiniteFloat
+
+
+class _Entry(BaseModel):
+    image_id: int
+    scores: dict[str, _FScore]
+
+
+_ENTRIES = TypeAdapter(list[_Entry])
 
 
 def spice(pairs: Sequence[Pair]) -> Metric:
-    """SPICE of (candidate words, the words of each of its references) pairs.
+    """Return SPICE of (candidate words, words of each reference) pairs.
 
-    Raises UnavailableError where Java, the program or its models are missing, Java is too new, or the program fails.
+    Raises UnavailableError if Java, the program or its models are missing, Java is too new, or the program fails.
     """
     jar = find_program("spice", "spice-1.0.jar")
     java = find_java()
     reasons = []
     if absent := [name for name in MODELS if not (jar.parent / "lib" / name).is_file()]:
-        reasons.append(
-            f"its models are not there: put {' and '.join(absent)} of Stanford CoreNLP 3.6.0 (2015-12-09) "
-            f"into {jar.parent / 'lib'}"
-        )
+        reasons.append(f"put {' and '.join(absent)} of Stanford CoreNLP 3.6.0 (2015-12-09) into {jar.parent / 'lib'}")
     if java.version > NEWEST_JAVA:
-        reasons.append(
-            f"{java.path} is Java {java.version}, too new for it: set JAVA_HOME to a Java from 8 to {NEWEST_JAVA}"
-        )
+        reasons.append(f"{java.path} is Java {java.version}: set JAVA_HOME to a Java from 8 to {NEWEST_JAVA}")
     if reasons:
         raise UnavailableError("; ".join(reasons))
     images = [
@@ -48,11 +56,6 @@ def spice(pairs: Sequence[Pair]) -> Metric:
         source, target = Path(folder, "captions.json"), Path(folder, "scores.json")
         source.write_text(json.dumps(images), encoding="utf-8")
         run_jar(java, jar, [str(source), "-out", str(target), "-subset", "-silent"], memory="8G")
-        try:
-            found = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(target.read_bytes())}
-            metric = mean_metric("spice", [float(found[i]) for i in range(len(images))])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UnavailableError(f"{jar.name} on {java.path} wrote no scores ({error!r})") from None
-    if not np.isfinite(metric.statistics).all():
-        raise UnavailableError(f"{jar.name} on {java.path} wrote scores that are no numbers")
-    return metric
+        with reading(f"the scores of {jar.name} on {java.path}", UnavailableError):
+            found = {entry.image_id: entry.scores["All"].f for entry in _ENTRIES.validate_json(target.read_bytes())}
+            return mean_metric("spice", [found[i] for i in range(len(pairs))])

@@ -1,4 +1,4 @@
-"""Scores as functions of statistics that add up over images, so that drawing images again costs a matrix product."""
+"""Scores as functions of per-image statistics that add up, so that a bootstrap is a matrix product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 1 << 21  # weights in memory at a time
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """One score, or several of the same statistics, of a set of captions.
+    """One or several scores of a set of captions.
 
     `statistics` is [images, S]; `corpus` turns sums of its rows, [..., S], into scores, [..., len(names)].
     """
@@ -25,20 +25,20 @@ class Metric:
     corpus: Callable[[Floats], Floats]
 
     def scores(self) -> Floats:
-        """The corpus scores, [len(names)]."""
+        """Return the corpus scores, [len(names)]."""
         return self.corpus(self.statistics.sum(0))
 
     def per_image(self) -> Floats:
-        """The scores of each image's caption by itself, [images, len(names)]."""
+        """Return the scores of each image's caption alone, [images, len(names)]."""
         return self.corpus(self.statistics)
 
     def select(self, rows: Sequence[int]) -> Metric:
-        """The same of some of the images."""
+        """Return the metric of a subset of the images."""
         return Metric(self.names, self.statistics[list(rows)], self.corpus)
 
 
 def mean_metric(name: str, values: Sequence[float]) -> Metric:
-    """A score that is the mean of the images' own."""
+    """Make a metric that is the mean of the images' scores."""
     column = np.asarray(values, np.float64)
     return Metric((name,), np.stack([column, np.ones_like(column)], 1), _mean)
 
@@ -48,10 +48,10 @@ def _mean(sums: Floats) -> Floats:
 
 
 def bootstrap(metrics: Sequence[Metric], *, samples: int = 1000, seed: int = 0) -> Floats:
-    """Scores of `samples` sets of images, drawn from the images with replacement: [samples, all names].
+    """Return the scores of `samples` resampled sets of images: [samples, all names].
 
-    A set has as many images as there are, and is the same for every metric. What a statistic owes to the whole set, as
-    CIDEr-D's does its document frequencies, stays as it is.
+    Each set has as many images as the original, drawn with replacement, the same for every metric. Statistics that
+    depend on the whole set, as CIDEr-D's on document frequencies, are not recomputed.
     """
     images = len(metrics[0].statistics)
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def bootstrap(metrics: Sequence[Metric], *, samples: int = 1000, seed: int = 0) 
 
 
 def interval(drawn: Floats, level: float = 0.95) -> Floats:
-    """The percentile interval of each column of `drawn` ([samples, n]): [n, 2]."""
+    """Return the percentile interval [n, 2] of each column of `drawn` [samples, n]."""
     return np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0).T
 
 
@@ -77,8 +77,8 @@ def interval(drawn: Floats, level: float = 0.95) -> Floats:
 class Difference:
     """Second minus first captioner on one score.
 
-    `low` and `high` bound its 95 % interval (paired bootstrap); `p` is of the two-sided
-    paired randomisation test, `p_holm` the same corrected for all scores that were compared.
+    `low` and `high` bound its 95 % interval (paired bootstrap). `p` is from the two-sided paired randomisation test,
+    `p_holm` corrects it for all scores that were compared.
     """
 
     difference: float
@@ -92,10 +92,10 @@ class Difference:
 def compare(
     first: Sequence[Metric], second: Sequence[Metric], *, samples: int = 1000, permutations: int = 10_000, seed: int = 0
 ) -> dict[str, Difference]:
-    """Differences of each score of two captioners on the same images, in the same order; not yet corrected (`holm`).
+    """Compare two captioners on the same images, in the same order; p-values are not yet corrected (`holm`).
 
-    The test exchanges the two captions of each image or not, at random: if the captioners were equally good, this would
-    give differences like the one that was found (Riezler and Maxwell 2005). The smallest p is 1 / (permutations + 1).
+    The test swaps the two captions of each image at random: between equally good captioners, this gives differences
+    like the observed one (Riezler and Maxwell 2005). The smallest p is 1 / (permutations + 1).
     """
     found = np.concatenate([b.scores() - a.scores() for a, b in zip(first, second, strict=True)])
     images = len(first[0].statistics)
@@ -111,7 +111,7 @@ def compare(
         for a, b in zip(first, second, strict=True):
             moved = exchange @ (b.statistics - a.statistics)
             differences.append(b.corpus(b.statistics.sum(0) - moved) - a.corpus(a.statistics.sum(0) + moved))
-        # Exchanging all gives the same difference in other words: rounding must not make it smaller.
+        # Swapping all captions gives the same difference; rounding must not make it smaller.
         extreme += (np.abs(np.concatenate(differences, 1)) >= np.abs(found) - 1e-12).sum(0)
     drawn = bootstrap(second, samples=samples, seed=seed) - bootstrap(first, samples=samples, seed=seed)
     bounds, p = interval(drawn), (extreme + 1) / (permutations + 1)
@@ -123,7 +123,7 @@ def compare(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p-values of a family of tests, corrected by the procedure of Holm (1979)."""
+    """Correct the p-values of a family of tests by the procedure of Holm (1979)."""
     corrected, largest = [0.0] * len(p), 0.0
     for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         largest = max(largest, min(1.0, (len(p) - rank) * p[index]))

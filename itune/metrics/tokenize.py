@@ -1,18 +1,23 @@
-"""Words of a caption as the COCO caption evaluation sees them, without its Java process.
+"""Split a caption into words as the COCO caption evaluation does, without its Java process; count n-grams.
 
 The COCO code runs Stanford's `PTBTokenizer -preserveLines -lowerCase` (CoreNLP 3.4.1), then drops punctuation. The
-rules below follow the conventions of the Penn Treebank; their details follow what that program prints. Habits of
-it that look like mistakes are kept, since published scores contain them: brackets stay, as words such as `-lrb-`
-(it lowers the case before `-LRB-` is looked for), so do runs such as `!!`, and emoji disappear. Known to differ: a
-grave accent or an opening quote for an apostrophe (won`t, O‘Neil), and a compound with a time (5p.m.-ish).
+rules below follow the Penn Treebank; their details follow that program's output. Published scores contain even its
+apparent mistakes, so they are kept: brackets become words such as `-lrb-` (it lower-cases before it looks for `-LRB-`),
+runs such as `!!` stay, and emoji disappear. Known differences: a grave accent or an opening quote for an apostrophe
+(won`t, O‘Neil), and a compound with a time (5p.m.-ish).
 """
 
 from __future__ import annotations
 
 import html
 import re
+from collections import Counter
+from collections.abc import Sequence
 
-# The COCO list, less the capital bracket names that no lower-cased token can equal; quotes in any spelling.
+MAX_ORDER = 4
+NGram = tuple[str, ...]
+
+# The COCO list without the capital bracket names, which no lower-cased token equals; with quotes in any spelling.
 PUNCTUATION = frozenset(["'", "`", "’", "‘", '"', ".", "?", "!", ",", ":", "-", ";"])
 
 _ENTITY = re.compile("&(?:amp|lt|gt|quot|apos|nbsp);")
@@ -32,12 +37,12 @@ _SPELLING = str.maketrans(
         **dict.fromkeys("\u200b\ufe0f\ufeff", " "),
     }
 )
-# A curly apostrophe stays in its word (o’neil), but clitics have straight ones ('s).
+# A curly apostrophe stays in its word (o’neil), but clitics get straight ones ('s).
 _CLITIC = re.compile("n’t|’(?:s|ll|ve|re|m|d)")
 _BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
-# Abbreviations keep their period; "Pa." needs its capital and "no." a number after it to be one.
+# Abbreviations keep their period; "Pa." counts only with its capital, and "no." only before a number.
 _ABBREVIATIONS = """
     mr mrs ms dr prof st mt sr jr esq sgt lt col gen capt maj sen rep gov pres rev hon messrs mme mlle adm atty cmdr
     ave blvd rd sq ct ste bldg dept univ est inc co corp ltd bros assn assoc plc cie intl natl insp supt treas
@@ -47,8 +52,8 @@ _ABBREVIATIONS = """
 """
 _STATES = "Ark Del Ill La Mass Miss Ore Pa Tex Wash"
 _NUMBERED = "art ca fig figs no nos op pp"
-# After "plan b." these begin a sentence. The COCO code looks for them in the caption on the next line, too; here a
-# caption that ends ends its sentence, so that no caption's words depend on its neighbours.
+# These start a sentence after "plan b.". The COCO code also looks for them in the next line's caption; here a caption
+# ends its sentence, so that its words do not depend on its neighbours.
 _OPENERS = "A An As At But For He If In It One She Some That The Then There These They This We When You"
 
 
@@ -69,7 +74,7 @@ _TOKEN = re.compile(
             rf"[@#](?:{_L})\w*",
             rf"</?{_L}[^\s<>]*>",  # mark-up
             r"(?<!\w)(?:c\+\+|[cf]#)",  # programming languages
-            # Clitics, and what they hang on.
+            # Clitics and the words they are attached to.
             rf"n['’]t{_END}",
             rf"['’](?:s|ll|ve|re|m|d){_END}",
             rf"['’]n['’]|['’]n{_END}",  # rock 'n' roll
@@ -81,7 +86,7 @@ _TOKEN = re.compile(
             rf"(?:ma['’]am|n?e['’]er|c'mon|s'mores){_END}|ol['’]{_END}|[jy]['’](?=(?:{_L}){{2}})",
             rf"[ol]['’](?:{_W}){{2,}}|(?:d|qu)['’][aeiou](?:{_W})*|[nc]['’]est{_END}",
             rf"(?:{_L})+(?<=[aeiou])['’][aeiou](?:{_W})*",
-            r"(?<=\w)’(?:s|ll|ve|re|m|d)",  # also where more letters follow: g 'd ay
+            r"(?<=\w)’(?:s|ll|ve|re|m|d)",  # even before more letters: g 'd ay
             # Periods that belong to their word.
             rf"(?:{_any_of(_ABBREVIATIONS)}|(?-i:{_any_of(_STATES)}))\.{_END}",
             rf"(?:{_any_of(_NUMBERED)})\.(?=\s*\d)",
@@ -100,7 +105,7 @@ _TOKEN = re.compile(
 
 
 def tokenize(text: str) -> list[str]:
-    """Split `text` into lower-case words without punctuation; any string is accepted, an empty list may come back."""
+    """Split any text into lower-case words without punctuation; the list may be empty."""
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     text = _BEYOND_BMP.sub(" ", text.translate(_SPELLING))
     tokens = (_BRACKETS.get(token, token.lower()) for token in _TOKEN.findall(text))
@@ -110,5 +115,14 @@ def tokenize(text: str) -> list[str]:
 
 
 def words(caption: str, *, tokenized: bool) -> list[str]:
-    """The words of a caption: its white-space parts if it is `tokenized` already, else those of `tokenize`."""
+    """Split a caption at white space if it is `tokenized` already, else with `tokenize`."""
     return caption.split() if tokenized else tokenize(caption)
+
+
+def count_ngrams(tokens: Sequence[str]) -> Counter[NGram]:
+    """Count the n-grams of 1 to 4 words in a caption."""
+    return Counter(
+        tuple(tokens[start : start + order])
+        for order in range(1, MAX_ORDER + 1)
+        for start in range(len(tokens) - order + 1)
+    )

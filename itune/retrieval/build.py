@@ -1,16 +1,18 @@
-"""Build datastores and add to them: captions, their embeddings, and an index over these when they are many.
+"""Build datastores and add to them: captions, their embeddings, and an index when there are many.
 
-A datastore appears whole or not at all, and one that is added to stays as it was until the larger one takes its place.
+A datastore appears whole or not at all; while one is added to, readers see the old one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +21,10 @@ from .. import __version__
 from ..backbones import VisionTower
 from ..checkpoint import relative_source
 from ..data.features import FeatureCache, LiveFeatures
-from ..data.formats import find_caption_file, holds
+from ..data.formats import find_caption_file
 from ..data.records import Record, load_records
-from ..files import atomic_folder, hash_files, keep_foreign, listed_files
-from ..locking import only_writer
+from ..files import atomic_folder, hash_files, holds, keep_foreign, listed_files, only_writer
+from ..progress import OnStage
 from ..runtime.engines.base import Float32
 from ..runtime.errors import DatastoreError
 from ..runtime.manifest import FileHash
@@ -42,125 +44,102 @@ from ..runtime.retrieval.datastore import (
 from ..runtime.settings import EncoderIdentity
 from .encoder import RetrievalHead, TextEncoder, load_encoder
 from .faiss_index import require_faiss, write_index
-from .writers import ArrayWriter, TextWriter
+from .options import CaptionSource, DatastoreOptions, Kind, Pooling
+from .writers import write_rows, write_texts
 
-Kind = Literal["text", "image"]
-Report = Callable[[str, int, int], None]
-"""Told (what is being done, how much of it, of how much)."""
+__all__ = ["FLAT_ENTRIES", "CaptionSource", "DatastoreOptions", "add_to_datastore", "build_datastore", "photos_in"]
+
 FLAT_ENTRIES = 100_000
-"""Up to so many entries are searched one by one, more through faiss."""
+"""Larger datastores are searched through faiss."""
 _TEXT_BATCH, _IMAGE_BATCH, _CHUNK = 256, 64, 1 << 14
 
 
-@dataclass
-class Source:
-    """A caption file to be put into a datastore, and what became of it."""
+@dataclass(frozen=True)
+class Added:
+    """What `build_datastore` and `add_to_datastore` did."""
 
-    captions: Path
-    images: Path | None = None
-    split: str | None = "train"
-    cache: Path | None = None
-    """A feature cache, as training fills it, to read and fill."""
-    known: int = 0
-    """Photos that were in the datastore already."""
-    unreadable: dict[Path, str] = field(default_factory=dict)
+    manifest: DatastoreManifest
+    known: int
+    """Photos that the datastore already had."""
+    unreadable: dict[Path, str]
+    """Photos that were left out, and why."""
 
-    def records(self, kind: Kind) -> list[Record]:
-        """Its photos; whether they exist matters only where they are embedded."""
-        return load_records(self.captions, images=self.images, split=self.split, check_images=kind == "image")
 
-    def provenance(self, photos: int, captions: int) -> dict[str, Any]:
-        """What the datastore says about it."""
-        file = find_caption_file(self.captions) if holds(self.captions.is_dir) else self.captions
-        return {
-            "file": file.name,
-            "sha256": hash_files([file]),
-            "split": self.split,
-            "photos": photos,
-            "captions": captions,
-            "added": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    pass
 
 
 def build_datastore(
-    source: Source,
+    source: CaptionSource,
     encoder: str,
     output: Path,
-    *,
-    kind: Kind | None = None,
-    pooling: Literal["mean", "projection"] | None = None,
-    center: bool | None = None,
-    force: bool = False,
-    report: Report = lambda _what, _done, _total: None,
-) -> DatastoreManifest:
+    options: DatastoreOptions | None = None,
+    progress: OnStage = _silent,
+) -> Added:
     """Build a datastore of a caption file's captions in the folder `output`.
 
-    `encoder` is a vision tower, as in training. `kind` "text" embeds the captions by the text tower of the same CLIP
-    checkpoint, "image" the photos; None is "text" where there is such a tower. `center` subtracts the embeddings' mean
-    (None: of photos, not of captions). `force` replaces a datastore.
+    `encoder` is a vision tower, as in training.
 
     Raises:
         DatastoreError: `output` exists, or no photo can be read.
         ItuneError: the captions or the encoder cannot be loaded.
     """
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise DatastoreError(f"{output} exists and is no datastore: choose another --output")
-    if output.exists() and not force:
-        raise DatastoreError(f"{output} exists: give another --output, --force to replace it, or use add")
+    options = options or DatastoreOptions()
     if output.exists():
+        is_datastore = (output / MANIFEST).is_file()
+        if not (is_datastore and options.force):
+            mend = "--force replaces it, `add` adds to it" if is_datastore else "it is no datastore"
+            raise DatastoreError(f"{output} exists ({mend}): choose another --output")
         keep_foreign(output, listed_files(output / MANIFEST))
-    embedder = _Embedder.load(encoder, kind, pooling)
-    identity = embedder.head.encoder
-    identity = identity.model_copy(update={"source": relative_source(encoder, output)})
-    centered = embedder.kind == "image" if center is None else center
+    embedder = _Embedder(encoder, options.kind, options.pooling, source.cache_features, progress)
+    identity = embedder.head.encoder.model_copy(update={"source": relative_source(encoder, output)})
+    centered = embedder.kind == "image" if options.center is None else options.center
     with atomic_folder(output) as folder:
-        return _write(folder, None, identity, source, embedder, centered, report)
+        return _write(folder, None, source, embedder, identity, centered)
 
 
 def add_to_datastore(
-    store: Path,
-    source: Source,
-    *,
-    encoder: str | None = None,
-    report: Report = lambda _what, _done, _total: None,
-) -> DatastoreManifest:
-    """Add a caption file's photos to a datastore, but for those that it has already: the same id and caption.
+    store: Path, source: CaptionSource, *, encoder: str | None = None, progress: OnStage = _silent
+) -> Added:
+    """Add a caption file's photos to a datastore, except those that it has: the same id and a common caption.
 
-    A photo whose id is another photo's there is added as FILE:ID. `encoder` None is the one that the datastore names.
-    The mean that was subtracted when it was built stays.
+    A photo whose id belongs to another photo there is added as FILE:ID. `encoder` None is the one that the datastore
+    names. The mean that was subtracted when the datastore was built stays.
 
     Raises:
-        DatastoreError: not a datastore, damaged, of another encoder, or somebody else is adding to it; there is nothing
+        DatastoreError: not a datastore, damaged, of another encoder, or in use by another addition; or there is nothing
             new to add.
     """
     if not store.is_dir():
-        Datastore.load(store)  # says what is wrong
-    # Two additions at a time would start from the same datastore, and one of them be lost.
+        Datastore.load(store)  # raises
+    # Two additions at once would start from the same datastore, and one would be lost.
     place = store.resolve()
-    busy = f"{store}: another command is adding to it; add again when that has ended"
+    busy = f"{store}: another command is adding to it; try again when that has ended"
     with only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
         keep_foreign(store, listed_files(store / MANIFEST))
-        embedder = _Embedder.load(encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling)
+        embedder = _Embedder(
+            encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling, source.cache_features, progress
+        )
         base.require(embedder.head.encoder)
         with atomic_folder(store) as folder:
-            return _write(folder, base, manifest.encoder, source, embedder, manifest.centered, report)
+            return _write(folder, base, source, embedder, manifest.encoder, manifest.centered)
 
 
 def find_encoder(store: Datastore) -> str:
-    """Where the encoder of a datastore is, which names it by a hub id or a path relative to its folder."""
+    """Return where a datastore's encoder is: the datastore names it by a hub id or a path relative to its folder."""
     source = store.manifest.encoder.source
     beside = store.folder / source
     if beside.exists():
         return str(beside)
     if source.startswith((".", "/")) or source.count("/") > 1:
-        raise DatastoreError(f"{store.folder}: its encoder {source} is not there any more; name it with --encoder")
+        raise DatastoreError(f"{store.folder}: its encoder {source} does not exist; name it with --encoder")
     return source
 
 
 def encoder_of(store: Datastore, encoder: str | None = None) -> tuple[VisionTower, RetrievalHead]:
-    """The tower and head that a datastore is searched with; `encoder` names them where they are no longer in place.
+    """Load the tower and head that a datastore is searched with; `encoder` says where, if they were moved.
 
     Raises:
         DatastoreError: it is another encoder.
@@ -170,160 +149,175 @@ def encoder_of(store: Datastore, encoder: str | None = None) -> tuple[VisionTowe
     return tower, head
 
 
+_Batch = tuple[Float32, list[tuple[Record, Sequence[str]]]]
+"""Embeddings [entries, D], and the (record, captions) of each entry."""
+
+
 class _Embedder:
-    """What turns records into entries."""
+    """Turns records into entries: captions or photos with their embeddings."""
 
-    def __init__(self, kind: Kind, tower: VisionTower, head: RetrievalHead, texts: TextEncoder | None) -> None:
-        self.kind, self.tower, self.head, self.texts = kind, tower, head, texts
+    def __init__(
+        self, source: str, kind: Kind | None, pooling: Pooling | None, cache: Path | None, progress: OnStage
+    ) -> None:
+        self.tower, self.head = load_encoder(source, pooling=pooling or ("projection" if kind == "text" else None))
+        config = self.tower.folder / "config.json"
+        has_text = config.is_file() and '"text_config"' in config.read_text("utf-8")
+        self.kind = kind or ("text" if has_text and self.head.encoder.pooling == "projection" else "image")
+        self.texts = TextEncoder(source) if self.kind == "text" else None
+        self.cache, self.progress = cache, progress
+        self.unreadable: dict[Path, str] = {}
 
-    @classmethod
-    def load(cls, source: str, kind: Kind | None, pooling: Literal["mean", "projection"] | None) -> Self:
-        tower, head = load_encoder(source, pooling=pooling or ("projection" if kind == "text" else None))
-        if kind is None:
-            kind = "text" if head.encoder.pooling == "projection" and _has_text_tower(tower.folder) else "image"
-        if kind == "text" and head.encoder.pooling == "mean":
-            raise DatastoreError(f"{source}: captions are found by CLIP's projection; --kind text contradicts the mean")
-        return cls(kind, tower, head, TextEncoder(source) if kind == "text" else None)
-
-    def entries(self, records: Sequence[Record], source: Source, report: Report) -> Iterator[tuple[Float32, list[Any]]]:
-        """Batches of embeddings [entries, D] and their (record, captions)."""
+    def entries(self, records: Sequence[Record]) -> Iterator[_Batch]:
+        """Embed the captions or photos of `records`; adds to `unreadable`."""
         if self.texts is None:
-            yield from self._photos(records, source, report)
+            yield from self._photos(records)
             return
         pairs = [(record, (caption,)) for record in records for caption in record.captions]
         for start in range(0, len(pairs), _TEXT_BATCH):
             batch = pairs[start : start + _TEXT_BATCH]
-            yield self.texts.embed([captions[0] for _, captions in batch]), batch
-            report("embedding captions", start + len(batch), len(pairs))
+            yield self.texts.embed([caption for _, (caption,) in batch]), [*batch]
+            self.progress("embedding captions", start + len(batch), len(pairs))
 
-    def _photos(self, records: Sequence[Record], source: Source, report: Report) -> Iterator[tuple[Float32, list[Any]]]:
+    def _photos(self, records: Sequence[Record]) -> Iterator[_Batch]:
         live = LiveFeatures(self.tower)
-        cache = None if source.cache is None else FeatureCache(source.cache, self.tower)
+        cache = None if self.cache is None else FeatureCache(self.cache, self.tower)
         if cache is not None:
-            paths = [record.image for record in records]
-            source.unreadable |= cache.prepare(
-                paths, progress=lambda done, total: report("reading photos", done, total)
-            )
+            images = [record.image for record in records]
+            self.unreadable |= cache.prepare(images, progress=partial(self.progress, "reading photos"))
         for start in range(0, len(records), _IMAGE_BATCH):
-            batch = [
-                record for record in records[start : start + _IMAGE_BATCH] if record.image not in source.unreadable
-            ]
-            paths = [record.image for record in batch]
+            batch = records[start : start + _IMAGE_BATCH]
+            readable = [record.image for record in batch if record.image not in self.unreadable]
             if cache is None:
-                visual, bad = live.embed(paths, [False] * len(paths))
-                source.unreadable |= bad
-                batch = [record for record in batch if record.image not in bad]
-            else:
-                visual = cache.read(paths)
+                visual, unreadable = live.embed(readable, [False] * len(readable))
+                self.unreadable |= unreadable
+            elif readable:
+                visual = cache.read(readable)
+            batch = [record for record in batch if record.image not in self.unreadable]
             if batch:
                 yield self.head.pool(visual).cpu().numpy(), [(record, record.captions) for record in batch]
-            report("embedding photos", min(start + _IMAGE_BATCH, len(records)), len(records))
-
-
-def _has_text_tower(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and '"text_config"' in (folder / "config.json").read_text("utf-8")
+            self.progress("embedding photos", min(start + _IMAGE_BATCH, len(records)), len(records))
 
 
 def _write(
     folder: Path,
     base: Datastore | None,
-    identity: EncoderIdentity,
-    source: Source,
+    source: CaptionSource,
     embedder: _Embedder,
+    identity: EncoderIdentity,
     centered: bool,
-    report: Report,
-) -> DatastoreManifest:
-    records = source.records(embedder.kind)
+) -> Added:
+    """Write a datastore into the empty `folder`: the entries of `base` first, then those of `source`."""
+    split = None if source.split == "all" else source.split
+    records = load_records(source.captions, images=source.images, split=split, check_images=embedder.kind == "image")
     names = _names(records, base, source.captions.stem)
     new = [record for record in records if record.id in names]
-    source.known = len(records) - len(new)
-    if not new:
-        raise DatastoreError(f"{source.captions}: all of its {len(records)} photos are in the datastore already")
     coming = len(new) if embedder.kind == "image" else sum(len(record.captions) for record in new)
-    if (0 if base is None else base.manifest.entries) + coming > FLAT_ENTRIES:
-        require_faiss()  # rather now than after hours of embedding
-    raw = folder / "raw.npy"
+    old = np.empty((0, 3), np.int64) if base is None else base.entries
+    if len(old) + coming > FLAT_ENTRIES:
+        require_faiss()  # before hours of embedding
+    first_caption, first_image = (0, 0) if base is None else (base.manifest.captions, base.manifest.images)
     photos: dict[str, int] = {}
-    added = 0
-    with ExitStack() as stack:
-        entries = stack.enter_context(ArrayWriter(folder / ENTRIES, np.int64, (3,)))
-        captions = stack.enter_context(TextWriter(folder, CAPTIONS))
-        images = stack.enter_context(TextWriter(folder, IMAGES))
-        embeddings = stack.enter_context(ArrayWriter(raw, np.float32, (identity.dim,)))
-        if base is not None:
-            entries.append(base.entries)
-            for texts, there in ((captions, base.captions), (images, base.images)):
-                texts.extend(_each(there))
-        for rows, batch in embedder.entries(new, source, report):
-            embeddings.append(rows)
-            for record, texts_of in batch:
-                if record.id not in photos:
-                    photos[record.id] = images.count
-                    images.extend([names[record.id]])
-                start = captions.count
-                captions.extend(" ".join(text.split()) for text in texts_of)
-                added += len(texts_of)
-                entries.append(np.array([[photos[record.id], start, captions.count]]))
-        if not photos:
-            reason = next(iter(source.unreadable.values()), "")
-            raise DatastoreError(f"{source.captions}: none of its photos can be read ({reason})")
-    total = entries.count
-    _write_embeddings(folder, raw, base, identity.dim, centered, total)
+    captions: list[str] = []
+    entries = array("q")  # image, first caption, and the one after the last
+    raw = folder / "raw.f32"
+    with raw.open("wb") as file:
+        for rows, batch in embedder.entries(new):
+            file.write(np.asarray(rows, np.float32).tobytes())
+            for record, texts in batch:
+                photo = photos.setdefault(record.id, first_image + len(photos))
+                start = first_caption + len(captions)
+                captions += (" ".join(text.split()) for text in texts)
+                entries.extend((photo, start, first_caption + len(captions)))
+    known = len(records) - len(new)
+    if not entries:
+        unreadable = "".join(f"; {reason}" for reason in list(embedder.unreadable.values())[:1])
+        raise DatastoreError(
+            f"{source.captions}: has no photo to add: of {len(records)}, {known} are in the datastore already and "
+            f"{len(embedder.unreadable)} cannot be read{unreadable}"
+        )
+    table = np.concatenate([old, np.frombuffer(entries, np.int64).reshape(-1, 3)])
+    total = len(table)
+    np.save(folder / ENTRIES, table)
+    write_texts(folder, CAPTIONS, chain(_each(base.captions if base else None), captions))
+    write_texts(folder, IMAGES, chain(_each(base.images if base else None), (names[photo] for photo in photos)))
+    _write_embeddings(folder, np.memmap(raw, np.float32, mode="r").reshape(-1, identity.dim), base, centered, total)
     raw.unlink()
-    nprobe = 0
-    if total > FLAT_ENTRIES:
-        nprobe = write_index(folder, base, report)
-    sources = [] if base is None else base.manifest.sources
+    approximate = total > FLAT_ENTRIES
+    nprobe = write_index(folder, base, embedder.progress) if approximate else 0
+    path = find_caption_file(source.captions) if holds(source.captions.is_dir) else source.captions
+    added = {
+        "file": path.name,
+        "sha256": hash_files([path]),
+        "split": split,
+        "photos": len(photos),
+        "captions": len(captions),
+        "added": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     manifest = DatastoreManifest(
         kind=embedder.kind,
         encoder=identity,
         entries=total,
-        captions=captions.count,
-        images=images.count,
-        index="ivf" if total > FLAT_ENTRIES else "flat",
+        captions=first_caption + len(captions),
+        images=first_image + len(photos),
+        index="ivf" if approximate else "flat",
         nprobe=nprobe,
         centered=centered,
         files={path.name: FileHash.of(path) for path in sorted(folder.iterdir())},
-        provenance={"itune": __version__, "sources": [*sources, source.provenance(len(photos), added)]},
+        provenance={"itune": __version__, "sources": [*(base.manifest.sources if base else []), added]},
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+    return Added(manifest, known, embedder.unreadable)
+
+
+def _write_embeddings(folder: Path, new: Float32, base: Datastore | None, centered: bool, total: int) -> None:
+    """Write `embeddings.npy`, and `mean.npy` if they are centred: float16 where a query reads only a few of them."""
+    mean: Float32 | None = None
+    if centered:
+        # The first mean stays, or every entry would have to be embedded again.
+        mean = base.mean if base is not None else np.asarray(new.mean(axis=0, dtype=np.float64), np.float32)
+        np.save(folder / MEAN, np.asarray(mean))
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        for start in range(0, total - len(new), _CHUNK):
+            assert base is not None
+            yield base.embeddings[start : start + _CHUNK]
+        yield from (centre(new[start : start + _CHUNK], mean) for start in range(0, len(new), _CHUNK))
+
+    dtype = np.float16 if total > FLAT_ENTRIES else np.float32
+    write_rows(folder / EMBEDDINGS, dtype, (total, new.shape[1]), chunks())
 
 
 def photos_in(store: Datastore, records: Sequence[Record]) -> int:
-    """How many photos are in a datastore with a caption of their own."""
+    """Count the photos that are in a datastore with one of their captions."""
     there = _captions_of(store, {record.id for record in records})
-    return sum(
-        any(caption_key(caption) in there.get(record.id, ()) for caption in record.captions) for record in records
-    )
+    return sum(_keys(record) & there.get(record.id, set()) != set() for record in records)
 
 
 def _names(records: Sequence[Record], base: Datastore | None, file: str) -> dict[str, str]:
-    """What new photos are called in the datastore, by their id: that is theirs, unless another photo there has it.
+    """Name the photos that are new in the datastore, by id: their id, or FILE:ID if another photo has that.
 
-    Files number their photos from 0, each for itself: the same photo has one of its captions there.
+    Files may number their photos from 0 each; photos are the same if they have a common caption.
     """
-    own: dict[str, str] = {record.id: record.id for record in records}
     if base is None:
-        return own
-    again = {record.id: f"{file}:{record.id}" for record in records}
-    there = _captions_of(base, {*own, *again.values()})
+        return {record.id: record.id for record in records}
+    there = _captions_of(base, {name for record in records for name in (record.id, f"{file}:{record.id}")})
     names = {}
     for record in records:
-        captions = {caption_key(caption) for caption in record.captions}
-        places = [name for name in (record.id, again[record.id]) if name in there]
-        if any(captions & there[name] for name in places):
+        taken = [name for name in (record.id, f"{file}:{record.id}") if name in there]
+        if any(_keys(record) & there[name] for name in taken):
             continue
-        if len(places) == 2:
-            raise DatastoreError(
-                f"{base.folder}: has other photos of the ids {places[0]!r} and {places[1]!r} already; rename the file"
-            )
-        names[record.id] = again[record.id] if record.id in there else record.id
+        if len(taken) == 2:
+            raise DatastoreError(f"{base.folder}: other photos have the ids {taken}; rename the file")
+        names[record.id] = f"{file}:{record.id}" if record.id in there else record.id
     return names
 
 
+def _keys(record: Record) -> set[str]:
+    return {caption_key(caption) for caption in record.captions}
+
+
 def _captions_of(base: Datastore, images: set[str]) -> Mapping[str, set[str]]:
-    """The captions, as `caption_key` has them, of those of `images` that the datastore holds."""
+    """Return the captions (as `caption_key`) of those of `images` that are in the datastore."""
     found = {i: name for i, name in enumerate(_each(base.images)) if name in images}
     captions: dict[str, set[str]] = {name: set() for name in found.values()}
     for image, start, end in base.entries[np.isin(base.entries[:, 0], list(found))].tolist():
@@ -331,25 +325,5 @@ def _captions_of(base: Datastore, images: set[str]) -> Mapping[str, set[str]]:
     return captions
 
 
-def _each(texts: Texts) -> Iterator[str]:
-    return (texts[i] for i in range(len(texts)))
-
-
-def _write_embeddings(folder: Path, raw: Path, base: Datastore | None, dim: int, centered: bool, total: int) -> None:
-    """`embeddings.npy`, and `mean.npy` where they are centred: float16 where only few of them are read for a query."""
-    new: NDArray[np.float32] = np.load(raw, mmap_mode="r")
-    mean: Float32 | None = None
-    if centered:
-        # That of the first captions stays, or every entry would have to be embedded again.
-        mean = base.mean if base is not None else np.asarray(new.mean(axis=0, dtype=np.float64), np.float32)
-        np.save(folder / MEAN, np.asarray(mean))
-    dtype = np.float16 if total > FLAT_ENTRIES else np.float32
-    with ArrayWriter(folder / EMBEDDINGS, dtype, (dim,)) as writer:
-        for start in range(0, 0 if base is None else base.manifest.entries, _CHUNK):
-            assert base is not None
-            writer.append(base.embeddings[start : start + _CHUNK])
-        for start in range(0, len(new), _CHUNK):
-            writer.append(centre(new[start : start + _CHUNK], mean))
-
-
-__all__ = ["FLAT_ENTRIES", "Source", "add_to_datastore", "build_datastore", "photos_in"]
+def _each(texts: Texts | None) -> Iterator[str]:
+    return iter(()) if texts is None else (texts[i] for i in range(len(texts)))

@@ -1,22 +1,21 @@
-"""Embeddings that captions are retrieved by, in PyTorch, and the captions retrieved for training.
+"""Compute the embeddings that captions are retrieved by, in PyTorch, and retrieve captions for training.
 
-The exported vision graph computes the same embeddings (`export.retrieval_output`), so a datastore that was built here
-is searched there.
+The exported vision graph computes the same embeddings (`export.graph.embedding`), so a bundle can search a datastore
+that was built here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from ..backbones import (
@@ -25,32 +24,32 @@ from ..backbones import (
     ClipTower,
     VisionTower,
     fetch,
-    first_line,
     load_clip_projection,
     load_pretrained,
     load_vision_tower,
 )
 from ..data.features import Features, identity
 from ..data.records import Record
-from ..files import atomic_path
+from ..files import write_json
+from ..progress import OnProgress
 from ..runtime.engines.base import Float32
+from ..runtime.errors import reading
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.settings import EncoderIdentity
+from .options import Pooling
 
-Progress = Callable[[int, int], None]
-"""Told (done, in all)."""
 EPSILON = 1e-12
-"""What a vector's length is at least, before it divides."""
+"""Minimum of a vector's length before it divides."""
 _BATCH = 64
 _RETRIEVED = TypeAdapter(dict[str, list[str]])
 
 
 @dataclass(frozen=True)
 class RetrievalHead:
-    """From a vision tower's embeddings to one of length 1 for an image.
+    """Pools a vision tower's embeddings into one of length 1 per image.
 
     "projection" is CLIP's image feature: post-layernorm of the CLS embedding, then `visual_projection`. "mean" is the
-    mean over all visual embeddings, for towers that were trained without such a feature.
+    mean over all visual embeddings, for towers without such a feature.
     """
 
     encoder: EncoderIdentity
@@ -58,27 +57,25 @@ class RetrievalHead:
 
     @torch.inference_mode()
     def pool(self, visual: Tensor) -> Tensor:
-        """Embeddings float32 [images, D] of length 1, of visual embeddings [images, N, d_v]."""
+        """Pool visual embeddings [images, N, d_v] into float32 [images, D] of length 1."""
         visual = visual.float()
         x = visual.mean(dim=1) if self.projection is None else self.projection.project(visual[:, 0])
         pooled: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
         return pooled
 
 
-def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "projection"] | None = None) -> RetrievalHead:
-    """The retrieval head of a tower that was loaded from `source`.
+def load_head(tower: VisionTower, source: str, pooling: Pooling | None = None) -> RetrievalHead:
+    """Load the retrieval head of a tower that was loaded from `source`.
 
-    `pooling` None is "projection" where the tower's folder has CLIP's projection, else "mean".
+    `pooling` None is "projection" if the tower's folder has CLIP's projection, else "mean".
 
     Raises:
-        BackboneError: there is no projection, and it is asked for.
+        BackboneError: `pooling` is "projection", but there is none.
     """
     folder = str(tower.folder)
     projection = load_clip_projection(folder) if isinstance(tower, ClipTower) and pooling != "mean" else None
     if projection is None and pooling == "projection":
-        raise BackboneError(
-            f"{source}: has no visual_projection, by which captions are found: give a full CLIP checkpoint"
-        )
+        raise BackboneError(f"{source}: has no visual_projection to retrieve captions by; name a full CLIP checkpoint")
     encoder = EncoderIdentity(
         source=source,
         sha256=tower.sha256,
@@ -89,29 +86,24 @@ def load_head(tower: VisionTower, source: str, pooling: Literal["mean", "project
 
 
 class TextEncoder:
-    """CLIP's text tower: captions to projected text features of length 1."""
+    """CLIP's text tower: turns captions into projected text features of length 1."""
 
-    def __init__(self, source: str, revision: str | None = None) -> None:
+    def __init__(self, source: str) -> None:
         """Load a full CLIP checkpoint (hub id or folder) with its tokenizer. Raises BackboneError."""
         from transformers import AutoTokenizer, CLIPModel
 
-        folder = fetch(source, revision)
+        folder = fetch(source)
         model, missing = load_pretrained(CLIPModel, folder, "a CLIP with a text tower")
         if lacks := [name for name in missing if name.startswith("text_")]:
-            raise BackboneError(
-                f"{folder}: has no text tower ({lacks[0]} is missing); give a full CLIP checkpoint, or build by images "
-                "with --kind image"
-            )
-        try:
+            raise BackboneError(f"{folder}: has no {lacks[0]}; name a full CLIP checkpoint, or build with --kind image")
+        with reading(f"{folder}: tokenizer", BackboneError, "copy the model again"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._tokenizer("a")  # some damage is only found on use
-        except Exception as error:  # of a damaged file the libraries raise nearly everything
-            raise BackboneError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
         self.model, self._project = model.text_model.train(False), model.text_projection
 
     @torch.inference_mode()
     def embed(self, captions: Sequence[str]) -> Float32:
-        """Text features [captions, D]; what is over CLIP's 77 tokens is cut."""
+        """Return text features [captions, D]; captions are cut at CLIP's 77 tokens."""
         inputs = self._tokenizer(
             list(captions),
             padding=True,
@@ -125,34 +117,19 @@ class TextEncoder:
         return embedded
 
 
-def load_encoder(
-    source: str, revision: str | None = None, pooling: Literal["mean", "projection"] | None = None
-) -> tuple[VisionTower, RetrievalHead]:
-    """A vision tower and its retrieval head."""
-    tower = load_vision_tower(source, revision)
+def load_encoder(source: str, pooling: Pooling | None = None) -> tuple[VisionTower, RetrievalHead]:
+    """Load a vision tower and its retrieval head."""
+    tower = load_vision_tower(source)
     return tower, load_head(tower, source, pooling)
 
 
-def embed_photos(
-    head: RetrievalHead, features: Features, images: Sequence[Path], progress: Progress | None = None
-) -> Float32:
-    """Embeddings [images, D] of photos whose visual embeddings `features` can read."""
-    rows = np.empty((len(images), head.encoder.dim), np.float32)
-    for start in range(0, len(images), _BATCH):
-        batch = images[start : start + _BATCH]
-        rows[start : start + len(batch)] = head.pool(features.read(batch)).cpu().numpy()
-        if progress:
-            progress(start + len(batch), len(images))
-    return rows
-
-
 class Own(StrEnum):
-    """What counts as a photo's own captions, in a datastore."""
+    """What counts as a photo's own captions in a datastore."""
 
     PHOTO = "photo"
-    """Those of the photo with its id: of a dev split, which otherwise retrieves as the finished captioner will."""
+    """Captions of the photo with its id: for a dev split, which otherwise retrieves as the finished captioner will."""
     CAPTIONS = "captions"
-    """Those, and whatever says the same, under any id: in training."""
+    """These, and captions that say the same under any id: for training."""
 
 
 def retrieve_for(
@@ -164,18 +141,17 @@ def retrieve_for(
     *,
     leave_out: Own = Own.CAPTIONS,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, list[str]]:
-    """For every record's id, the k captions of the datastore that are most similar to its photo.
+    """Retrieve, for every record's id, the k captions of the datastore that are most similar to its photo.
 
-    The photo's own captions are left out: else training would copy them, and a dev split's score would be of captions
-    that were shown. With `cache`, a folder, the result is kept there and read again for the same photos, captions,
-    datastore and k. `features` have been prepared with the records' photos.
+    A photo's own captions are left out: training would copy them, and a dev split would be scored on captions that it
+    was shown. The folder `cache` keeps the result for the same photos, captions, datastore and k. `features` have been
+    prepared with the records' photos.
 
     Raises:
         DatastoreError: the datastore is of another encoder than `head`.
     """
-    # Opened before, perhaps for no encoder in particular.
     datastore.require(head.encoder)
     path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out)}.json"
     if path is not None and (kept := _read_retrieved(path, records)) is not None:
@@ -195,16 +171,15 @@ def retrieve_for(
         if progress:
             progress(len(captions), len(records))
     if path is not None:
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
+        write_json(path, captions, indent=None)
     return captions
 
 
 def _read_retrieved(path: Path, records: Sequence[Record]) -> dict[str, list[str]] | None:
-    """What an earlier call kept; None where there is nothing, or nothing that can be read."""
+    """Return what an earlier call cached, or None if that cannot be read."""
     try:
         content = _RETRIEVED.validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+    except (OSError, ValueError):
         return None
     return content if all(record.id in content for record in records) else None
 

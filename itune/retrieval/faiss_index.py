@@ -1,71 +1,64 @@
 """The approximate index of a large datastore: faiss's inverted lists over 8-bit vectors.
 
-Entries are clustered; a query is compared with those in the clusters that are nearest to it, and the best of them once
-more with their embeddings themselves (`runtime.nearest`).
+Entries are clustered. A query is compared to the entries of the nearest clusters, and to the exact embeddings of the
+best of these (`runtime.retrieval.nearest`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import DatastoreError
+from ..progress import OnStage
+from ..runtime.errors import DatastoreError, reading
 from ..runtime.retrieval.datastore import EMBEDDINGS, INDEX, Datastore
 
 _CHUNK = 1 << 16
-_TRAINING = 40  # entries for each cluster that k-means sees: faiss asks for 39 at least
+_TRAINING = 40  # entries per cluster that k-means sees; faiss asks for at least 39
 _PROBED = 64
-"""A query looks through one cluster in so many, and through `_LEAST_PROBED` at least."""
+"""A query searches one cluster in 64, and at least `_LEAST_PROBED`."""
 _LEAST_PROBED = 16
 
 
 def clusters(entries: int) -> int:
-    """How many clusters: the power of two next to 4 sqrt(entries), if k-means finds enough entries for each."""
+    """Return the number of clusters: the power of two closest to 4 sqrt(entries) that k-means has entries for."""
     return int(2 ** round(np.log2(min(4 * np.sqrt(entries), entries / _TRAINING))))
 
 
 def require_faiss() -> Any:
-    """The module. Raises DatastoreError where it is not installed."""
-    try:
+    """Return the module. Raises DatastoreError if it is not installed."""
+    with reading("more than 100,000 entries need faiss", DatastoreError, mend="pip install 'itune[retrieval]'"):
         import faiss
-    except ImportError:
-        raise DatastoreError(
-            "faiss not installed, and more than 100,000 entries need it: pip install 'itune[retrieval]'"
-        ) from None
     return faiss
 
 
-def write_index(folder: Path, base: Datastore | None, report: Callable[[str, int, int], None]) -> int:
-    """Index the embeddings of `folder`; returns how many clusters a query has to look through.
+def write_index(folder: Path, base: Datastore | None, progress: OnStage) -> int:
+    """Index the embeddings of `folder`; return how many clusters a query searches.
 
-    The index of `base`, whose entries come first, is extended unless there are now enough for more clusters.
-
-    Raises:
-        DatastoreError: faiss is not installed.
+    Extends the index of `base`, whose entries come first, unless there are now enough entries for more clusters.
     """
     faiss = require_faiss()
     embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r")
-    count, dim = embeddings.shape
+    count = len(embeddings)
     lists = clusters(count)
     if base is not None and base.manifest.index == "ivf" and clusters(base.manifest.entries) == lists:
         index = faiss.read_index(str(base.folder / INDEX))
     else:
-        index = _trained(faiss, embeddings, lists, dim, report)
+        progress("clustering", 0, lists)
+        index = _trained(faiss, embeddings, lists)
     for start in range(index.ntotal, count, _CHUNK):
         index.add(np.asarray(embeddings[start : start + _CHUNK], np.float32))
-        report("indexing", index.ntotal, count)
+        progress("indexing", index.ntotal, count)
     faiss.write_index(index, str(folder / INDEX))
     return max(_LEAST_PROBED, lists // _PROBED)
 
 
-def _trained(faiss: Any, embeddings: Any, lists: int, dim: int, report: Callable[[str, int, int], None]) -> Any:
-    report("clustering", 0, lists)
-    quantizer = faiss.IndexFlatIP(dim)
+def _trained(faiss: Any, embeddings: Any, lists: int) -> Any:
+    dim = embeddings.shape[1]
     index = faiss.IndexIVFScalarQuantizer(
-        quantizer, dim, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        faiss.IndexFlatIP(dim), dim, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
     index.cp.niter = 10
     index.cp.max_points_per_centroid = _TRAINING

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.records import Record
-from ..files import atomic_path, recover_folder
-from ..locking import only_writer
+from ..files import atomic_path, only_writer, recover_folder
 from ..runtime.errors import ItuneError
 
 BEST, LAST, METRICS = "best", "last", "metrics.jsonl"

@@ -93,7 +93,7 @@ def test_damaged_tokenizers(change: str, language_model: Path, clip: Path) -> No
     for file in clip.glob("tokenizer*.json"):
         file.unlink()
     damaged(clip, "vocab.json", CHANGES[change])
-    with pytest.raises(BackboneError, match=f"^{clip}: its tokenizer cannot be loaded: "):
+    with pytest.raises(BackboneError, match=f"^{clip}: tokenizer: "):
         TextEncoder(str(clip))
 
 

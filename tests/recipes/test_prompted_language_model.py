@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from itune.backbones import load_language_model
-from itune.retrieval.build import Source, build_datastore
+from itune.retrieval.build import CaptionSource, build_datastore
 from tests.conftest import CAPTIONS, REPOSITORY, random_photo
 
 
@@ -25,7 +25,7 @@ def test_it_learns_to_read_prompts(tmp_path: Path, language_model_folder: Path, 
             random_photo(i).save(tmp_path / f"{i}.png")
             lines.append(json.dumps({"image": f"{i}.png", "captions": [CAPTIONS[i % 6], CAPTIONS[(i + 1) % 6]]}))
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    build_datastore(Source(tmp_path / "train.jsonl"), str(clip_folder), tmp_path / "datastore")
+    build_datastore(CaptionSource(captions=tmp_path / "train.jsonl"), str(clip_folder), tmp_path / "datastore")
     script = REPOSITORY / "recipes" / "flickr8k" / "prompted_language_model.py"
 
     def run(epochs: int) -> str:

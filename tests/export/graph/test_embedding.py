@@ -18,7 +18,7 @@ from itune.export.methods.registry import build_vision
 from itune.export.restore import restore_bundle
 from itune.export.verify.checks import Check
 from itune.loading import LoadedCheckpoint, load_captioner
-from itune.retrieval.build import Source, build_datastore
+from itune.retrieval.build import CaptionSource, DatastoreOptions, build_datastore
 from itune.retrieval.encoder import load_head
 from itune.runtime import Captioner, DatastoreError, ItuneError
 from itune.runtime.bundle import MANIFEST, Manifest
@@ -61,7 +61,12 @@ def store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, photos: list[Path], full_clip_folder: Path
 ) -> Path:
     store = tmp_path_factory.mktemp("stores") / "store"
-    build_datastore(Source(photos[0].with_name("captions.jsonl")), str(full_clip_folder), store, kind=request.param)
+    build_datastore(
+        CaptionSource(captions=photos[0].with_name("captions.jsonl")),
+        str(full_clip_folder),
+        store,
+        DatastoreOptions(kind=request.param),
+    )
     return store
 
 
@@ -125,7 +130,7 @@ def test_swapping_the_datastore_changes_what_is_retrieved(
 ) -> None:
     captions = photos[0].with_name("others.jsonl")
     captions.write_text('{"image": "0.png", "captions": ["only this", "and that"]}')
-    build_datastore(Source(captions), str(full_clip_folder), tmp_path / "other")
+    build_datastore(CaptionSource(captions=captions), str(full_clip_folder), tmp_path / "other")
     found = Captioner.load(bundle, datastore=tmp_path / "other", retrieve=1).caption(photos[3])
     assert found.retrieved in (("only this",), ("and that",))
 
@@ -159,7 +164,7 @@ def test_what_is_refused(
     with pytest.raises(ItuneError, match="retrieve must be at least 0"):
         Captioner.load(bundle, datastore=store, retrieve=-1)
     other = tmp_path / "other"
-    build_datastore(Source(photos[0].with_name("captions.jsonl")), str(clip_folder), other)
+    build_datastore(CaptionSource(captions=photos[0].with_name("captions.jsonl")), str(clip_folder), other)
     with pytest.raises(DatastoreError, match=r"was built with .*vision.* but the model's embeddings come from .*clip"):
         Captioner.load(bundle, datastore=other)
     with pytest.raises(BundleError, match="was not made for retrieval: export it with itune-export --retrieve"):
@@ -195,7 +200,7 @@ def test_a_restored_bundle_is_exported_and_retrieves_again(
     assert expected.projection is not None
     torch.testing.assert_close(found.projection.weight, expected.projection.weight, atol=1e-6, rtol=0)
     captions = photos[0].with_name("captions.jsonl")
-    build_datastore(Source(captions), vision, tmp_path / "store", kind="image")
+    build_datastore(CaptionSource(captions=captions), vision, tmp_path / "store", DatastoreOptions(kind="image"))
     again = export_and_load(tmp_path / "restored" / "checkpoint", tmp_path / "again", tmp_path / "store")
     eager = load_captioner(tmp_path / "restored" / "checkpoint", datastore=tmp_path / "store")
     options: Any = {"num_beams": 2, "max_new_tokens": 8}

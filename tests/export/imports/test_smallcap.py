@@ -20,7 +20,7 @@ from itune.export.bundle import export_bundle
 from itune.export.imports.clipcap import ImportOptions, import_checkpoint
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.methods.registry import MODELS
-from itune.retrieval.build import Source, build_datastore
+from itune.retrieval.build import CaptionSource, build_datastore
 from itune.runtime import Captioner
 from itune.runtime.image import decode, preprocess
 from itune.training.config import TrainConfig, resolve
@@ -87,7 +87,7 @@ def test_an_imported_checkpoint_writes_what_transformers_generates(
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
-    build_datastore(Source(tmp_path / "captions.jsonl"), str(vision), tmp_path / "store")
+    build_datastore(CaptionSource(captions=tmp_path / "captions.jsonl"), str(vision), tmp_path / "store")
     export_bundle(tmp_path / "imported", tmp_path / "bundle", verify=False)
     captioner = Captioner.load(tmp_path / "bundle", datastore=tmp_path / "store", threads=1)
     assert captioner.search.model_dump() == captioner.search.model_dump() | {

@@ -20,8 +20,7 @@ from itune.export.verify.checks import Check
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
 from itune.methods.smallcap.settings import SmallCapCheckpoint
-from itune.retrieval.build import Source as Captions
-from itune.retrieval.build import build_datastore
+from itune.retrieval.build import CaptionSource, build_datastore
 from itune.retrieval.encoder import load_head
 from itune.runtime import Captioner, ItuneError
 from itune.runtime.errors import DatastoreError
@@ -46,7 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, photos: list[Path], clip_folder: Path) -> Path:
     store = tmp_path_factory.mktemp("stores") / "store"
-    build_datastore(Captions(photos[0].with_name("captions.jsonl")), str(clip_folder), store)
+    build_datastore(CaptionSource(captions=photos[0].with_name("captions.jsonl")), str(clip_folder), store)
     return store
 
 
@@ -137,7 +136,7 @@ def test_another_datastore_changes_the_captions_without_training(
 ) -> None:
     lines = [json.dumps({"image": str(photo), "captions": [f"something else {i}"]}) for i, photo in enumerate(photos)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    build_datastore(Captions(tmp_path / "captions.jsonl"), str(clip_folder), tmp_path / "store")
+    build_datastore(CaptionSource(captions=tmp_path / "captions.jsonl"), str(clip_folder), tmp_path / "store")
     found = [
         [each.tokens for each in Captioner.load(bundles["fp32"], datastore=path, retrieve=k).caption(photos)]
         for path, k in ((store, None), (tmp_path / "store", None), (None, 0))

@@ -56,8 +56,10 @@ def test_they_are_found_in_a_folder_beside_other_annotations(tmp_path: Path) -> 
     write(tmp_path / "captions_val2014.json", {"images": IMAGES, "annotations": ANNOTATIONS})
     write(tmp_path / "instances_val2014.json", {"images": IMAGES, "annotations": [{"id": 1, "image_id": 7}]})
     assert len(load_records(tmp_path, split="dev", check_images=False)) == 2
-    with pytest.raises(DataError, match=r"annotations\[0\]: has no 'caption' \(these are no captions: instances"):
+    with pytest.raises(DataError) as error:
         load_records(tmp_path / "instances_val2014.json", split="dev", check_images=False)
+    assert "instances_val2014.json" in str(error.value)
+    assert "annotations.0.caption" in str(error.value)
 
 
 def test_references_need_no_file_names(tmp_path: Path) -> None:
@@ -67,8 +69,9 @@ def test_references_need_no_file_names(tmp_path: Path) -> None:
 
 def test_a_split_without_references(tmp_path: Path) -> None:
     file = write(tmp_path / "nocaps_test_image_info.json", {"images": IMAGES})
-    with pytest.raises(DataError, match="no photo of the split 'test' has a caption"):
+    with pytest.raises(DataError) as error:
         load_records(file, split="test", check_images=False)
+    assert str(file) in str(error.value)
     records = load_records(file, split="test", check_images=False, captioned=False)
     assert [(r.id, r.captions) for r in records] == [("0", ()), ("7", ())]
     partly = write(tmp_path / "val.json", {"images": IMAGES, "annotations": ANNOTATIONS[:1]})
@@ -76,25 +79,35 @@ def test_a_split_without_references(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "message"),
+    ("document", "values"),
     [
-        ({"images": [{"id": True, "file_name": "a"}]}, r"images\[0\].id: must be a whole number or a name, not True"),
-        ({"images": [{"id": 1, "file_name": 5}]}, r"images\[0\].file_name: must be a string, not 5"),
-        ({"images": [IMAGES[0], {"id": "0", "file_name": "c"}]}, r"images\[1\]: has the id 0 of images\[0\]"),
-        ({"images": [IMAGES[0], {"id": 1, "file_name": "a.jpg"}]}, r"images\[1\]: has the photo of images\[0\], a.jpg"),
-        ({"images": [], "annotations": []}, "images: is an empty list"),
-        ({"images": {}, "annotations": []}, "images: must be a list, not {}"),
-        ({"images": IMAGES, "annotations": {}}, "annotations: must be a list, not {}"),
-        ({"images": IMAGES, "annotations": ["x"]}, r"annotations\[0\]: must be an object, not 'x'"),
-        ({"images": IMAGES, "annotations": [{"image_id": 1, "caption": "x"}]}, r"image_id: '1' is not the id of any"),
-        ({"images": IMAGES, "annotations": [{"image_id": 7, "caption": None}]}, r"caption\[0\]: must be a string"),
-        ({"images": [{"id": 1, "file_name": "a", "domain": 3}]}, r"images\[0\].domain: must be a string, not 3"),
+        ({"images": [{"id": True, "file_name": "a"}]}, ["images.0.id", "True"]),
+        ({"images": [{"id": 1, "file_name": 5}]}, ["images.0.file_name", "5"]),
+        ({"images": [IMAGES[0], {"id": "0", "file_name": "c"}]}, ["images.1", "id '0'", "images.0"]),
+        ({"images": [IMAGES[0], IMAGES[0]]}, ["images.1", "id '0'", "images.0"]),
+        ({"images": [IMAGES[0], {"id": 1, "file_name": "a.jpg"}]}, ["images.1", "file_name 'a.jpg'", "images.0"]),
+        ({"images": [], "annotations": []}, ["images", "[]"]),
+        ({"images": {}, "annotations": []}, ["images", "{}"]),
+        ({"images": IMAGES, "annotations": {}}, ["annotations", "{}"]),
+        ({"images": IMAGES, "annotations": ["x"]}, ["annotations.0", "'x'"]),
+        ({"images": IMAGES, "annotations": [{"image_id": 1, "caption": "x"}]}, ["annotations.0", "id '1'"]),
+        ({"images": IMAGES, "annotations": [{"image_id": 7, "caption": None}]}, ["annotations.0.caption", "None"]),
+        ({"images": [{"id": 1, "file_name": "a", "domain": 3}]}, ["images.0.domain", "3"]),
     ],
 )
-def test_bad_annotations(tmp_path: Path, document: object, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+def test_bad_annotations(tmp_path: Path, document: object, values: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
         load_records(write(tmp_path / "val.json", document), split="dev", check_images=False)
     assert "\n" not in str(caught.value)
+    assert all(value in str(caught.value) for value in ["val.json", *values])
+
+
+@pytest.mark.parametrize("first", ["images", "annotations"])
+def test_annotations_are_recognised_in_any_order(tmp_path: Path, first: str) -> None:
+    fields: dict[str, object] = {"images": IMAGES, "annotations": ANNOTATIONS * 2000}
+    file = write(tmp_path / "captions_val.json", {first: fields[first], **fields})
+    assert len(load_records(tmp_path, split="dev", check_images=False)) == 2
+    assert len(load_records(file, split="dev", check_images=False)[1].captions) == 4000
 
 
 def test_results(tmp_path: Path) -> None:
@@ -105,30 +118,32 @@ def test_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "message"),
+    ("document", "values"),
     [
-        ({"7": "a cat"}, r"must be a list of {\"image_id\": ..., \"caption\": \"...\"}.*, not {'7': 'a cat'}"),
-        ([], r"must be a list of .*, not \[\]"),
-        ("", r"is not JSON"),
-        ("[{]", r"is not JSON"),
-        (["a cat"], r"results\[0\]: must be an object, not 'a cat'"),
-        ([{"image_id": 7}], r"results\[0\]: has no 'caption'"),
-        ([{"caption": "x"}], r"results\[0\]: has no 'image_id'"),
-        ('[{"image_id": NaN, "caption": "x"}]', r"results\[0\].image_id: must be a whole number or a name, not nan"),
-        ('[{"image_id": 1.0, "caption": "x"}]', r"image_id: must be a whole number or a name, not 1.0"),
-        ('[{"image_id": "", "caption": "x"}]', r"image_id: is empty"),
-        ('[{"image_id": 1, "caption": NaN}]', r"results\[0\].caption: must be a string, not nan"),
-        ('[{"image_id": 1, "caption": ["x"]}]', r"results\[0\].caption: must be a string, not \['x'\]"),
-        ('[{"image_id": 1, "caption": "\\ud800"}]', r"results\[0\].caption: holds half of a surrogate pair"),
-        (
-            [{"image_id": 7, "caption": "x"}, {"image_id": "7", "caption": "y"}],
-            r"results\[1\]: is a second caption of image '7', as results\[0\]; keep one",
-        ),
+        ({"7": "a cat"}, ["{'7': 'a cat'}"]),
+        ([], ["[]"]),
+        ("", ["JSON"]),
+        ("[{]", ["JSON", "column 3"]),
+        (["a cat"], ["0: ", "'a cat'"]),
+        ([{"image_id": 7}], ["0.caption"]),
+        ([{"caption": "x"}], ["0.image_id"]),
+        ('[{"image_id": NaN, "caption": "x"}]', ["0.image_id", "nan"]),
+        ('[{"image_id": 1.0, "caption": "x"}]', ["0.image_id", "1.0"]),
+        ('[{"image_id": "", "caption": "x"}]', ["0.image_id", "''"]),
+        ('[{"image_id": 1, "caption": NaN}]', ["0.caption", "nan"]),
+        ('[{"image_id": 1, "caption": ["x"]}]', ["0.caption", "['x']"]),
+        ('[{"image_id": 1, "caption": "\\ud800"}]', ["ud800"]),
+        ([{"image_id": 7, "caption": "x"}, {"image_id": "7", "caption": "y"}], ["1: ", "image_id '7'", "0; "]),
     ],
 )
-def test_bad_results(tmp_path: Path, document: object, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+def test_bad_results(tmp_path: Path, document: object, values: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
         read_results(write(tmp_path / "results.json", document))
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="cannot be read"):
+    assert all(value in str(caught.value) for value in ["results.json", *values])
+
+
+def test_results_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
         read_results(tmp_path)
+    assert str(tmp_path) in str(caught.value)

@@ -29,6 +29,12 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
+def mentions(error: pytest.ExceptionInfo[DataError], *values: object) -> bool:
+    """Whether an error is one line that contains each of the values."""
+    message = str(error.value)
+    return "\n" not in message and all(str(value) in message for value in values)
+
+
 def captions(records: list[Record]) -> dict[str, tuple[str, ...]]:
     return {record.id: record.captions for record in records}
 
@@ -95,8 +101,9 @@ def test_token_file_without_lists_is_all_train(tmp_path: Path) -> None:
     file = write(tmp_path / "results_20130124.token", "1.jpg#0\tOne man .", "2.jpg#0\tTwo men .")
     touch(tmp_path, "flickr30k-images/1.jpg", "flickr30k-images/2.jpg")
     assert captions(load_records(tmp_path)) == {"1": ("One man .",), "2": ("Two men .",)}
-    with pytest.raises(DataError, match=r"does not say which photos are its dev split; .*--split all, .*--dev-data"):
+    with pytest.raises(DataError) as error:
         load_records(file, split="dev")
+    assert mentions(error, file, "dev", "2 photos")
     assert captions(load_records(file, split="dev", undivided=True)) == captions(load_records(file))
 
 
@@ -131,8 +138,9 @@ def test_jsonl(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "deep/b.png", "c.jpg")
     assert captions(load_records(file)) == {"a": ("A dog.",), "3": ("Just one.",)}
     assert load_records(tmp_path, split="dev") == [Record(tmp_path / "deep" / "b.png", ("Two",), "deep/b")]
-    with pytest.raises(DataError, match=r"has no test split, only train \(2 photos\), dev \(1 photos\)"):
+    with pytest.raises(DataError) as error:
         load_records(file, split="test")
+    assert mentions(error, file, "test", "train (2 photos)", "dev (1 photos)")
 
 
 def test_a_single_line_is_jsonl_too(tmp_path: Path) -> None:
@@ -151,11 +159,13 @@ def test_images_folder_and_absolute_paths(tmp_path: Path) -> None:
     )
     assert [r.image for r in load_records(file, images=elsewhere)] == [elsewhere / "a.jpg", elsewhere / "b.jpg"]
     assert len(load_records(file, images=tmp_path)) == 2, "a folder in the given one will do"
-    with pytest.raises(DataError, match=r"1 of its 2 photos do not exist \(the first: .*a.jpg\); .*--images"):
+    with pytest.raises(DataError) as error:
         load_records(file)
+    assert mentions(error, file, "1 of 2", "a.jpg", "--images")
     assert len(load_records(file, check_images=False)) == 2
-    with pytest.raises(DataError, match="nowhere: is not a folder"):
+    with pytest.raises(DataError) as error:
         load_records(file, images=tmp_path / "nowhere")
+    assert mentions(error, tmp_path / "nowhere" / "a.jpg", "--images")
 
 
 def test_byte_order_mark_and_windows_line_ends(flickr: Path) -> None:
@@ -176,85 +186,88 @@ def test_photos_without_captions_are_left_out(tmp_path: Path) -> None:
     file = write(tmp_path / "x.token", "a.jpg#0\t.", "a.jpg#1\t", "b.jpg#0\tb")
     touch(tmp_path, "a.jpg", "b.jpg")
     assert captions(load_records(file)) == {"b": ("b",)}
-    with pytest.raises(DataError, match="no photo of the split 'train' has a caption"):
+    with pytest.raises(DataError) as error:
         load_records(write(tmp_path / "x.token", "a.jpg#0\t."))
+    assert mentions(error, file, "train")
 
 
 PHOTO = {"image": "a.jpg", "captions": ["a"]}
-BAD_FILES: list[tuple[list[object], str]] = [
-    ([""], "is empty; expected a Flickr token file"),
-    (["Hello"], "holds no captions; expected a Flickr token file"),
-    (["image,caption", "a.jpg,A dog"], "holds no captions"),
-    (["a.jpg#0\tA dog", "b.jpg A cat"], r"line 2: is not of the form photo.jpg#0 TAB caption: 'b.jpg A cat'"),
-    ([PHOTO, "", '{"image": "b.jpg"'], r"line 3: is not JSON \(Expecting ',' delimiter, column 18\)"),
-    ([PHOTO, ["b.jpg"]], r"line 2: must be \{\"image\": ..., \"captions\": \[...\]\}, not '\[\"b.jpg\"\]'"),
-    ([{"image": "a.jpg", "caption": "a"}], r"line 1: must be"),
-    ([PHOTO, {"image": 3, "captions": []}], "line 2, image: must be a string, not 3"),
-    ([PHOTO, {"image": "", "captions": []}], "line 2, image: must name a photo, not ''"),
-    ([{"image": "a.jpg", "captions": {"en": "a"}}], "line 1, captions: must be a list of strings"),
-    ([{"image": "a.jpg", "captions": ["a", None]}], r"line 1, captions\[1\]: must be a string, not None"),
-    ([{"image": "a.jpg", "captions": ["\ud800"]}], r"line 1, captions\[0\]: holds half of a surrogate pair"),
-    ([PHOTO | {"split": 1}], "line 1, split: must be a string, not 1"),
-    ([PHOTO | {"id": 1.5}], "line 1, id: must be a whole number or a name, not 1.5"),
-    ([PHOTO | {"id": " "}], "line 1, id: is empty"),
-    ([PHOTO | {"split": "dev"}, {"image": "b.jpg", "captions": []}], 'line 2: has no "split", though others have'),
-    ([PHOTO | {"split": "dev"}, PHOTO | {"split": "train"}], "line 2: puts a.jpg into 'train', but line 1 into 'dev'"),
-    ([PHOTO, PHOTO | {"image": "a.png"}], r"line 2: a.png has the id 'a' of a.jpg \(line 1\); ids must differ"),
-    (["{", ' "images": [', "  {"], r"is damaged JSON \(.*line 4 column 1"),
-    ([[PHOTO]], "is one JSON list; expected"),
-    ([{"images": {}}], r"images: must be a list of photos, not \{\}"),
-    ([{"images": [3]}], r"images\[0\]: must be an object, not 3"),
-    (
-        [{"images": [{"file_name": "a.jpg"}], "annotations": []}],
-        r"images\[0\]: has no 'id'",
-    ),
-    ([{"images": [{"filename": "a.jpg"}]}], r"images\[0\]: has no 'sentences'"),
-    ([{"images": [{"filename": "a.jpg", "sentences": ["a"]}]}], r"images\[0\].sentences: must be a list of objects"),
-    ([{"images": []}], r"images: must be a list of photos, not \[\]"),
-    (["[" * 100_000], "damaged JSON"),
+BAD_FILES: list[tuple[list[object], tuple[str, ...]]] = [
+    ([""], ("expected a Flickr token file",)),
+    (["Hello"], ("'Hello", "expected a Flickr token file")),
+    (["image,caption", "a.jpg,A dog"], ("'image,caption",)),
+    (["a.jpg#0\tA dog", "b.jpg A cat"], ("line 2", "'b.jpg A cat'")),
+    ([PHOTO, "", '{"image": "b.jpg"'], ("line 3", "JSON", "column 17")),
+    ([PHOTO, ["b.jpg"]], ("line 2", "['b.jpg']")),
+    ([{"image": "a.jpg", "caption": "a"}], ("line 1", "captions")),
+    ([PHOTO, {"image": 3, "captions": []}], ("line 2", "image", "3")),
+    ([PHOTO, {"image": "", "captions": []}], ("line 2", "image")),
+    ([{"image": "a.jpg", "captions": {"en": "a"}}], ("line 1", "captions", "{'en': 'a'}")),
+    ([{"image": "a.jpg", "captions": ["a", None]}], ("line 1", "captions.1", "None")),
+    ([{"image": "a.jpg", "captions": ["\ud800"]}], ("line 1", "ud800")),
+    ([PHOTO | {"split": 1}], ("line 1", "split", "1")),
+    ([PHOTO | {"id": 1.5}], ("line 1", "id", "1.5")),
+    ([PHOTO | {"id": True}], ("line 1", "id", "True")),
+    ([PHOTO | {"id": " "}], ("line 1", "id", "' '")),
+    ([PHOTO | {"split": "dev"}, {"image": "b.jpg", "captions": []}], ("line 2", "split")),
+    ([PHOTO | {"split": "dev"}, PHOTO | {"split": "train"}], ("line 2", "a.jpg", "'train'", "line 1", "'dev'")),
+    ([PHOTO, PHOTO | {"image": "a.png"}], ("line 2", "a.png", "id 'a'", "line 1", "a.jpg")),
+    (["{", ' "images": [', "  {"], ("JSON", "line 4")),
+    ([[PHOTO]], ("expected a Flickr token file",)),
+    ([{"images": {}}], ("images", "{}")),
+    ([{"images": [3]}], ("images.0", "3")),
+    ([{"images": [{"file_name": "a.jpg"}], "annotations": []}], ("images.0.id",)),
+    ([{"images": [{"filename": "a.jpg", "sentences": ["a"]}]}], ("images.0.sentences.0", "'a'")),
+    ([{"images": [{"sentences": []}]}], ("images.0.filename",)),
+    ([{"images": []}], ("images", "[]")),
+    (["[" * 100_000], ("[[[",)),
+    (['{"image": "a.jpg", "captions": ' + "[" * 100_000], ("line 1", "JSON")),
 ]
 
 
-@pytest.mark.parametrize(("lines", "message"), BAD_FILES)
-def test_bad_files_are_explained(tmp_path: Path, lines: list[object], message: str) -> None:
+@pytest.mark.parametrize(("lines", "values"), BAD_FILES)
+def test_bad_files_are_explained(tmp_path: Path, lines: list[object], values: tuple[str, ...]) -> None:
     file = write(tmp_path / "captions.txt", *lines)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(DataError) as error:
         load_records(file)
-    assert str(file) in str(error.value)
+    assert mentions(error, file, *values)
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(DataError, match=r"photo.jpg: is not UTF-8 text \(byte 0\); expected"):
-        load_records(tmp_path / "photo.jpg")
-    for missing in ("none.jsonl", "x" * 5000):
-        with pytest.raises(DataError, match=r"cannot be read \("):
-            load_records(tmp_path / missing)
+    for name, value in (("photo.jpg", "0xff"), ("none.jsonl", "No such file"), ("x" * 5000, "too long")):
+        with pytest.raises(DataError) as error:
+            load_records(tmp_path / name)
+        assert mentions(error, tmp_path / name, value)
 
 
 def test_folders_without_one_caption_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no caption file \(there is no .txt, .token, .json or .jsonl file"):
-        load_records(tmp_path)
+    def refused(*values: object) -> bool:
+        with pytest.raises(DataError) as error:
+            load_records(tmp_path)
+        return mentions(error, tmp_path, *values)
+
+    assert refused("expected a Flickr token file")
     write(tmp_path / "readme.txt", "Hello")
-    with pytest.raises(DataError, match=r"holds no caption file \(its text files are readme.txt\)"):
-        load_records(tmp_path)
+    assert refused("readme.txt", "expected a Flickr token file")
     write(tmp_path / "train.jsonl", PHOTO)
     write(tmp_path / "dev.jsonl", PHOTO)
-    with pytest.raises(DataError, match=r"holds several caption files \(dev.jsonl, train.jsonl\); name the one"):
-        load_records(tmp_path)
+    assert refused("2", "dev.jsonl, train.jsonl")
 
 
 def test_bad_split_lists(flickr: Path) -> None:
+    def refused(*values: object) -> bool:
+        with pytest.raises(DataError) as error:
+            load_records(flickr)
+        return mentions(error, flickr, *values)
+
     write(flickr / "more-train.txt", "b.jpg")
-    with pytest.raises(DataError, match=r"Flickr_8k.trainImages.txt and more-train.txt both list train photos"):
-        load_records(flickr)
+    assert refused("Flickr_8k.trainImages.txt", "more-train.txt", "'train'")
     (flickr / "more-train.txt").unlink()
     write(flickr / "Flickr_8k.testImages.txt", "d.jpg", "a.jpg")
-    with pytest.raises(DataError, match=r"trainImages.txt: lists a.jpg, as Flickr_8k.testImages.txt does"):
-        load_records(flickr)
+    assert refused("trainImages.txt", "'a.jpg'", "testImages.txt")
     write(flickr / "Flickr_8k.testImages.txt", "d.jpg", "e.jpg", "f.jpg")
-    with pytest.raises(DataError, match=r"testImages.txt: 2 of its 3 photos have no caption .*the first: 'e.jpg'"):
-        load_records(flickr)
+    assert refused("testImages.txt", "2 of 3", "'e.jpg'")
 
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).map(str.strip)
@@ -366,8 +379,7 @@ def test_added_photos_move_no_other(count: int, added: int, fraction: float, see
 
 
 def test_what_cannot_be_held_out() -> None:
-    for fraction in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(DataError, match="must lie between 0 and 1"):
-            split_records(numbered(3), fraction, 0)
-    with pytest.raises(DataError, match="at least 2 are needed"):
-        split_records(numbered(1), 0.5, 0)
+    for fraction, count in ((0.0, 3), (1.0, 3), (-1.0, 3), (float("nan"), 3), (0.5, 1)):
+        with pytest.raises(DataError) as error:
+            split_records(numbered(count), fraction, 0)
+        assert mentions(error, fraction, f"{count} photos")

@@ -21,7 +21,7 @@ from itune.loading import load_captioner
 from itune.methods.base import CaptionModel
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel, count_parameters
-from itune.retrieval.build import Source, build_datastore
+from itune.retrieval.build import CaptionSource, build_datastore
 from itune.runtime.errors import DatastoreError, ItuneError, SearchError
 from itune.runtime.settings import TextSettings
 from itune.training.batches import Batch, TokenizedRecord, make_batch, pack_batch, tokenize
@@ -192,7 +192,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
         texts = [CAPTIONS[i % 6], f"Number {i} of {CAPTIONS[(i + 1) % 6]}"]
         lines.append(json.dumps({"image": f"{i}.png", "captions": texts, "id": str(i)}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
-    build_datastore(Source(folder / "captions.jsonl"), str(clip_folder), folder / "store")
+    build_datastore(CaptionSource(captions=folder / "captions.jsonl"), str(clip_folder), folder / "store")
     return folder
 
 

@@ -170,29 +170,32 @@ SAYS_17 = 'test "$1" = -version && echo \'openjdk version "17.0.1"\' >&2 && exit
 
 
 @pytest.mark.parametrize(
-    ("script", "sentence"),
+    ("script", "values"),
     [
-        (None, r"there is no Java: install one, or pip install"),
-        ("exit 1", r"bin/java cannot say a Java version: install another"),
-        ("echo 'no runtime present'", r"bin/java cannot say a Java version"),
-        (f"{SAYS_17}; echo 'Error: no memory' >&2; exit 3", r"meteor-1.5.jar failed .*status 3: Error: no memory"),
-        (f"{SAYS_17}; cat >/dev/null; echo 1 2 3", r"meteor-1.5.jar .* printed 1 lines that are not its counts"),
-        (f"{SAYS_17}; cat >/dev/null; echo hello", r"meteor-1.5.jar .* printed 1 lines that are not its counts"),
+        (None, ["itune[metrics]"]),
+        ("exit 1", ["bin/java"]),
+        ("echo 'no runtime present'", ["bin/java"]),
+        (f"{SAYS_17}; echo 'Error: no memory' >&2; exit 3", ["meteor-1.5.jar", "bin/java", "3: Error: no memory"]),
+        (f"{SAYS_17}; cat >/dev/null; echo 1 2 3", ["meteor-1.5.jar", "bin/java"]),
+        (f"{SAYS_17}; cat >/dev/null; echo hello", ["meteor-1.5.jar", "bin/java", "hello"]),
     ],
 )
 def test_a_java_that_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None, sentence: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None, values: list[str]
 ) -> None:
     pytest.importorskip("pycocoevalcap")
-    with only_java(monkeypatch, tmp_path, script), pytest.raises(UnavailableError, match=sentence) as caught:
+    with only_java(monkeypatch, tmp_path, script), pytest.raises(UnavailableError) as caught:
         meteor.meteor([(["a"], [["a"]])])
     assert "\n" not in str(caught.value)
+    assert all(value in str(caught.value) for value in values)
 
 
 def test_java_home_is_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    with pytest.raises(UnavailableError, match=r"JAVA_HOME is .*, where there is no bin/java: correct it, or unset it"):
+    with pytest.raises(UnavailableError) as error:
         find_java()
+    assert str(tmp_path / "bin" / "java") in str(error.value)
+    assert "JAVA_HOME" in str(error.value)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "java").write_text("#!/bin/sh\necho 'java version \"1.8.0_292\"' >&2\n")
     (tmp_path / "bin" / "java").chmod(0o755)
@@ -214,23 +217,23 @@ def test_the_other_scores_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     found = evaluate(captions, {image: [text] for image, text in captions.items()})
     assert list(found.scores()) == ["cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"]
     assert found.missing.keys() == {"meteor", "spice"}
-    assert all("pycocoevalcap is not installed: pip install" in reason for reason in found.missing.values())
+    assert all("pycocoevalcap" in reason and "itune[metrics]" in reason for reason in found.missing.values())
     left_out = evaluate(captions, {image: [text] for image, text in captions.items()}, java=False)
     assert left_out.scores() == found.scores()
     assert left_out.missing == dict.fromkeys(("meteor", "spice"), "left out, as it needs Java")
 
 
 @pytest.mark.parametrize(
-    ("version", "models", "sentence"),
+    ("version", "models", "values"),
     [
-        (11, False, r"its models are not there: put stanford-corenlp-3.6.0.jar and .*-models.jar .* into .*lib$"),
-        (17, False, r"models are not there: .*; .* is Java 17, too new for it: set JAVA_HOME to a Java from 8 to 15"),
-        (17, True, r"^[^;]* is Java 17, too new for it: set JAVA_HOME to a Java from 8 to 15"),
-        (11, True, r"spice-1.0.jar failed on .* \(status 1: Exception in thread main\)"),
+        (11, False, ["stanford-corenlp-3.6.0.jar", "3.6.0-models.jar", "spice/lib"]),
+        (17, False, ["stanford-corenlp-3.6.0.jar", "Java 17", "JAVA_HOME"]),
+        (17, True, ["Java 17", "JAVA_HOME"]),
+        (11, True, ["spice-1.0.jar", "status 1", "Exception in thread main"]),
     ],
 )
 def test_spice_says_what_it_lacks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, models: bool, sentence: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, models: bool, values: list[str]
 ) -> None:
     """The program itself was never run: its models were not to be had."""
     package = tmp_path / "pycocoevalcap"
@@ -241,8 +244,10 @@ def test_spice_says_what_it_lacks(
     script = f"{said}; echo 'Exception in thread main' >&2; echo '  at x' >&2; exit 1"
     with only_java(monkeypatch, tmp_path, script):
         monkeypatch.setattr(java, "_package", lambda name: package if name == "pycocoevalcap" else None)
-        with pytest.raises(UnavailableError, match=sentence):
+        with pytest.raises(UnavailableError) as error:
             spice.spice([(["a"], [["a"]])])
+    assert all(value in str(error.value) for value in values)
+    assert ("stanford" in str(error.value)) is not models
 
 
 def test_spice_reads_what_its_program_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -262,8 +267,9 @@ def test_spice_reads_what_its_program_writes(monkeypatch: pytest.MonkeyPatch, tm
         found: Metric = spice.spice([(["a"], [["a"]]), (["b"], [["c"]])])
         assert found.per_image()[:, 0].tolist() == [0.75, 0.25]
         assert found.scores().tolist() == [0.5]
-        with pytest.raises(UnavailableError, match=r"wrote no scores \(KeyError\(2\)\)"):
+        with pytest.raises(UnavailableError) as error:
             spice.spice([(["a"], [["a"]])] * 3)
+        assert "spice-1.0.jar" in str(error.value)
 
 
 def test_bleu_of_words_of_the_coco_tokenizer_and_of_ours(shared_data: Path) -> None:
@@ -276,4 +282,4 @@ def test_bleu_of_words_of_the_coco_tokenizer_and_of_ours(shared_data: Path) -> N
         pytest.skip(str(error))
     other = [(theirs[0][k][0].split(), [line.split() for line in theirs[1][k]]) for k in candidates]
     assert pairs == other
-    assert bleu.corpus_bleu(pairs) == bleu.corpus_bleu(other)
+    assert bleu.bleu_metric(pairs).scores().tolist() == bleu.bleu_metric(other).scores().tolist()

@@ -184,14 +184,16 @@ def test_one_object_scores_again_and_again() -> None:
         assert cider.score(candidates) == pytest.approx(score(candidates, references).cider)
 
 
-def test_errors_name_the_image() -> None:
-    with pytest.raises(ItuneError, match=r"2 of .* no reference captions \(the first: 'b'\)"):
-        score({"a": "x", "c": "y", "b": "z"}, {"a": ["x"]})
-    with pytest.raises(ItuneError, match=r"1 of .* not captioned \(the first: 'b'\)"):
-        CiderD({"a": ["x"], "b": ["y"]}).score({"a": "x"})
-    with pytest.raises(ItuneError, match="no reference captions to score"):
-        score({}, {"a": ["x"]})
-    with pytest.raises(ItuneError, match="Image 'a' needs a list"):
-        score({"a": "x"}, {"a": []})
-    with pytest.raises(ItuneError, match="Image 'a' needs a list"):
-        score({"a": "x"}, {"a": "a bare string"})
+@pytest.mark.parametrize(
+    ("candidates", "references", "values"),
+    [
+        ({"a": "x", "c": "y", "b": "z"}, {"a": ["x"]}, ["2 of 3", "'b'"]),
+        ({}, {"a": ["x"]}, ["0 of 0"]),
+        ({"a": "x"}, {"a": []}, ["'a'"]),
+        ({"a": "x"}, {"a": "a bare string"}, ["'a'"]),
+    ],
+)
+def test_errors_name_the_image(candidates: dict[str, str], references: dict[str, list[str]], values: list[str]) -> None:
+    with pytest.raises(ItuneError) as error:
+        score(candidates, references)
+    assert all(value in str(error.value) for value in values)

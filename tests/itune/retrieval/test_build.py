@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from itune.backbones import BackboneError
 from itune.cli.datastore import main
 from itune.data.features import LiveFeatures
 from itune.data.records import load_records
 from itune.retrieval import build as building
-from itune.retrieval.build import Source, add_to_datastore, build_datastore, photos_in
+from itune.retrieval.build import Added, add_to_datastore, build_datastore, photos_in
 from itune.retrieval.encoder import Own, TextEncoder, load_encoder, retrieve_for
+from itune.retrieval.options import CaptionSource, DatastoreOptions
 from itune.runtime.errors import DatastoreError, ItuneError
 from itune.runtime.image import decode, preprocess
 from itune.runtime.retrieval.datastore import Datastore
@@ -44,15 +47,30 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text_store(tmp_path_factory: pytest.TempPathFactory, captions: Path, full_clip_folder: Path) -> Path:
     store = tmp_path_factory.mktemp("stores") / "text"
-    build_datastore(Source(captions), str(full_clip_folder), store)
+    build(captions, full_clip_folder, store)
     return store
 
 
 @pytest.fixture(scope="module")
 def image_store(tmp_path_factory: pytest.TempPathFactory, captions: Path, clip_folder: Path) -> Path:
     store = tmp_path_factory.mktemp("stores") / "image"
-    build_datastore(Source(captions), str(clip_folder), store)
+    build(captions, clip_folder, store)
     return store
+
+
+def build(captions: Path, encoder: Path, store: Path, **options: Any) -> Added:
+    return build_datastore(CaptionSource(captions=captions), str(encoder), store, DatastoreOptions(**options))
+
+
+def add(store: Path, captions: Path, encoder: Path | None = None) -> Added:
+    return add_to_datastore(store, CaptionSource(captions=captions), encoder=None if encoder is None else str(encoder))
+
+
+def refuses(error: type[Exception], values: list[object], action: Callable[..., object], *arguments: Any) -> None:
+    """The error's message names each of the values."""
+    with pytest.raises(error) as caught:
+        action(*arguments)
+    assert [value for value in values if str(value) not in str(caught.value)] == []
 
 
 def embed(encoder: Path, photo: int, folder: Path) -> Any:
@@ -100,7 +118,7 @@ def test_a_photo_finds_itself_among_others(image_store: Path, clip_folder: Path,
 def test_centering_is_what_the_manifest_says(tmp_path: Path, captions: Path, clip_folder: Path) -> None:
     rows = {}
     for center in (True, False):
-        build_datastore(Source(captions), str(clip_folder), tmp_path / str(center), center=center)
+        build(captions, clip_folder, tmp_path / str(center), center=center)
         rows[center] = np.array(Datastore.load(tmp_path / str(center)).embeddings)
     mean = rows[False].mean(axis=0)
     expected = rows[False] - mean
@@ -141,21 +159,19 @@ def test_adding_in_two_steps_is_building_at_once(
     first = captions.with_name("first.jsonl")
     first.write_text("\n".join(lines[:5]), encoding="utf-8")
     store = tmp_path / "store"
-    build_datastore(Source(first), str(full_clip_folder), store)
+    build(first, full_clip_folder, store)
     reader = Datastore.load(store)
-    again = Source(captions)
-    manifest = add_to_datastore(store, again)
-    assert again.known == 5
+    added = add(store, captions)
+    assert added.known == 5
     whole = Datastore.load(text_store)
     grown = Datastore.load(store, verify=True)
     np.testing.assert_allclose(grown.embeddings, whole.embeddings, atol=1e-6)
     np.testing.assert_array_equal(grown.entries, whole.entries)
     assert [grown.captions[i] for i in range(2 * PHOTOS)] == [whole.captions[i] for i in range(2 * PHOTOS)]
-    assert [source["photos"] for source in manifest.provenance["sources"]] == [5, 7]
+    assert [source["photos"] for source in added.manifest.provenance["sources"]] == [5, 7]
     assert len(reader.search(np.ones((1, 20)), 4)[0]) == 4  # who had the old one open, still has it
-    with pytest.raises(DatastoreError, match="all of its 12 photos are in the datastore already"):
-        add_to_datastore(store, Source(captions))
-    assert Datastore.load(store, verify=True).manifest == manifest
+    refuses(DatastoreError, [captions, 12, "already"], add, store, captions)
+    assert Datastore.load(store, verify=True).manifest == added.manifest
     assert list(tmp_path.iterdir()) == [store]
 
 
@@ -172,9 +188,9 @@ def test_an_interrupted_build_leaves_nothing(
 
     monkeypatch.setattr(building, "_write_embeddings", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build_datastore(Source(captions), str(clip_folder), tmp_path / "new")
+        build(captions, clip_folder, tmp_path / "new")
     with pytest.raises(KeyboardInterrupt):
-        add_to_datastore(store, Source(more), encoder=str(clip_folder))
+        add(store, more, clip_folder)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert Datastore.load(store, verify=True).manifest == before
 
@@ -189,11 +205,11 @@ def test_many_entries_are_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for file, count in zip(files, (1200, 1500), strict=True):
         file.write_text("\n".join(lines[:count]), encoding="utf-8")
     exact = tmp_path / "exact"
-    build_datastore(Source(files[1]), str(full_clip_folder), exact)
+    build(files[1], full_clip_folder, exact)
     monkeypatch.setattr(building, "FLAT_ENTRIES", 1000)
     store = tmp_path / "store"
-    build_datastore(Source(files[0]), str(full_clip_folder), store)
-    manifest = add_to_datastore(store, Source(files[1]))
+    build(files[0], full_clip_folder, store)
+    manifest = add(store, files[1]).manifest
     assert (manifest.index, manifest.entries) == ("ivf", 1500)
     queries = rng.normal(size=(20, 20)).astype(np.float32)
     flat, ivf = Datastore.load(exact), Datastore.load(store, verify=True)
@@ -214,12 +230,11 @@ def test_two_additions_do_not_lose_one(
     write = building._write_embeddings
 
     def meanwhile(*arguments: Any) -> None:
-        with pytest.raises(DatastoreError, match="another command is adding to it; add again when"):
-            add_to_datastore(store, Source(more), encoder=str(clip_folder))
+        refuses(DatastoreError, [store], add, store, more, clip_folder)
         write(*arguments)
 
     monkeypatch.setattr(building, "_write_embeddings", meanwhile)
-    add_to_datastore(store, Source(more), encoder=str(clip_folder))
+    add(store, more, clip_folder)
     assert Datastore.load(store, verify=True).manifest.images == PHOTOS + 1
     assert list(tmp_path.iterdir()) == [store]
 
@@ -243,16 +258,13 @@ def test_files_that_number_their_photos_alike(tmp_path: Path, clip_folder: Path,
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("\n".join(map(json.dumps, images)), encoding="utf-8")
     store = tmp_path / "store"
-    build_datastore(Source(files[0]), str(clip_folder), store)
-    second = Source(files[1])
-    add_to_datastore(store, second)
+    build(files[0], clip_folder, store)
+    assert add(store, files[1]).known == 0
     whole = Datastore.load(store, verify=True)
-    assert second.known == 0
     assert [whole.images[i] for i in range(4)] == ["no  0", "no  1", "there:no  0", "there:no  1"]
     assert [whole.captions[i] for i in range(4)] == ["a dog", "a cat", "a bus", "A dog."]
     for file in files:
-        with pytest.raises(DatastoreError, match="all of its 2 photos are in the datastore already"):
-            add_to_datastore(store, Source(file))
+        refuses(DatastoreError, [file, 2, "already"], add, store, file)
 
 
 def test_faiss_is_missed_before_anything_is_embedded(
@@ -260,10 +272,12 @@ def test_faiss_is_missed_before_anything_is_embedded(
 ) -> None:
     monkeypatch.setattr(building, "FLAT_ENTRIES", 10)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    done: list[str] = []
-    with pytest.raises(DatastoreError, match=r"faiss not installed, .* pip install 'itune\[retrieval\]'"):
-        build_datastore(Source(captions), str(clip_folder), tmp_path / "s", report=lambda what, *_: done.append(what))
-    assert done == []
+    stages: list[str] = []
+    source = CaptionSource(captions=captions)
+    with pytest.raises(DatastoreError) as error:
+        build_datastore(source, str(clip_folder), tmp_path / "s", progress=lambda what, *_: stages.append(what))
+    assert "itune[retrieval]" in str(error.value)
+    assert stages == []
 
 
 def test_a_link_to_a_datastore_stays_one(tmp_path: Path, captions: Path, clip_folder: Path, image_store: Path) -> None:
@@ -271,45 +285,46 @@ def test_a_link_to_a_datastore_stays_one(tmp_path: Path, captions: Path, clip_fo
     (tmp_path / "link").symlink_to("real")
     more = captions.with_name("three.jsonl")
     more.write_text('{"image": "0.png", "captions": ["new"], "id": "new"}', encoding="utf-8")
-    add_to_datastore(tmp_path / "link", Source(more), encoder=str(clip_folder))
+    add(tmp_path / "link", more, clip_folder)
     assert (tmp_path / "link").is_symlink()
     assert Datastore.load(tmp_path / "real").manifest.images == PHOTOS + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_refusals(tmp_path: Path, captions: Path, clip_folder: Path, full_clip_folder: Path, image_store: Path) -> None:
-    with pytest.raises(BackboneError, match="no visual_projection"):
-        build_datastore(Source(captions), str(clip_folder), tmp_path / "s", kind="text")
-    with pytest.raises(DatastoreError, match="--kind text contradicts"):
-        build_datastore(Source(captions), str(full_clip_folder), tmp_path / "s", kind="text", pooling="mean")
-    with pytest.raises(DatastoreError, match=r"exists: give another --output, --force"):
-        build_datastore(Source(captions), str(clip_folder), image_store)
-    (tmp_path / "other").mkdir()
+    new = tmp_path / "s"
+    with pytest.raises(BackboneError) as error:
+        build(captions, clip_folder, new, kind="text")
+    assert "visual_projection" in str(error.value)
+    with pytest.raises(ValidationError) as contradiction:
+        build(captions, full_clip_folder, new, kind="text", pooling="mean")
+    assert "--pooling mean" in str(contradiction.value)
+    refuses(DatastoreError, [image_store, "--force"], build, captions, clip_folder, image_store)
+    other = tmp_path / "other"
+    other.mkdir()
     for force in (True, False):
-        with pytest.raises(DatastoreError, match=r"other exists and is no datastore: choose another --output$"):
-            build_datastore(Source(captions), str(clip_folder), tmp_path / "other", force=force)
-    with pytest.raises(ItuneError, match=r"captions\.jsonl/s cannot be written \(a file is in its way\): name another"):
-        build_datastore(Source(captions), str(clip_folder), captions / "s")
-    with pytest.raises(ItuneError, match=r"--cache-features .*captions\.jsonl cannot be made a folder \(Not a dir"):
-        build_datastore(Source(captions, cache=captions), str(clip_folder), tmp_path / "s")
+        with pytest.raises(DatastoreError) as refused:
+            build(captions, clip_folder, other, force=force)
+        assert str(other) in str(refused.value)
+        assert "--force" not in str(refused.value)
+    refuses(ItuneError, [captions / "s"], build, captions, clip_folder, captions / "s")
+    source = CaptionSource(captions=captions, cache_features=captions)
+    refuses(ItuneError, [f"--cache-features {captions}"], build_datastore, source, str(clip_folder), new)
     store = shutil.copytree(image_store, tmp_path / "deep" / "store")
     (store / "mine.txt").write_text("precious")
-    with pytest.raises(ItuneError, match=r"store holds mine\.txt, which would be lost"):
-        build_datastore(Source(captions), str(clip_folder), store, force=True)
-    with pytest.raises(ItuneError, match=r"store holds mine\.txt, which would be lost"):
-        add_to_datastore(store, Source(captions), encoder=str(clip_folder))
+    with pytest.raises(ItuneError) as lost:
+        build(captions, clip_folder, store, force=True)
+    assert "mine.txt" in str(lost.value)
+    refuses(ItuneError, [store, "mine.txt"], add, store, captions, clip_folder)
     (store / "mine.txt").unlink()
-    with pytest.raises(DatastoreError, match="name it with --encoder"):
-        add_to_datastore(store, Source(captions))
-    with pytest.raises(DatastoreError, match=r"was built with .*mean, 24 wide.* come from .*clip"):
-        add_to_datastore(store, Source(captions), encoder=str(full_clip_folder))
+    refuses(DatastoreError, [store, "--encoder"], add, store, captions)
+    refuses(DatastoreError, [store, "mean, 24 wide", full_clip_folder], add, store, captions, full_clip_folder)
     broken = captions.with_name("broken.jsonl")
     broken.with_name("bad.png").write_bytes(b"no image")
     broken.write_text('{"image": "bad.png", "captions": ["nothing"]}', encoding="utf-8")
-    with pytest.raises(DatastoreError, match="none of its photos can be read"):
-        build_datastore(Source(broken), str(clip_folder), tmp_path / "s")
-    with pytest.raises(DatastoreError, match="none of its photos can be read"):
-        build_datastore(Source(broken, cache=tmp_path / "f"), str(clip_folder), tmp_path / "s")
+    for cache in (None, tmp_path / "f"):
+        source = CaptionSource(captions=broken, cache_features=cache)
+        refuses(DatastoreError, [broken, "bad.png"], build_datastore, source, str(clip_folder), new)
     shutil.rmtree(tmp_path / "f")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "other"]
 
@@ -331,10 +346,10 @@ def test_command_line(
     store, photo = tmp_path / "store", captions.parent / "5.png"
     bad = captions.parent / "unreadable.png"
     bad.write_bytes(b"no image")
-    given = ["--captions", captions, "--encoder", clip_folder, "-o", store, "--cache-features", tmp_path / "features"]
-    status, _, told = run("build", *given)
-    assert status == 0, told
-    assert "24 captions of 12 photos, 12 entries" in told
+    arguments = ["--captions", captions, "--encoder", clip_folder, "-o", store, "--cache-features", tmp_path / "cache"]
+    status, _, message = run("build", *arguments)
+    assert status == 0, message
+    assert "24 captions of 12 photos, 12 entries" in message
     assert json.loads(run("info", store, "--json")[1])["encoder"]["pooling"] == "mean"
     assert "photos (image to image)" in run("info", store)[1]
     content = json.loads((store / "datastore.json").read_text())
@@ -348,7 +363,10 @@ def test_command_line(
     assert set(first["retrieved"][0]) == {"caption", "score", "image"}
     assert run("search", store, photo, "-k", 3)[1].count("\t") == 6
     (store / "captions.txt").write_text("damaged")
-    for command, reason in ((["info", store], "is damaged"), (["serach"], "must be one of build, add, info, search")):
-        status, _, told = run(*command)
-        assert (status, len(told.splitlines())) == (2, 1)
-        assert reason in told
+    for command, value in ((["info", store], "captions.txt"), (["serach"], "serach")):
+        status, _, message = run(*command)
+        assert (status, len(message.splitlines())) == (2, 1)
+        assert value in message
+    status, _, message = run("build", *arguments, "--kind", "text", "--pooling", "mean", "--force")
+    assert status == 2
+    assert "--pooling mean" in message
