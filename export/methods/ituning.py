@@ -18,17 +18,11 @@ import numpy as np
 
 from ...methods.ituning.model import ITuningModel
 from ...runtime.bundle import MANIFEST, DecoderSettings
-from ...runtime.errors import BundleError, ItuneError
+from ...runtime.errors import BundleError
 from ..graph.builder import Array, Graph
 from ..graph.ops import activation, add_residual, arrays, layer_norm, linear
 from .base import ExportMethod, Weights
-from .visual_attention import (
-    Projections,
-    VisualAttention,
-    VisualDecoder,
-    append_projections,
-    split_projections,
-)
+from .visual_attention import Projections, VisualDecoder, append_projections, split_projections
 
 
 def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lambda_: float) -> dict[str, Array]:
@@ -36,12 +30,7 @@ def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lam
 
     b_o stays a tensor of its own: b_proj + b_o could not be separated again. `language_model` has the names of a
     GPT2LMHeadModel's state dict, `adapters` those of a checkpoint; neither is changed.
-
-    Raises:
-        ItuneError: a scale is zero, so the merged weights would lose the adapters.
     """
-    if not score_scale or not lambda_:
-        raise ItuneError(f"score_scale {score_scale} and lambda {lambda_} must not be zero: no adapter would be left")
     merged = dict(language_model)
     for i in adapter_layers(adapters):
         mlp, layer = f"transformer.h.{i}.mlp", f"layers.{i}"
@@ -97,17 +86,17 @@ class ITuningDecoder(VisualDecoder):
             score_scale=config.score_scale,
             lambda_=config.lambda_,
         )
-        visual = VisualAttention(model.adapter_layers, config.heads, config.bottleneck)
-        super().__init__(model, weights, vocabulary, fused, visual)
+        super().__init__(model, weights, vocabulary, fused)
+        self.attend_in(model.adapter_layers, config.heads, config.bottleneck)
 
     def feed_forward(self, i: int, hidden: str) -> str:
         """The feed-forward block, and the adapter inside it where the layer has one."""
-        if i not in self.visual.layers:
+        if i not in self.visual_layers:
             return super().feed_forward(i, hidden)
         g, name = self.graph, f"transformer.h.{i}"
         with g.scope("mlp"):
             inner = linear(g, layer_norm(g, hidden, f"{name}.ln_2", self.epsilon), f"{name}.mlp.c_fc")
-            sizes = g.constant([self.inner, self.visual.width])
+            sizes = g.constant([self.inner, self.visual_width])
             inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
             inner = activation(g, inner, self.activation)
             with g.scope("adapter"):

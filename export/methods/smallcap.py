@@ -14,7 +14,7 @@ from ...runtime.bundle import DecoderSettings
 from ..graph.builder import Array, Graph
 from ..graph.ops import add_residual, arrays, layer_norm, linear
 from .base import ExportMethod, Weights
-from .visual_attention import VisualAttention, VisualDecoder, append_projections, split_projections
+from .visual_attention import VisualDecoder, append_projections, split_projections
 
 
 def fold_cross_attention(state: Weights, score_scale: float) -> dict[str, Array]:
@@ -42,8 +42,8 @@ class SmallCapDecoder(VisualDecoder):
     def __init__(self, model: SmallCapModel, vocabulary: Array | None, fused: bool) -> None:
         config = model.config
         cross = fold_cross_attention(arrays(model.adapter_state()), config.head_width**-0.5)
-        visual = VisualAttention(list(range(len(model.layers))), config.heads, config.width)
-        super().__init__(model, arrays(model.language_model_state()) | cross, vocabulary, fused, visual)
+        super().__init__(model, arrays(model.language_model_state()) | cross, vocabulary, fused)
+        self.attend_in(list(range(len(model.layers))), config.heads, config.width)
 
     def attend_visual(self, i: int, hidden: str) -> str:
         """Cross-attention and its residual."""

@@ -7,12 +7,10 @@ visual.{i}.values   float32 [images, heads, N, w]
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from ...methods.base import CaptionModel
 from ...runtime import graph_names
 from ...runtime.bundle import DecoderSettings
 from ..graph.builder import Array, Graph
@@ -60,50 +58,33 @@ def append_projections(graph: Graph, embeddings: str, projections: Projections, 
                 graph.output(name, np.float32, ("images", heads, *shape))
 
 
-@dataclass(frozen=True)
-class VisualAttention:
-    """The decoder layers that attend to the image, and the shape of that attention."""
-
-    layers: list[int]
-    heads: int
-    width: int
-    """Of all heads together."""
-
-
 class VisualDecoder(Decoder):
     """A GPT-2 some of whose layers attend to the image."""
 
-    def __init__(
-        self,
-        model: CaptionModel,
-        weights: dict[str, Array],
-        vocabulary: Array | None,
-        fused: bool,
-        visual: VisualAttention,
-    ) -> None:
-        super().__init__(model, weights, vocabulary, fused)
-        self.visual = visual
+    def attend_in(self, layers: list[int], heads: int, width: int) -> None:
+        """Set the layers that attend, and the shape of that attention; `width` is that of all heads together."""
+        self.visual_layers, self.visual_heads, self.visual_width = layers, heads, width
 
     def declare_visual(self) -> None:
         """Declare keys and values of every adapted layer."""
-        heads, width = self.visual.heads, self.visual.width // self.visual.heads
-        for i in self.visual.layers:
+        heads, width = self.visual_heads, self.visual_width // self.visual_heads
+        for i in self.visual_layers:
             self.graph.input(graph_names.keys(i), np.float32, ["images", heads, width, "N"])
             self.graph.input(graph_names.values(i), np.float32, ["images", heads, "N", width])
 
     def declare_shapes(self, tokens: str) -> None:
         """Compute the shapes of queries grouped by image, and of the result grouped by row again."""
-        g, heads = self.graph, self.visual.heads
-        images = g.op("Shape", graph_names.keys(self.visual.layers[0]), start=0, end=1)
-        width = self.visual.width // heads
+        g, heads = self.graph, self.visual_heads
+        images = g.op("Shape", graph_names.keys(self.visual_layers[0]), start=0, end=1)
+        width = self.visual_width // heads
         # A single head needs no transposition.
         by_image = g.constant([1, -1, width] if heads == 1 else [-1, heads, width])
         self.by_image = g.op("Concat", images, by_image, axis=0)
-        self.by_row = g.op("Concat", g.op("Shape", tokens), g.constant([self.visual.width]), axis=0)
+        self.by_row = g.op("Concat", g.op("Shape", tokens), g.constant([self.visual_width]), axis=0)
 
     def attend_image(self, i: int, query: str) -> str:
         """softmax(Q K^T) U [rows, T, width]: an image's rows are its queries side by side, so K and U never repeat."""
-        g, several = self.graph, self.visual.heads > 1
+        g, several = self.graph, self.visual_heads > 1
         query = g.op("Reshape", query, self.by_image)
         if several:
             query = g.op("Transpose", query, perm=[0, 2, 1, 3])

@@ -14,15 +14,13 @@ and `NAME.scales`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 from onnx import helper
 
-from ..graph.builder import MICROSOFT, Array, Graph
+from ..graph.builder import MICROSOFT, Graph
 from .weights import (
     BLOCK_SIZES,
     QMAX,
@@ -115,55 +113,33 @@ class Rows:
 Scheme = Blocks | Rows
 
 
-def take_weight(node: onnx.NodeProto, weights: dict[str, Array]) -> None:
-    """Replace an integer product's codes and scales in `weights` by the float32 weight, under its own name.
-
-    Other nodes change nothing, nor does a second product with the same weight.
-    """
-    if not _is_ours(node) or node.input[1] not in weights:
-        return
-    name, _ = _weight_name(node)
-    codes, scales = weights.pop(node.input[1]), weights.pop(f"{name}{SCALES}")
-    if node.op_type == "MatMulNBits":
-        attributes = {a.name: a.i for a in node.attribute}
-        weight = dequantize_blockwise(codes, scales, attributes["K"], attributes["bits"])
-    else:
-        weight = dequantize_per_channel(codes.T, scales)
-    weights[name] = weight.T if _was_matmul(node) else weight
-
-
-def in_floats(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The nodes of a graph with float products in place of integer ones, for the weights of `take_weight`."""
-    nodes, kept = list(nodes), []
+def restore_products(graph: Graph) -> None:
+    """Replace integer products by float ones, whose float32 weights the graph gains under their own names."""
+    nodes, graph.nodes = graph.nodes, []
     inputs = {node.name: node.input[0] for node in nodes if node.name.endswith(f"{_ROUNDING}/Abs")}
     outputs = {node.name: node.output[0] for node in nodes if node.name.endswith(f"{_ROUNDING}/Mul")}
     for node in nodes:
         if f"{_ROUNDING}/" in node.name:
             continue
-        if _is_ours(node):
-            x = inputs.get(f"{node.name}{_ROUNDING}/Abs", node.input[0])
-            output = outputs.get(f"{node.name}{_ROUNDING}/Mul", node.output[0])
-            name, _ = _weight_name(node)
-            if _was_matmul(node):
-                node = helper.make_node("MatMul", [x, name], [output], name=node.name)
-            else:
-                node = helper.make_node("Gemm", [x, name], [output], name=node.name, transB=1)
-        kept.append(node)
-    return kept
-
-
-def _is_ours(node: onnx.NodeProto) -> bool:
-    """Whether `Blocks` or `Rows` made the node: an ONNX tower may have integer products of its own."""
-    scales = {"MatMulNBits": 2, "MatMulIntegerToFloat": 3}.get(node.op_type)
-    return scales is not None and node.input[scales] == f"{_weight_name(node)[0]}{SCALES}"
-
-
-def _weight_name(node: onnx.NodeProto) -> tuple[str, bool]:
-    """The name of a product's weight, and whether its codes are stored transposed."""
-    stored = node.input[1].rpartition(".")[0]
-    return stored.removesuffix(_TRANSPOSED), stored.endswith(_TRANSPOSED)
-
-
-def _was_matmul(node: onnx.NodeProto) -> bool:
-    """Whether the weight was [K, N]: blocks are stored as [N, K], per-channel weights as [K, N]."""
-    return _weight_name(node)[1] == (node.op_type == "MatMulNBits")
+        stored = node.input[1].rpartition(".")[0] if len(node.input) > 1 else ""
+        weight = stored.removesuffix(_TRANSPOSED)
+        place = {"MatMulNBits": 2, "MatMulIntegerToFloat": 3}.get(node.op_type)
+        # An ONNX tower may have integer products of its own.
+        if place is None or node.input[place] != f"{weight}{SCALES}":
+            graph.nodes.append(node)
+            continue
+        codes, scales = graph.weights[node.input[1]], graph.weights[node.input[place]]
+        if node.op_type == "MatMulNBits":
+            attributes = {a.name: a.i for a in node.attribute}
+            array = dequantize_blockwise(codes, scales, attributes["K"], attributes["bits"])
+        else:
+            array = dequantize_per_channel(codes.T, scales)
+        # Blocks are stored as [N, K], per-channel weights as [K, N].
+        was_matmul = (stored != weight) == (node.op_type == "MatMulNBits")
+        graph.weights.setdefault(weight, array.T if was_matmul else array)
+        x = inputs.get(f"{node.name}{_ROUNDING}/Abs", node.input[0])
+        output = outputs.get(f"{node.name}{_ROUNDING}/Mul", node.output[0])
+        if was_matmul:
+            graph.nodes.append(helper.make_node("MatMul", [x, weight], [output], name=node.name))
+        else:
+            graph.nodes.append(helper.make_node("Gemm", [x, weight], [output], name=node.name, transB=1))

@@ -20,7 +20,7 @@ from onnx import helper
 
 from ...runtime.graph_names import HEAD
 from ..graph.builder import CONSTANT, Array, Graph
-from .integer_matmul import SCALES, Blocks, MatMul, Scheme, in_floats, take_weight
+from .integer_matmul import SCALES, Blocks, MatMul, Scheme, restore_products
 from .weights import BLOCK_SIZES, dequantize_per_channel, quantize_per_channel, to_half
 
 INT8, DEQUANTIZED, HALF = ".int8", ".dequantized", ".fp16"
@@ -64,55 +64,46 @@ def halve_graph(source: Path, target: Path) -> list[Path]:
     return graph.save(target)
 
 
-def read_weights(path: Path) -> dict[str, Array]:
-    """The weights of an exported graph in float32, under their names in the fp32 graph."""
-    graph = Graph.load(path)
-    weights = {name: array for name, array in graph.weights.items() if not name.startswith(CONSTANT)}
-    for node in graph.nodes:
-        take_weight(node, weights)
-        if not _is_storage(node, weights):
-            continue
-        if node.op_type == "Cast":
-            weights[node.output[0]] = weights.pop(node.input[0]).astype(np.float32)
-            continue
-        codes, scales = node.input[:2]
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        channels_first = np.moveaxis(weights.pop(codes), axis, 0)
-        weight = dequantize_per_channel(channels_first, weights.pop(scales).astype(np.float32))
-        # An embedding may be there in fp16 as well, which is more precise.
-        weights.setdefault(codes.removesuffix(INT8), np.moveaxis(weight, 0, axis))
-    for name in [name for name in weights if name.endswith(HALF)]:  # small weights of a typed graph need no cast
-        weights.setdefault(name.removesuffix(HALF), weights.pop(name))
-    return {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in weights.items()}
-
-
 def float_graph(path: Path) -> Graph:
     """The fp32 graph from which an exported one was made, with the weights as they were rounded."""
-    graph, floats = Graph.load(path), read_weights(path)
-    nodes: list[onnx.NodeProto] = []
-    sources = {f"{name}{suffix}": name for name in floats for suffix in (HALF, DEQUANTIZED)}
-    inputs = {value.name for value in graph.inputs}
-    for node in in_floats(graph.nodes):
-        if _is_storage(node, graph.weights):
-            continue
+    graph = Graph.load(path)
+    restore_products(graph)
+    weights, inputs = graph.weights, {value.name for value in graph.inputs}
+    halves = {name: name.removesuffix(HALF) for name in weights if name.endswith(HALF)}
+    for name, own in halves.items():
+        weights.setdefault(own, weights.pop(name))
+    sources = dict(halves)  # by a value of another type: its name in the fp32 graph
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        stored, *others = node.input or [""]
         changes_type = node.name == node.output[0] and node.name.endswith(_TYPE_CHANGES.get(node.op_type, ()))
-        if changes_type and node.input[0] not in inputs:
-            sources[node.output[0]] = sources.get(node.input[0], node.input[0])
-            continue
-        node.input[:] = [sources.get(name, name) for name in node.input]
-        nodes.append(node)
-    used = {name for node in nodes for name in node.input}
-    graph.nodes = nodes
-    graph.weights = {name: array for name, array in (graph.weights | floats).items() if name in used}
-    domains = {node.domain for node in nodes} | {""}
+        if node.op_type == "DequantizeLinear" and stored.endswith(INT8) and stored in weights:
+            own = sources[node.output[0]] = stored.removesuffix(INT8)
+            if own not in weights:  # an embedding may be there in fp16 as well, which is more precise
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+                scales = weights[others[0]].astype(np.float32)
+                weight = dequantize_per_channel(np.moveaxis(weights[stored], axis, 0), scales)
+                weights[own] = np.moveaxis(weight, 0, axis)
+        elif node.op_type == "Cast" and stored in halves:
+            sources[node.output[0]] = halves[stored]
+        elif changes_type and stored not in inputs:
+            sources[node.output[0]] = sources.get(stored, stored)
+        else:
+            node.input[:] = [sources.get(name, name) for name in node.input]
+            graph.nodes.append(node)
+    used = {name: weights[name] for node in graph.nodes for name in node.input if name in weights}
+    graph.weights = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in used.items()}
+    domains = {node.domain for node in graph.nodes} | {""}
     graph.opsets = {domain: version for domain, version in graph.opsets.items() if domain in domains}
     return graph
 
 
-def _is_storage(node: onnx.NodeProto, weights: dict[str, Array]) -> bool:
-    """Whether a node turns one of `weights` that this module stored into floats."""
-    suffix = {"DequantizeLinear": INT8, "Cast": HALF}.get(node.op_type)
-    return suffix is not None and node.input[0].endswith(suffix) and node.input[0] in weights
+def read_weights(path: Path) -> dict[str, Array]:
+    """The weights of an exported graph in float32, under their names in the fp32 graph."""
+    weights = {name: array for name, array in float_graph(path).weights.items() if not name.startswith(CONSTANT)}
+    # The lookup in an int8 embedding reads codes and scales of a weight that is there already.
+    stored = {f"{name}{suffix}" for name in weights for suffix in (INT8, SCALES)}
+    return {name: array for name, array in weights.items() if name not in stored}
 
 
 class _Rewriter:
