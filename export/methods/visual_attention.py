@@ -15,7 +15,7 @@ from ...runtime import graph_names
 from ...runtime.bundle import DecoderSettings
 from ..graph.builder import Array, Graph
 from ..graph.decoder import Decoder
-from ..graph.ops import arrays, attention
+from ..graph.ops import attention
 from .base import Weights
 
 WEIGHT, BIAS = "visual.weight", "visual.bias"
@@ -26,8 +26,8 @@ Projections = Mapping[int, tuple[nn.Linear, nn.Linear]]
 def join_projections(projections: Projections) -> tuple[Array, Array]:
     """All layers' projections as one: weight [d_v, layers * 2 * width] and bias, keys before values in each layer."""
     linears = [linear for pair in projections.values() for linear in pair]
-    parts = [arrays(linear.state_dict()) for linear in linears]
-    return np.concatenate([part["weight"] for part in parts]).T, np.concatenate([part["bias"] for part in parts])
+    weight = np.concatenate([linear.weight.detach().numpy() for linear in linears]).T
+    return weight, np.concatenate([linear.bias.detach().numpy() for linear in linears])
 
 
 def split_projections(settings: DecoderSettings, weights: Weights) -> dict[str, Array]:
