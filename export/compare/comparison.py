@@ -28,7 +28,7 @@ from ...runtime.image import decode, preprocess
 from ...runtime.settings import Settings
 from ...training.batches import encode_caption
 from ..bundle import export_bundle
-from ..quantize.rewrite import Precision
+from ..options import ExportOptions, Precision
 from ..vocabulary import Vocabulary
 from .fidelity import Fidelity, measure_fidelity
 from .stopwatch import Latency, measure_latency
@@ -160,10 +160,13 @@ class Comparison:
                 export_bundle(
                     self.checkpoint,
                     folder,
-                    precision=variant.precision,
-                    vision_precision=variant.vision_precision,
-                    vocabulary=vocabulary,
-                    verify=self.verify,
+                    ExportOptions(
+                        precision=variant.precision,
+                        vision_precision=variant.vision_precision,
+                        vocabulary=variant.vocabulary,
+                        data=self.data,
+                        verify=self.verify,
+                    ),
                 )
             return folder
         checkpoint = find_checkpoint(self.checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +12,10 @@ from ...backbones import OnnxTower, VisionTower
 from ...runtime.bundle import GraphEntry, Manifest, PlanSettings
 from ...runtime.errors import ItuneError
 from ..graph.builder import Graph
-from ..quantize.rewrite import Precision
+from ..options import ExportOptions, Precision
 from .calibrate import Ranges, calibrate, calibration_images, choose_ranges
 from .library import LayerReport, Library, PlanRequest, build_plan
-from .profiles import PlanLimits, plan_profile
+from .profiles import MAX_BATCH, MAX_BEAMS, PlanLimits, plan_profile
 from .typed_graph import FLOAT, HALF, cast_outputs, type_graph
 
 Role = Literal["vision", "decoder"]
@@ -23,29 +23,25 @@ ENGINE = "tensorrt"
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What a user may say about the plans."""
-
-    gpus: str | None = None
-    """Compute capabilities, as in `--gpu`; None is all that one plan can be for."""
-    limits: PlanLimits = field(default_factory=PlanLimits)
-    calibration: Path | None = None
-    """A folder of photos, or `random`; int8 needs it."""
-    report: Callable[[str, LayerReport], None] = lambda _role, _report: None
-    """Told what each graph became in TensorRT, before it is built."""
-
-
-@dataclass(frozen=True)
 class PlanWriter:
     """Writes the typed graphs of a bundle, and later its plans."""
 
-    options: PlanOptions
     precisions: Mapping[Role, Precision]
     library: Library
     gpus: list[str]
+    calibration: Path | None
+    """A folder of photos, or `random`; int8 needs it."""
+    limits: PlanLimits
+    report: Callable[[str, LayerReport], None]
+    """Called with what each graph became in TensorRT, before it is built."""
 
     @classmethod
-    def prepare(cls, options: PlanOptions, precisions: Mapping[Role, Precision]) -> PlanWriter:
+    def prepare(
+        cls,
+        options: ExportOptions,
+        precisions: Mapping[Role, Precision],
+        report: Callable[[str, LayerReport], None],
+    ) -> PlanWriter:
         """Find everything wrong with the options that can be found before a model is loaded.
 
         Raises:
@@ -53,19 +49,20 @@ class PlanWriter:
                 without photos.
         """
         library = Library.find()
-        gpus = library.choose_gpus(options.gpus)
+        gpus = library.choose_gpus(options.gpu)
         if "int4" in precisions.values():
             raise ItuneError("--precision int4 is ONNX Runtime's: with --target tensorrt give fp16, int8 or fp32")
         if "int8" in precisions.values():
-            if options.calibration is None:
+            if options.calibration_data is None:
                 raise ItuneError(
                     "--precision int8 with --target tensorrt needs photos to find the activations' ranges: name a "
                     "folder with --calibration-data, or random"
                 )
-            calibration_images(options.calibration)
-        elif options.calibration is not None:
+            calibration_images(options.calibration_data)
+        elif options.calibration_data is not None:
             raise ItuneError("--calibration-data is for --precision int8: nothing else is calibrated")
-        return cls(options, precisions, library, gpus)
+        limits = PlanLimits(options.max_beams or MAX_BEAMS, options.max_batch or MAX_BATCH)
+        return cls(precisions, library, gpus, options.calibration_data, limits, report)
 
     def for_tower(self, tower: VisionTower) -> PlanWriter:
         """What is best for a tower when nothing was said about it: fp32 for a convolutional one in place of fp16.
@@ -86,8 +83,8 @@ class PlanWriter:
         """
         histograms = None
         if "int8" in self.precisions.values():
-            assert self.options.calibration is not None
-            images = calibration_images(self.options.calibration)
+            assert self.calibration is not None
+            images = calibration_images(self.calibration)
 
             def count(done: int, total: int) -> None:
                 progress(f"calibrating on photo {done} of {total}")
@@ -122,7 +119,7 @@ class PlanWriter:
         self, entry: GraphEntry, manifest: Manifest, folder: Path, progress: Callable[[str], None]
     ) -> GraphEntry:
         name = f"{entry.role}.plan"
-        profile = plan_profile(entry.inputs, self.options.limits, manifest.tokens, manifest.decoder.visual_tokens)
+        profile = plan_profile(entry.inputs, self.limits, manifest.tokens, manifest.decoder.visual_tokens)
         request = PlanRequest(
             source=folder / entry.file,
             target=folder / name,
@@ -130,7 +127,7 @@ class PlanWriter:
             compute_capabilities=self.gpus,
         )
         progress(f"building {name}")
-        plan = build_plan(request, progress, lambda report: self.options.report(entry.role, report))
+        plan = build_plan(request, progress, lambda report: self.report(entry.role, report))
         check_types(entry, plan.report)
         settings = PlanSettings(
             flavour=self.library.flavour,

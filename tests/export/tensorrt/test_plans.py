@@ -14,13 +14,13 @@ from rich.console import Console
 
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
+from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.export.tensorrt import library as tensorrt
 from itune.export.tensorrt import plans
 from itune.export.tensorrt.library import Library, Plan, layer_table
 from itune.export.tensorrt.plan_builder import Builder
-from itune.export.tensorrt.plans import PlanOptions, PlanWriter
-from itune.export.tensorrt.profiles import PlanLimits
+from itune.export.tensorrt.plans import PlanWriter
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle, default_bundle
 from itune.runtime.errors import ItuneError
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, tensorrt.LIBRARIES)), reason="TensorRT is not installed: no plan can be built"
 )
 GPUS = "sm86,sm89"
-LIMITS = PlanLimits(max_beams=4, max_batch=2, max_new_tokens=12)
 
 
 def export(
@@ -40,17 +39,25 @@ def export(
     """The bundle, and what TensorRT made of each graph by its role."""
     reports = {}
     if "int8" in (precision, vision):
-        options.setdefault("calibration", Path("random"))
-    wanted = PlanOptions(gpus=GPUS, limits=LIMITS, report=reports.__setitem__, **options)
+        options.setdefault("calibration_data", Path("random"))
+    wanted = ExportOptions(
+        target="tensorrt",
+        precision=precision,
+        vision_precision=vision,
+        verify=verify,
+        gpu=GPUS,
+        max_beams=4,
+        max_batch=2,
+        **options,
+    )
     checks = []
     export_bundle(
         checkpoint,
         folder,
-        precision=precision,
-        vision_precision=vision,
-        plans=wanted,
-        verify=verify,
+        wanted,
+        search={"max_new_tokens": 12},
         report=checks.extend,
+        report_plan=reports.__setitem__,
     )
     assert all(check.passed for check in checks)
     assert bool(checks) == verify
@@ -69,7 +76,7 @@ def onnx_bundles(onnx_checkpoint, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plans")
     return {
         precision: export(onnx_checkpoint, folder / precision, precision, verify=True, **calibration)
-        for precision, calibration in {"fp32": {}, "fp16": {}, "int8": {"calibration": photos[0].parent}}.items()
+        for precision, calibration in {"fp32": {}, "fp16": {}, "int8": {"calibration_data": photos[0].parent}}.items()
     }
 
 
@@ -151,7 +158,13 @@ def test_layers_of_each_precision(bundles):
 
 def test_report_names_the_tensors_of_each_type(bundles):
     names = {precision: reports["decoder"].names for precision, (_, reports) in bundles.items()}
-    in_fp32 = {"embeddings/Add", "h.*/attn/LayerNormalization", "h.*/attn/Softmax", "h.*/mlp/adapter/MatMul", "logits"}
+    in_fp32 = {
+        "embeddings/residual/Add",
+        "h.*/attn/LayerNormalization",
+        "h.*/attn/Softmax",
+        "h.*/mlp/adapter/MatMul",
+        "logits",
+    }
     in_fp16 = {"h.*/attn/MatMul", "present.*.key", "present.*.value", "h.*/mlp/Gelu"}
     for precision in ("fp16", "int8"):
         assert in_fp32 <= set(names[precision]["float32"])
@@ -225,7 +238,7 @@ def test_restored_tower(onnx_bundles, pixels, tmp_path, precision):
     """The tower comes back in fp32, with the weights as they were rounded, for ONNX Runtime to export again."""
     bundle, _ = onnx_bundles[precision]
     restore_bundle(bundle.folder, tmp_path / "parts")
-    export_bundle(tmp_path / "parts" / "checkpoint", tmp_path / "again", precision="fp32", verify=False)
+    export_bundle(tmp_path / "parts" / "checkpoint", tmp_path / "again", ExportOptions(precision="fp32", verify=False))
     plain, typed = (
         Captioner.load(folder, engine="onnxruntime").engine.encode(pixels[4:])  # like the photos it was calibrated on
         for folder in (tmp_path / "again", bundle.folder)
@@ -242,7 +255,7 @@ def test_restored(bundles, tmp_path, precision):
     """What a bundle gives back is what its graphs compute: an fp32 export of it makes the same captions."""
     bundle, _ = bundles[precision]
     restore_bundle(bundle.folder, tmp_path / "parts")
-    export_bundle(tmp_path / "parts" / "checkpoint", tmp_path / "again", precision="fp32", verify=False)
+    export_bundle(tmp_path / "parts" / "checkpoint", tmp_path / "again", ExportOptions(precision="fp32", verify=False))
     before, after = (Graph.load(folder / "decoder.onnx") for folder in (bundle.folder, tmp_path / "again"))
     name = "transformer.h.0.attn.c_attn.weight"
     weight = before.weights.get(name)
@@ -255,7 +268,7 @@ def test_default_model(tmp_path):
     restore_bundle(default_bundle(), tmp_path / "restored")
     sizes = {}
     for precision in ("fp32", "fp16", "int8"):
-        photos = {"calibration": REPOSITORY / "examples"} if precision == "int8" else {}
+        photos = {"calibration_data": REPOSITORY / "examples"} if precision == "int8" else {}
         bundle, reports = export(tmp_path / "restored" / "checkpoint", tmp_path / precision, precision, **photos)
         assert bundle.graph("decoder", "tensorrt").plan.profiles[0]["past_key_values.5.key"].min[2] == 0
         assert ("int8" in reports["decoder"].layers) == (precision == "int8")
@@ -283,25 +296,23 @@ def test_gpt2_base(base_checkpoint, tmp_path):
     ("precisions", "options", "message"),
     [
         ("int8", {}, "--precision int8 with --target tensorrt needs photos .* with --calibration-data, or random"),
-        ("int8", {"calibration": Path("nowhere")}, "--calibration-data nowhere: is not a folder"),
+        ("int8", {"calibration_data": Path("nowhere")}, "--calibration-data nowhere: is not a folder"),
         ("int4", {}, "--precision int4 is ONNX Runtime's"),
-        ("fp16", {"calibration": Path("random")}, "--calibration-data is for --precision int8"),
+        ("fp16", {"calibration_data": Path("random")}, "--calibration-data is for --precision int8"),
     ],
 )
 def test_options_that_cannot_be(precisions, options, message):
     with pytest.raises(ItuneError, match=message):
-        PlanWriter.prepare(PlanOptions(**options), {"vision": precisions, "decoder": precisions})
+        PlanWriter.prepare(ExportOptions(**options), {"vision": precisions, "decoder": precisions}, lambda *_: None)
 
 
 @pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"max_new_tokens": 49}, "--max-new-tokens 49: the profile is impossible, .* 1 to 48 new tokens"),
-        ({"max_beams": 200}, "--max-beams 200: the profile is impossible"),
-        ({"max_batch": 0}, "--max-batch 0: the profile would be empty"),
-    ],
+    ("options", "search", "value"),
+    [({}, {"max_new_tokens": 49}, "--max-new-tokens 49"), ({"max_beams": 200}, {}, "--max-beams 200")],
 )
-def test_limits_that_the_model_has_no_room_for(clip_checkpoint, tmp_path, limits, message):
-    with pytest.raises(ItuneError, match=message):
-        export_bundle(clip_checkpoint, tmp_path / "b", plans=PlanOptions(limits=PlanLimits(**limits)), verify=False)
+def test_limits_that_the_model_has_no_room_for(clip_checkpoint, tmp_path, options, search, value):
+    options = ExportOptions(target="tensorrt", verify=False, **options)
+    with pytest.raises(ItuneError) as error:
+        export_bundle(clip_checkpoint, tmp_path / "b", options, search=search)
+    assert value in str(error.value)
     assert list(tmp_path.iterdir()) == []
