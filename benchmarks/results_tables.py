@@ -14,9 +14,9 @@ BASE = "i-tuning"
 
 PROMPTED = "²"
 """Marks rows on the language model that was trained with prompts."""
-_PROMPTED_NOTE = f"""{PROMPTED} On a frozen language model of the same size that has 128 positions and was trained with prompts of
-retrieved captions (`recipes/flickr8k/prompted_language_model.py`). The packaged model's has 64 positions and was
-trained on bare captions, so every text after a prompt is new to it.
+_PROMPTED_NOTE = f"""{PROMPTED} On a frozen language model of the same size that has 128 positions and was trained with
+prompts of retrieved captions (`recipes/flickr8k/prompted_language_model.py`). The packaged model's has 64 positions
+and was trained on bare captions, so every text after a prompt is new to it.
 
 """
 PUBLISHED: tuple[tuple[str, str, str, str, str], ...] = (
@@ -50,28 +50,31 @@ def _page(content: Entry, figure: str) -> str:
     prompted = any(PROMPTED in row["title"] for row in rows)
     return f"""# Results
 
-Which method captions best after the same training? `python benchmarks/results.py write` writes this page from `docs/results.json`.
+Which method captions best after the same training? `python benchmarks/results.py write` writes this page from
+`docs/results.json`.
 
 Every captioner uses the packaged model's frozen vision tower and language model (6 layers of
-384{f"; except rows marked {PROMPTED}" if prompted else ""}), and was trained once, on the same {budget["photos"]:,} photos of Flickr8k for
-{budget["epochs"]} epochs, with the same schedule, batch size and regularisation, and with its own learning rate
-(`benchmarks/method_runs.py`). This is a short training: it shows which method learns fast from little data.
+384{f"; except rows marked {PROMPTED}" if prompted else ""}). Each was trained once, on the same
+{budget["photos"]:,} photos of Flickr8k for {budget["epochs"]} epochs, with the same schedule, batch size and
+regularisation, and with its own learning rate (`benchmarks/method_runs.py`). This is a short
+training: it shows which method learns fast from little data.
 
-Scores belong to the exported {timing["precision"]} bundle with {budget["num_beams"]} beams on the {scores["images"]:,} dev photos, x 100, with 95 %
-bootstrap intervals over the photos. Another seed may move them by more than the interval. The best epoch was chosen
-on the first {budget["flags"]["--dev-images"]} of the same photos.
+Scores belong to the exported {timing["precision"]} bundle with {budget["num_beams"]} beams on the
+{scores["images"]:,} dev photos, x 100, with 95 % bootstrap intervals over the photos. Another seed may move them by
+more than the interval. The best epoch was chosen on the first {budget["flags"]["--dev-images"]} of the same photos.
 
 {_table(*_measured(rows, timing))}
 
 {_PROMPTED_NOTE if prompted else ""}\
-- *Shown*: retrieved captions in the prompt, averaged over the timed photos. We asked for {budget["retrieve"]}; those for which the
-  language model has no positions are left out. They come from the training captions, without a training photo's own.
+- *Shown*: retrieved captions in the prompt, averaged over the timed photos. We asked for
+  {budget["retrieve"]}; those for which the language model has no positions are left out. They come from the
+  training captions, without a training photo's own.
 - *Training*: CPU time, including the evaluation after each epoch, and the process's own peak memory, without the
   memory-mapped embeddings. The first training run with retrieval also stores what is retrieved for each photo.
 - *Against I-Tuning*: the difference in CIDEr-D from the first row, where the paired test, corrected for the number of
   scores, finds more than noise.
-- *Latency*: one photo of {timing["photos"]}, {timing["num_beams"]} beams, from the file to the caption: median (10th to 90th percentile),
-  captioners alternating, {machine["threads"]} threads of {machine["cpu"]}, {machine["date"][:10]}.
+- *Latency*: one photo of {timing["photos"]}, {timing["num_beams"]} beams, from the file to the caption: median (10th to
+  90th percentile), captioners alternating, {machine["threads"]} threads of {machine["cpu"]}, {machine["date"][:10]}.
 
 ![CIDEr-D against trainable parameters]({figure})
 
