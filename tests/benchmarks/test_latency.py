@@ -64,8 +64,10 @@ def test_bundles_are_reused_for_the_same_checkpoint_only(
     assert '"lambda": 2.5' in settings
     (same_weights / CONFIG_FILE).write_text(settings.replace('"lambda": 2.5', '"lambda": 1.5'))
     for checkpoint in (other, same_weights):
-        with pytest.raises(ItuneError, match="was exported from another checkpoint: give another --work-dir"):
+        with pytest.raises(ItuneError) as error:
             artifacts.Artifacts(checkpoint, contest.work).bundle("int8")
+        assert str(manifest.parent) in str(error.value)
+        assert "--work-dir" in str(error.value)
 
 
 def test_without_a_gpu_tensorrt_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +125,17 @@ def test_a_killed_contestant_is_reported(contestants: ModuleType, contest: Conte
     worker = contestants.Contender(contestants.BUNDLE, contest.work / "bundle-int8", threads=1)
     worker.process.kill()
     worker.process.join()
-    with pytest.raises(ItuneError, match="the itune process died with status -9, perhaps for want of memory"):
+    with pytest.raises(ItuneError) as error:
         worker.caption(np.zeros((1, 32, 32, 3), np.uint8), task(contestants))
+    assert "itune" in str(error.value)
+    assert "-9" in str(error.value)
 
 
 def test_a_contestants_error_is_one_sentence(contestants: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ItuneError, match="is not a bundle"):
+    with pytest.raises(ItuneError) as error:
         contestants.Contender(contestants.BUNDLE, tmp_path, threads=1)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
