@@ -1,4 +1,4 @@
-"""What the search costs besides the model: microseconds per step, and top-k against plain NumPy.
+"""What the search costs beside the model: microseconds a step, and top-k against plain NumPy.
 
     python benchmarks/search.py
 
@@ -78,7 +78,7 @@ def made_up(rng: np.random.Generator, rows: int, k: int) -> Candidates:
 
 
 def numpy_log_softmax_top_k(logits: Float32, k: int) -> tuple[Any, Any]:
-    """Log-softmax and top-k as a search without compiled code would compute them."""
+    """What a search without compiled code would do with raw logits."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     best = np.argpartition(-log_probs, k, axis=1)[:, :k]
