@@ -131,7 +131,7 @@ def _options(threads: int) -> ort.SessionOptions:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of the weights that every run of a graph reads: all except tables of which single rows are looked up."""
+    """Bytes of the weights that every run of a graph reads: all except tables in which single rows are looked up."""
     graph = onnx.load(path, load_external_data=False).graph
     read = {name for node in graph.node if node.op_type not in _LOOKUPS for name in node.input}
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}

@@ -1,4 +1,4 @@
-"""Every command of the README and of the pages in docs/ is run: here, or (the two that install) by `.ci/run`."""
+"""Runs every command of the README and of the pages in docs/, except the two that install, which `.ci/run` runs."""
 
 from __future__ import annotations
 
@@ -132,6 +132,13 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1200
+
+
+def test_the_readmes_links_exist() -> None:
+    """mkdocs checks the links of the pages."""
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
+    assert targets
+    assert not [target for target in targets if not (REPOSITORY / target).exists()]
 
 
 def test_default_model_fits_in_git_and_says_whose_it_is() -> None:

@@ -151,7 +151,9 @@ def train(arguments: argparse.Namespace) -> None:
     def measured() -> dict[str, float]:
         return {name: perplexity(model, records) for name, records in dev.items()}
 
-    console.print(f"dev perplexity behind 4 captions, none, no prompt: {measured()}; after epoch {state.epoch}")
+    console.print(
+        f"dev perplexity after 4 captions, after an empty prompt, without a prompt: {measured()}; after epoch {state.epoch}"
+    )
     photos = len(prompts.records["train"])
     steps = math.ceil(photos / PHOTOS)
     for epoch in range(state.epoch, arguments.epochs):

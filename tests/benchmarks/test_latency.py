@@ -1,4 +1,4 @@
-"""The latency benchmark end to end on tiny models: what it reports, not how fast anything is."""
+"""The latency benchmark end to end on tiny models: its report, not its speed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_report(contest: Contest, contestants: ModuleType, capsys: pytest.Captur
         samples = result["samples"][name]
         assert len(samples) == -(-photos // BATCH_SIZE), "every photo is in a batch"
         assert all(len(sample["tokens"]) == BATCH_SIZE for sample in samples)
-        assert all(len(tokens) == NEW_TOKENS for sample in samples for tokens in sample["tokens"]), "it is forced"
+        assert all(len(tokens) == NEW_TOKENS for sample in samples for tokens in sample["tokens"]), (
+            "the length is forced"
+        )
         if "total" in row:
             assert row["images_per_s"] == pytest.approx(1e3 * BATCH_SIZE / row["total"]["median_ms"])
     assert result["summary"]["itune fp32"]["identical_captions"] == photos
@@ -45,7 +47,7 @@ def test_report(contest: Contest, contestants: ModuleType, capsys: pytest.Captur
     assert result["summary"]["itune int8"]["peak_mb"] < result["summary"]["eager"]["peak_mb"]
     assert "images/s" in contest.printed
     command.print_table(result | {"settings": settings | {"batch_size": 1}})
-    assert "images/s" not in capsys.readouterr().out, "one after the other they are no throughput"
+    assert "images/s" not in capsys.readouterr().out, "single photos have no throughput"
 
 
 def test_bundles_are_reused_for_the_same_checkpoint_only(
@@ -71,7 +73,7 @@ def test_bundles_are_reused_for_the_same_checkpoint_only(
 
 
 def test_without_a_gpu_tensorrt_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where there is one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on machines with a GPU as well
     done = latency("--random-init", "base", "--engine", "tensorrt", "--work-dir", tmp_path / "work")
     assert done.returncode == 2
     assert done.stderr.startswith("latency: error: ")
@@ -185,7 +187,7 @@ def test_random_captioners_look_at_their_image(tmp_path: Path, monkeypatch: pyte
     assert {path.name for path in tmp_path.iterdir()} == {"language-model", "vision", "checkpoint"}
     before = (checkpoint / "adapters.safetensors").stat().st_mtime_ns
     assert build_checkpoint(tiny, tmp_path) == checkpoint
-    assert (checkpoint / "adapters.safetensors").stat().st_mtime_ns == before, "what is there is reused"
+    assert (checkpoint / "adapters.safetensors").stat().st_mtime_ns == before, "the checkpoint is reused"
     captions = load_captioner(checkpoint).caption([random_photo(i) for i in range(10)], max_new_tokens=8)
     assert len({caption.tokens for caption in captions}) >= 9
 

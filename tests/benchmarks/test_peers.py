@@ -1,4 +1,4 @@
-"""Every peer that is installed writes eager PyTorch's captions; one that is not is named, with the mend."""
+"""Every installed peer writes eager PyTorch's captions; the error for a missing one says how to install it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of methods end to end on tiny models, and what it writes."""
+"""The comparison of methods end to end on tiny models, and the page that it writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, its budget cut down."""
+    """The module with a smaller budget."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     import method_runs
     import results
@@ -29,7 +29,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def work(tmp_path: Path, language_model_folder: Path, clip_folder: Path) -> Path:
-    """A work folder as the recipe leaves it, with four photos."""
+    """A work folder like the recipe's, with four photos."""
     (tmp_path / "language-model").symlink_to(language_model_folder)
     (tmp_path / "vision").symlink_to(clip_folder)
     lines = []
