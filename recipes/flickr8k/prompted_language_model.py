@@ -73,7 +73,7 @@ class Prompts:
             )
 
     def tokenized(self, split: str, captions: Sequence[int | None]) -> list[TokenizedRecord]:
-        """A split's first photos; `captions`: the number of captions in each photo's prompt."""
+        """The first photos of a split; `captions`: the number of captions in each photo's prompt."""
         heads = {}
         records = self.records[split][: len(captions)]
         for record, count in zip(records, captions, strict=True):
@@ -151,9 +151,7 @@ def train(arguments: argparse.Namespace) -> None:
     def measured() -> dict[str, float]:
         return {name: perplexity(model, records) for name, records in dev.items()}
 
-    console.print(
-        f"dev perplexity after 4 captions, after an empty prompt, without a prompt: {measured()}; after epoch {state.epoch}"
-    )
+    console.print(f"after epoch {state.epoch}: dev perplexity {measured()}")
     photos = len(prompts.records["train"])
     steps = math.ceil(photos / PHOTOS)
     for epoch in range(state.epoch, arguments.epochs):
