@@ -77,7 +77,7 @@ def test_itune_run_describes_a_photo_in_json() -> None:
 
 
 def test_restored_parts_export_to_the_same_integers(restored: Path, tmp_path: Path) -> None:
-    """Except the tower's one product: the shipped model rounds it by blocks, the exporter by channel."""
+    """Of all but the tower's one product: it was rounded by blocks when the model was shipped, now by channel."""
     export_bundle(restored / "checkpoint", tmp_path / "again", precision="int8", verify=False)
     for graph in ("decoder.onnx", "vision.onnx"):
         again, shipped = (Graph.load(folder / graph).weights for folder in (tmp_path / "again", default_bundle()))
