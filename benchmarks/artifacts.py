@@ -1,4 +1,4 @@
-"""What the contestants read: bundles and conversions of one checkpoint, made once and reused."""
+"""The bundles and conversions of one checkpoint that the contestants load: built once and reused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from itune.runtime.bundle import MANIFEST
 from itune.runtime.bundle import Bundle as BundleFolder
 
 BASE = "eager"
-"""Whom all others are compared with."""
+"""The contestant that all others are compared with."""
 _SOURCE = "source.json"
 _BENCHMARKS = Path(__file__).resolve().parent
 console = Console(stderr=True)
 
 
 class Artifacts:
-    """The folders of a checkpoint's bundles and conversions below `work`, built when they are asked for."""
+    """The folders of a checkpoint's bundles and conversions below `work`, built on demand."""
 
     def __init__(
         self, checkpoint: Path, work: Path, engine: str = "onnxruntime", plans: Callable[[str], list[Any]] | None = None
@@ -42,7 +42,7 @@ class Artifacts:
         return self._bundle(precision)
 
     def own(self, precision: str) -> Path:
-        """The same for the engine that is measured."""
+        """The bundle of a precision for the engine under test, with TensorRT plans where it needs them."""
         return self._bundle(precision, self.plans)
 
     def _bundle(self, precision: str, plans: Callable[[str], list[Any]] | None = None) -> Path:
@@ -61,7 +61,7 @@ class Artifacts:
         return folder
 
     def conversion(self, name: str) -> Path:
-        """What a peer's own `convert` makes."""
+        """The folder that a peer's own `convert` writes."""
         entry = PEERS[name]
         module = entry.implementation.partition(":")[0]
         folder = self.work / module.rpartition(".")[2]
@@ -85,8 +85,9 @@ class Artifacts:
             )
 
     def start(self, peers: Iterable[str], precisions: Iterable[str], threads: int) -> dict[str, Contender]:
-        """A process for every peer and every bundle, by their names; the bundles' are `itune PRECISION`,
-        with the engine between where it is not ONNX Runtime on the CPU.
+        """Start a process for every peer and every bundle, by name.
+
+        A bundle is called `itune PRECISION`, or `itune ENGINE PRECISION` if not on ONNX Runtime on the CPU.
         """
         parts: dict[str, tuple[Entry, Path]] = {}
         for name in peers:
@@ -106,21 +107,21 @@ class Artifacts:
 
 
 def label(name: str) -> str:
-    """How a contestant is called in tables."""
+    """The name of a contestant in tables."""
     return PEERS[name].label if name in PEERS else name
 
 
 def peer_names(text: str) -> list[str]:
-    """The names of a comma list, eager PyTorch first whether named or not; raises ItuneError for an unknown one."""
+    """Parse a comma-separated list of peers, eager PyTorch always first; raises ItuneError for an unknown name."""
     names = list(PEERS) if text == "all" else [BASE, *(n for n in text.split(",") if n not in ("", BASE))]
     for name in names:
         if name not in PEERS:
-            raise ItuneError(f"--contestants: there is no {name!r}; there are all, {', '.join(PEERS)}")
+            raise ItuneError(f"--contestants: unknown {name!r}: choose from all, {', '.join(PEERS)}")
     return list(dict.fromkeys(names))
 
 
 def choose_peers(text: str, vision: str = "clip") -> list[str]:
-    """The peers of a comma list (see `peer_names`); `all` is whoever can run here.
+    """The peers of a comma-separated list (as in `peer_names`); `all` means every peer that can run here.
 
     `vision`: the kind of the checkpoint's tower, "clip" or "onnx".
 
@@ -133,15 +134,14 @@ def choose_peers(text: str, vision: str = "clip") -> list[str]:
         if reason and text != "all":
             raise ItuneError(f"--contestants: {name} {reason}")
         if reason:
-            console.print(f"left out: {name} {reason}", highlight=False)
+            console.print(f"skipped: {name} {reason}", highlight=False)
         else:
             chosen.append(name)
     return chosen
 
 
 def _run(arguments: list[Any], what: str) -> None:
-    """Run a Python module, in a process whose memory goes with it."""
-    # -P: started in a checkout, Python would take its folder `itune` for the package.
+    """Run a Python module in a process of its own, so that its memory is freed at the end."""
     command = [sys.executable, *map(str, arguments)]
     path = os.pathsep.join([str(_BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
@@ -150,7 +150,7 @@ def _run(arguments: list[Any], what: str) -> None:
         try:
             _, errors = process.communicate()
         except BaseException:
-            process.terminate()  # it clears its half-written folder away, and is waited for
+            process.terminate()  # it removes its half-written folder before it ends
             raise
     if process.returncode:
         raise ItuneError(f"{what} failed: {(errors.strip().splitlines() or ['it was killed'])[-1]}")

@@ -2,14 +2,14 @@
 
     python benchmarks/attention_boxes.py [--bundle BUNDLE] [--layer last] [--json FILE]
 
-Beside this file, `attention_boxes.json` has a caption of each photo, written by hand, and boxes (left, top, right,
-bottom, as fractions of the photo) around what its nouns name. The model is made to write that caption; a noun's
-attention to the patches inside its box (those on the edge count by area) stands against the box's share of the area:
-what a uniform look would give. Controls say what else would give it:
+`attention_boxes.json` has a hand-written caption of each photo, and boxes (left, top, right, bottom, as fractions of
+the photo) around the things that its nouns name. The model is forced to write that caption. The score is a noun's
+attention to the patches inside its box (patches on the edge count by area), compared with the box's share of the area,
+which uniform attention would give. Three controls:
 
     other words          of the same caption, on the same photo
     other photos' nouns  the captions of the other photos, written on this photo
-    other photos' maps   the nouns' attention on their own photos, laid over this box: a liking for the centre
+    other photos' maps   the nouns' attention on their own photos, laid over this box: a bias towards the centre
 
 Intervals are 95 % bootstrap intervals over photos, as the nouns of one photo are not independent.
 """
@@ -49,7 +49,7 @@ class Noun:
 
 
 def box_weights(box: list[float], explanation: Explanation) -> Array:
-    """How much of every patch [rows, columns] lies in a box that is given in fractions of the photo."""
+    """The fraction of every patch [rows, columns] that lies in a box, whose edges are fractions of the photo."""
     left, top, right, bottom = explanation.box
     width, height = explanation.photo.size
 
@@ -69,11 +69,11 @@ def word_tokens(explanation: Explanation, word: str) -> list[int]:
         for end in range(start + 1, len(explanation.tokens) + 1):
             if "".join(explanation.tokens[start:end]) == word:
                 return list(range(start, end))
-    raise ItuneError(f"{BOXES}: {word!r} is no word of {explanation.caption!r}")
+    raise ItuneError(f"{BOXES}: {word!r} does not occur in the caption {explanation.caption!r}")
 
 
 def noun_map(explanation: Explanation, word: str) -> Array:
-    """A word's attention to the patches [rows, columns], the mean of its tokens; sums to 1 without what CLS got."""
+    """A word's attention to the patches [rows, columns], averaged over its tokens and without CLS; sums to 1."""
     attention = explanation.patches[word_tokens(explanation, word)].mean(axis=0).astype(np.float64)
     return attention / attention.sum()
 
@@ -109,7 +109,7 @@ def measure(captioner: Captioner, layer: str, entries: list[dict[str, Any]]) -> 
 
 
 def interval(differences: Array, photos: list[str]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over nouns, photos being drawn."""
+    """95 % bootstrap interval of the mean over nouns; photos are resampled."""
     names = sorted(set(photos))
     groups = [differences[[photo == name for photo in photos]] for name in names]
     sums, counts = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
@@ -119,7 +119,7 @@ def interval(differences: Array, photos: list[str]) -> tuple[float, float]:
 
 
 def summarise(nouns: list[Noun]) -> dict[str, Any]:
-    """Means over the nouns, and what the nouns' own attention is above each of the others with its interval."""
+    """Means over the nouns, and by how much their attention exceeds each control, with its interval."""
     columns = {name: np.array([getattr(noun, name) for noun in nouns]) for name in asdict(nouns[0])}
     photos = [noun.photo for noun in nouns]
     summary: dict[str, Any] = {"nouns": len(nouns), "photos": len(set(photos)), "inside": columns["inside"].mean()}
@@ -130,7 +130,7 @@ def summarise(nouns: list[Noun]) -> dict[str, Any]:
 
 
 def show(nouns: list[Noun], summary: dict[str, Any], layer: str) -> None:
-    """Print a table of the nouns, and what they come to."""
+    """Print a table of the nouns and the summary."""
     console = Console()
     fields = ("area", "inside", "other_words", "other_nouns", "other_maps")
     table = Table(
@@ -155,9 +155,9 @@ def show(nouns: list[Noun], summary: dict[str, Any], layer: str) -> None:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--bundle", type=Path, help="default: the model inside the package")
+    parser.add_argument("--bundle", type=Path, help="default: the packaged model")
     parser.add_argument("--layer", default="last", help="last, mean or a decoder layer")
-    parser.add_argument("--json", type=Path, help="write the shares of every noun, too")
+    parser.add_argument("--json", type=Path, help="also write every noun's shares here")
     arguments = parser.parse_args()
     try:
         entries = json.loads(BOXES.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""What the benchmarks compare, each in a process of its own that waits for photos on a pipe.
+"""The contestants of the benchmarks, each in a process of its own that waits for photos on a pipe.
 
-Separate processes give every contestant its own peak memory and its own threads; a contestant that waits does not
-use the CPU.
+Separate processes give every contestant its own peak memory and its own threads; a waiting contestant uses
+no CPU.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from itune.runtime.engines.base import UInt8
 
 
 class Sample(NamedTuple):
-    """One batch of photos: milliseconds, and the tokens that were written for each photo."""
+    """The result for one batch of photos: milliseconds, and each photo's caption tokens."""
 
     encode: float | None
-    """None: this contestant only decodes."""
+    """None for a contestant that only decodes."""
     decode: float
     tokens: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What everybody does alike: beams, a forced length, the tokens before a caption and the one after it."""
+    """The task of all contestants: beams, a forced length, the prompt tokens and the end token."""
 
     num_beams: int
     new_tokens: int
@@ -41,33 +41,33 @@ class Contestant(Protocol):
     """Captions preprocessed photos; built from a folder and a number of threads."""
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """Encode photos, uint8 [B, H, W, 3], decode, and the time of each."""
+        """Caption photos, uint8 [B, H, W, 3], and time encoding and decoding."""
         ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Who takes part: where its class is, what it is called, what it reads, what it needs."""
+    """A contestant's class, label, inputs and requirements."""
 
     label: str
     implementation: str
-    """`module:class`; imported in the contestant's process only."""
+    """`module:class`; imported only in the contestant's process."""
     options: dict[str, Any] = field(default_factory=dict)
     reads: Literal["checkpoint", "bundle", "conversion"] = "conversion"
-    """The adapter checkpoint, the fp32 bundle, or a folder that the module's `convert` makes of one of the two."""
+    """The adapter checkpoint, the fp32 bundle, or the folder that the module's `convert` writes from one of the two."""
     source: Literal["checkpoint", "bundle"] = "checkpoint"
-    """What `convert` starts from."""
+    """The input of `convert`."""
     requires: tuple[str, ...] = ()
-    """Modules beside those of itune's own extras."""
+    """Modules that itune's other extras do not install."""
     clip_only: bool = False
-    """It exports the tower from PyTorch, which an ONNX tower has left already."""
+    """It exports the tower from PyTorch, so an ONNX tower will not do."""
     note: str = ""
-    """What its figures leave out."""
+    """The part of the work that it does not do."""
 
     def lacks(self, vision: str) -> str | None:
-        """What keeps it from running here with a tower of kind `vision`, as the end of a sentence; None if nothing."""
+        """Why it cannot run here with a tower of kind `vision` ("needs ..."), or None."""
         if self.clip_only and vision != "clip":
-            return "needs a CLIP tower, and this checkpoint's is an ONNX graph already"
+            return "needs a CLIP tower, but this checkpoint's tower is an ONNX graph"
         missing = [module for module in self.requires if find_spec(module) is None]
         if missing:
             return f"needs {', '.join(missing)}: pip install 'itune[benchmark]'"
@@ -75,9 +75,9 @@ class Entry:
             import torch
 
             if not torch.cuda.is_available():
-                return "needs an NVIDIA GPU and a PyTorch for it"
+                return "needs an NVIDIA GPU and PyTorch with CUDA"
         if self.options.get("compiled") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            return "needs a C++ compiler when it runs"
+            return "needs a C++ compiler"
         return None
 
 
@@ -105,13 +105,13 @@ PEERS = {
         note="decodes a plain GPT-2, without adapters and image",
     ),
 }
-"""What a user could take in place of a bundle, by its name on the command line."""
+"""The alternatives to a bundle, by their names on the command line."""
 
 BUNDLE = Entry("itune", "contestants:Bundle")
 
 
 class Bundle:
-    """An exported bundle on its engine, with the project's own search."""
+    """An exported bundle on its engine, with itune's search."""
 
     def __init__(self, folder: Path, threads: int, *, engine: str = "onnxruntime") -> None:
         from itune import Captioner
@@ -119,12 +119,12 @@ class Bundle:
         self.engine = Captioner.load(folder, engine=engine, threads=threads, retrieve=0).engine
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """See `Contestant.caption`."""
+        """Caption photos, uint8 [B, H, W, 3]."""
         return search_captions(self.engine, pixels, task)
 
 
 def search_captions(engine: Any, pixels: UInt8, task: Task) -> Sample:
-    """Caption with the project's search over anything that has `encode` and `step` (the engine protocol)."""
+    """Caption with itune's search on any engine (an object with `encode` and `step`)."""
     from itune.runtime.search import SearchConfig, search
 
     config = SearchConfig(num_beams=task.num_beams, min_new_tokens=task.new_tokens, max_new_tokens=task.new_tokens)
@@ -137,20 +137,20 @@ def search_captions(engine: Any, pixels: UInt8, task: Task) -> Sample:
 
 
 class Contender(Worker):
-    """A contestant in its own process, which ends with this one."""
+    """A contestant in its own process, which ends when this one does."""
 
     def __init__(self, entry: Entry, folder: Path, threads: int) -> None:
         self.entry = entry
         super().__init__(entry.label, make_contestant, entry, folder, threads)
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """Have photos captioned, uint8 [B, H, W, 3]."""
+        """Caption photos, uint8 [B, H, W, 3], in the contestant's process."""
         sample: Sample = self.call("caption", pixels, task)
         return sample
 
 
 def make_contestant(entry: Entry, folder: Path, threads: int) -> Contestant:
-    """Import and load a contestant; for its own process."""
+    """Import and load a contestant, in its own process."""
     module, name = entry.implementation.split(":")
     contestant: Contestant = getattr(import_module(module), name)(folder, threads, **entry.options)
     return contestant

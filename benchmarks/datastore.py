@@ -1,12 +1,11 @@
-"""How fast a datastore is searched, and what an approximate index misses.
+"""How fast a datastore is searched, and how much an approximate index misses.
 
     python benchmarks/datastore.py --entries 1000000
 
-Entries are random, but clustered as embeddings of captions are: topics in a space of few directions, some far more
-common than others, photos of a topic, and five captions of each photo around what it shows. Queries are of other photos
-of the same topics and of another modality: all moved by one vector, as CLIP's image features are against its text
-features. How similar neighbours and strangers are is printed. Recall is held to NumPy's exact search over the same
-embeddings.
+Entries are synthetic, but clustered as caption embeddings are: topics in a space of few directions, some far more
+common than others, photos of a topic, and five captions around each photo. Queries are other photos of the same topics,
+shifted by one vector, as CLIP's image features are shifted from its text features. The table shows how similar
+neighbours and random entries are. Recall is relative to NumPy's exact search over the same embeddings.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _CHUNK = 50_000
 
 
 class Made:
-    """Embeddings of made-up photos: topics in a space of few directions, photos in a topic, captions of a photo."""
+    """Synthetic embeddings: topics in a space of few directions, photos in a topic, captions of a photo."""
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         rng = self.rng = np.random.default_rng(seed)
@@ -53,31 +52,31 @@ class Made:
         self.weights /= self.weights.sum()
 
     def photos(self, count: int) -> Floats:
-        """What `count` photos show, [count, dim]."""
+        """The contents of `count` photos, [count, dim]."""
         topics = self.topics[self.rng.choice(TOPICS, count, p=self.weights)]
         own = self.rng.normal(size=(count, DIRECTIONS)).astype(np.float32) @ self.basis
         return topics + 0.6 * own / np.linalg.norm(own, axis=1, keepdims=True)
 
     def views(self, photos: Floats, spread: float, offset: Floats) -> Floats:
-        """One embedding of length 1 for each of `photos`: what it shows, something of its own, and the modality."""
+        """One embedding of length 1 per photo: its content, noise, and the shift of the modality."""
         noise = self.rng.normal(size=photos.shape).astype(np.float32)
         noise *= spread / np.sqrt(photos.shape[1])
         return centre(photos + noise + offset, None)
 
     def entries(self, count: int) -> Iterator[Floats]:
-        """`count` captions' embeddings, five of each photo one after the other."""
+        """`count` captions' embeddings, five in a row for each photo."""
         for start in range(0, count, _CHUNK):
             rows = min(_CHUNK, count - start)
             shown = np.repeat(self.photos(-(-rows // CAPTIONS)), CAPTIONS, axis=0)[:rows]
             yield self.views(shown, 0.6, self.common)
 
     def queries(self, count: int) -> Floats:
-        """Embeddings of images."""
+        """`count` embeddings of images."""
         return self.views(self.photos(count), 0.6, self.common + self.gap)
 
 
 def make_store(folder: Path, made: Made, entries: int, dim: int) -> float:
-    """Write a datastore of made-up captions; returns the seconds that its index took."""
+    """Write a datastore of synthetic captions; returns the seconds that its index took."""
     folder.mkdir(parents=True)
     approximate = entries > FLAT_ENTRIES
     write_rows(folder / EMBEDDINGS, np.float16 if approximate else np.float32, (entries, dim), made.entries(entries))
@@ -137,8 +136,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512, help="width of the embeddings; CLIP's is 512 or 768")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("-k", type=int, default=4)
-    parser.add_argument("--nprobe", type=int, nargs="*", default=[], help="try others than the index's own, too")
-    parser.add_argument("--work-dir", type=Path, help="keep the datastores here, and use them again")
+    parser.add_argument("--nprobe", type=int, nargs="*", default=[], help="also measure these values")
+    parser.add_argument("--work-dir", type=Path, help="keep and reuse the datastores here")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = []

@@ -1,12 +1,12 @@
-"""What the export bought: eager PyTorch, its peers and the exported bundles of one checkpoint, alternating in one run.
+"""What the export bought: eager PyTorch, its peers and the bundles of one checkpoint, alternating in one run.
 
     python benchmarks/latency.py --checkpoint CHECKPOINT
-    python benchmarks/latency.py --random-init base --work-dir DIR    # the papers' sizes, without a download
+    python benchmarks/latency.py --random-init base --work-dir DIR    # the paper's sizes, without a download
     python benchmarks/latency.py --random-init base --contestants all --precisions fp32,int8,int4+int8
     python benchmarks/latency.py --random-init base --engine tensorrt --contestants eager-cuda-fp16  # on a GPU
 
-Every contestant captions the same photos before anybody gets the next, in a process of its own. All write the same
-forced number of tokens with the same beams on the same threads. docs/benchmarks.md says what is measured.
+Each contestant is a process of its own. All of them caption a photo before any of them gets the next, with the same
+forced number of tokens, the same beams and the same threads. docs/benchmarks.md says what is measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from itune.runtime.image import SUFFIXES, decode, preprocess
 from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import ImageSettings
 
-PHOTOS = 8  # captions are compared on at least so many
+PHOTOS = 8  # captions are compared on at least this many
 PRECISIONS = {"onnxruntime": "fp32,int8", "onnxruntime-cuda": "fp32,fp16", "tensorrt": "fp16,int8"}
 RETRIEVED = (
     "a brown dog runs through the tall grass",
@@ -51,16 +51,16 @@ RETRIEVED = (
     "a man in a blue shirt rides a bicycle down the street",
     "people sit at a table outside of a small cafe",
 )
-"""Stand for what a datastore would give, so that prompts are as long as they are in use."""
+"""Stand-ins for retrieved captions, so that prompts have their usual length."""
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def photos(folder: Path | None) -> list[Path | Image.Image]:
-    """The photos of a folder, or the repository's examples and smooth random ones beside them."""
+    """The photos of a folder, or the repository's examples followed by smooth random ones."""
     named = sorted(p for p in (EXAMPLES if folder is None else folder).glob("*") if p.suffix.lower() in SUFFIXES)
     if folder is not None:
         if not named:
-            raise ItuneError(f"--images {folder}: there is no photo in it")
+            raise ItuneError(f"--images {folder} contains no photo")
         return [*named]
     rng = np.random.default_rng(0)
     coarse = [Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)) for _ in range(PHOTOS - len(named))]
@@ -68,12 +68,12 @@ def photos(folder: Path | None) -> list[Path | Image.Image]:
 
 
 def preprocessed(image: ImageSettings, folder: Path | None) -> UInt8:
-    """Those photos as a tower takes them, uint8 [photos, H, W, 3]."""
+    """The same photos as pixels for a tower, uint8 [photos, H, W, 3]."""
     return np.stack([preprocess(decode(source), image) for source in photos(folder)])
 
 
 def make_task(bundle: Path, num_beams: int, new_tokens: int) -> Task:
-    """What everybody is to do, with the tokens of the checkpoint that a bundle was made of."""
+    """The task of all contestants, with the tokens of a bundle's checkpoint."""
     loaded = BundleFolder.load(bundle, verify=False)
     tokens = loaded.manifest.tokens
     if new_tokens > tokens.room:
@@ -82,7 +82,7 @@ def make_task(bundle: Path, num_beams: int, new_tokens: int) -> Task:
 
 
 def caption_head(bundle: BundleFolder, new_tokens: int) -> list[int]:
-    """The tokens before a caption; of a model that retrieves, with captions of usual length in the prompt."""
+    """The prompt tokens; for a model that retrieves, with captions of usual length among them."""
     manifest = bundle.manifest
     retrieval = manifest.retrieval
     if retrieval is None or not retrieval.k:
@@ -94,7 +94,7 @@ def caption_head(bundle: BundleFolder, new_tokens: int) -> list[int]:
 
 
 def plan_options(arguments: argparse.Namespace) -> Callable[[str], list[Any]]:
-    """What itune-export is told of a precision's TensorRT plans: the GPU here, room for the task, photos to calibrate.
+    """The options of itune-export for TensorRT plans: this GPU, limits that fit the task, photos to calibrate with.
 
     Raises:
         EngineError: there is no GPU to measure on.
@@ -114,7 +114,7 @@ def plan_options(arguments: argparse.Namespace) -> Callable[[str], list[Any]]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Show the summary on the terminal."""
+    """Print the summary."""
     settings, about = result["settings"], result["machine"]
     out = Console(highlight=False)
     out.print(
@@ -157,14 +157,14 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Build or reuse what is needed, measure, and return everything that the JSON file holds."""
-    photos(arguments.images)  # mistakes first, before anything is built
+    """Build or reuse the models, measure, and return the content of the JSON file."""
+    photos(arguments.images)  # report mistakes before anything is built
     peer_names(arguments.contestants)
     plans = plan_options(arguments) if arguments.engine == "tensorrt" else None
     vision = "clip" if arguments.random_init else load_config(find_checkpoint(arguments.checkpoint)).vision.kind
     peers, precisions = choose_peers(arguments.contestants, vision), arguments.precisions.split(",")
     if arguments.random_init:
-        # Not at the top: the contestants' processes import this file too, and only PyTorch's need torch.
+        # Not at the top: the contestants' processes import this file too, and most do not need torch.
         from random_init import GEOMETRIES, build_checkpoint
 
         with console.status(f"building GPT-2 {arguments.random_init} with random weights"):
@@ -203,27 +203,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="adapter checkpoint to export and compare")
-    model.add_argument("--random-init", choices=("base", "medium", "large"), help="a paper's size with random weights")
+    model.add_argument(
+        "--random-init", choices=("base", "medium", "large"), help="one of the paper's sizes, with random weights"
+    )
     parser.add_argument("--work-dir", type=Path, help="keep and reuse the models and bundles here")
     parser.add_argument(
         "--contestants",
         default=BASE,
         metavar="LIST",
-        help=f"beside the bundles, separated by commas: {', '.join(PEERS)}; all: whoever is installed",
+        help=f"in addition to the bundles, separated by commas: {', '.join(PEERS)}; all: every one that is installed",
     )
-    parser.add_argument("--engine", choices=PRECISIONS, default="onnxruntime", help="what runs the bundles")
+    parser.add_argument("--engine", choices=PRECISIONS, default="onnxruntime", help="engine that runs the bundles")
     parser.add_argument(
         "--precisions",
         metavar="LIST",
-        help="of the bundles, as itune-export knows them; DECODER+VISION for two of them; default: "
+        help="precisions of the bundles, as in itune-export; DECODER+VISION for two of them; default: "
         + "; ".join(f"{precisions} on {engine}" for engine, precisions in PRECISIONS.items()),
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="photos that are captioned together")
+    parser.add_argument("--batch-size", type=int, default=1, help="photos per batch")
     parser.add_argument("--num-beams", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=16, help="forced length of every caption")
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads of every contestant")
     parser.add_argument("--repeats", type=int, default=16, help="timed samples (at least one of every photo)")
-    parser.add_argument("--warmup", type=int, default=2, help="samples that are not counted")
+    parser.add_argument("--warmup", type=int, default=2, help="samples that do not count")
     parser.add_argument("--images", type=Path, help="folder of photos; default: examples and random ones")
     parser.add_argument("--json", type=Path, help="write every sample here")
     arguments = parser.parse_args(argv)
@@ -243,7 +245,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON file."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes end as well
     try:
         require("export", "torch", "transformers", "safetensors", "onnx")
         with tempfile.TemporaryDirectory(prefix="itune-latency-") as temporary:

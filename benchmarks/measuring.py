@@ -1,4 +1,4 @@
-"""Alternating measurements, and what is said about them."""
+"""Alternating measurements and their summary."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Samples = dict[str, list[Sample]]
 
 
 def batches(pixels: UInt8, size: int, least: int) -> list[UInt8]:
-    """At least `least` batches of `size` photos that go round pixels [photos, H, W, 3], each photo in one at least."""
+    """At least `least` batches of `size` photos, cycling through pixels [photos, H, W, 3]; each photo occurs."""
     count = max(least, -(-len(pixels) // size))
     return [pixels[np.arange(i * size, (i + 1) * size) % len(pixels)] for i in range(count)]
 
 
 def measure(workers: dict[str, Contender], photos: list[UInt8], task: Task, warmup: int) -> Samples:
-    """A sample of every batch of photos by contestant, alternating, after `warmup` batches that are not counted."""
+    """One sample per batch and contestant, alternating, after `warmup` batches that do not count."""
     samples: Samples = {name: [] for name in workers}
     with Progress(console=console, transient=True) as progress:
         for number in progress.track(range(-warmup, len(photos)), description="captioning"):
@@ -48,15 +48,15 @@ def measure(workers: dict[str, Contender], photos: list[UInt8], task: Task, warm
 
 
 def milliseconds(samples: list[Sample], part: str) -> NDArray[np.float64]:
-    """One part of every sample's time; NaN where a contestant lacks it."""
+    """One part of every sample's time; NaN for a part that a contestant does not do."""
     encode, decode = (np.array([getattr(s, name) for s in samples], np.float64) for name in PARTS[:2])
     return {"encode": encode, "decode": decode, "total": encode + decode}[part]
 
 
 def summarize(samples: Samples, photos: int) -> dict[str, dict[str, Any]]:
-    """By contestant: median, p95 and spread of each part, ratios against eager PyTorch, captions like eager's.
+    """Per contestant: median, p95 and spread of each part, ratios to eager PyTorch, captions that equal eager's.
 
-    `photos`: how many photos the first batches go through before they come round to the first again.
+    `photos`: the number of distinct photos, before the batches repeat.
     """
     summary: dict[str, dict[str, Any]] = {}
     expected = _captions(samples[BASE], photos)
@@ -85,7 +85,7 @@ def summarize(samples: Samples, photos: int) -> dict[str, dict[str, Any]]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What ran it."""
+    """The machine, the versions of the libraries, and the date."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The trainings that `results.py` compares: the same data, frozen parts, captions seen and schedule for all."""
+"""The training runs that `results.py` compares: same data, frozen parts, number of captions and schedule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUDGET = {
     "--dev-images": "300",
     "--seed": "0",
 }
-"""What all trainings share."""
+"""The settings of all runs."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Run:
     flags: dict[str, str] = field(default_factory=dict)
     retrieves: bool = False
     language_model: str = "language-model"
-    """Its folder in the workplace; runs on one that is not there are left out."""
+    """The language model's folder in the workplace; runs whose folder is missing are skipped."""
 
 
 _PROMPTED = "prompted/language-model"
@@ -70,15 +70,15 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What a training took, all its interrupted parts together."""
+    """The resources of a training run, summed over its interruptions."""
 
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     peak_mib: float = 0.0
-    """Of memory that is its own: the stored embeddings, which are mapped from a file, are not."""
+    """Private memory, without the memory-mapped embeddings."""
 
     def plus(self, other: Resources) -> Resources:
-        """Both one after the other."""
+        """The resources of this run followed by another."""
         return Resources(
             self.cpu_seconds + other.cpu_seconds,
             self.wall_seconds + other.wall_seconds,
@@ -88,31 +88,31 @@ class Resources:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the parts lie: `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/`, as the recipe has them."""
+    """The work folder, with the recipe's `train.jsonl`, `dev.jsonl`, `language-model/` and `vision/`."""
 
     folder: Path
 
     @property
     def datastore(self) -> Path:
-        """The training captions."""
+        """The datastore of the training captions."""
         return self.folder / "datastore"
 
     @property
     def features(self) -> Path:
-        """The photos' embeddings."""
+        """The cache of the photos' embeddings."""
         return self.folder / "features"
 
     def checkpoint(self, run: Run) -> Path:
-        """What a run's training wrote."""
+        """The output folder of a training run."""
         return self.folder / "methods" / run.name
 
     def resources(self, run: Run) -> Resources:
-        """What a run took so far."""
+        """The resources that a run has used so far."""
         path = self._resources(run)
         return Resources(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Resources()
 
     def train(self, run: Run) -> None:
-        """Train, or go on; done runs are left alone."""
+        """Train a run or resume it, unless it is complete."""
         output = self.checkpoint(run)
         if self.is_trained(run):
             return
@@ -139,18 +139,18 @@ class Workplace:
         pid, peak = 0, 0.0
         while not pid:
             peak = max(peak, _own_mib(process.pid))
-            with suppress(KeyboardInterrupt):  # the training saves itself and stops
+            with suppress(KeyboardInterrupt):  # the training process saves and stops
                 time.sleep(0.2)
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         took = Resources(usage.ru_utime + usage.ru_stime, time.monotonic() - start, peak)
-        process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
+        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped the process
         with atomic_path(self._resources(run)) as temporary:
             temporary.write_text(json.dumps(vars(self.resources(run).plus(took))) + "\n", encoding="utf-8")
         if process.returncode:
-            raise ItuneError(f"{run.title}: the training stopped; start again to go on")
+            raise ItuneError(f"{run.title}: training stopped; start again to resume")
 
     def is_trained(self, run: Run) -> bool:
-        """Whether a run has come to its last epoch."""
+        """Whether a run has completed its last epoch."""
         progress = self.checkpoint(run) / "last" / "trainer.json"
         return progress.exists() and json.loads(progress.read_text("utf-8"))["epoch"] >= int(BUDGET["--epochs"])
 
@@ -159,9 +159,9 @@ class Workplace:
 
 
 def _own_mib(pid: int) -> float:
-    """A process's memory without the files that it has mapped."""
+    """A process's memory without mapped files."""
     try:
         memory = psutil.Process(pid).memory_info()
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has ended
         return 0.0
     return float(memory.rss - getattr(memory, "shared", 0)) / 2**20

@@ -1,9 +1,9 @@
-"""Does a bundle write the captions that eager PyTorch writes? Token for token, on real photos.
+"""Compare a bundle's captions with eager PyTorch's, token for token, on real photos.
 
     python benchmarks/parity.py CHECKPOINT BUNDLE --images FOLDER --limit 200 --num-beams 1 3 5 [--datastore STORE]
 
-For every number of beams: how many captions are identical, how many are distinct (a model that ignores its image
-would agree with anything), and whether exchanging the visual states of two photos exchanges their captions.
+Prints, for every number of beams, how many captions are identical, how many are distinct (a model that ignores its
+image would agree with anything), and how often exchanging the visual states of two photos exchanges their captions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH = 4
 
 
 def captions(captioner: Captioner, photos: Sequence[Path], config: SearchConfig, *, swap: bool) -> list[list[int]]:
-    """Token ids of every photo's caption; with `swap`, of the next photo in its pair instead."""
+    """Token ids of every photo's caption; `swap` exchanges the visual states within each pair of photos."""
     found: list[list[int]] = []
     for start in range(0, len(photos), BATCH):
         pixels = np.stack([preprocess(decode(photo), captioner.image) for photo in photos[start : start + BATCH]])
@@ -52,7 +52,7 @@ def compare(
     new_tokens: int,
     datastore: Path | None = None,
 ) -> list[Any]:
-    """A row of figures for every number of beams; prompts hold captions of `datastore`, or none."""
+    """One row per number of beams; prompts contain captions from `datastore`, or none."""
     retrieve = 0 if datastore is None else None
     eager = load_captioner(checkpoint, datastore=datastore, retrieve=retrieve)
     exported = Captioner.load(bundle, datastore=datastore, retrieve=retrieve)
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=200, help="photos")
     parser.add_argument("--num-beams", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--new-tokens", type=int, default=24, help="longest caption")
-    parser.add_argument("--datastore", type=Path, help="of a model that retrieves captions; left out, it gets none")
+    parser.add_argument("--datastore", type=Path, help="for a model that retrieves; default: none are retrieved")
     arguments = parser.parse_args()
     if arguments.images.is_dir():
         photos = sorted(p for p in arguments.images.iterdir() if p.suffix.lower() in SUFFIXES)

@@ -1,8 +1,8 @@
-"""Random models of the papers' sizes: what a benchmark measures where nothing can be downloaded.
+"""Random models of the paper's sizes, for benchmarks without a download.
 
 Speed does not depend on the weights, but a comparison of captions does: with the usual initialisation (normal, 0.02)
-GPT-2 repeats one token and ignores the image. Weights here are scaled so that every layer changes the hidden states
-noticeably, images lead to different captions, and the best tokens stand well apart from the next ones.
+GPT-2 repeats one token and ignores the image. Here weights are scaled so that every layer changes the hidden states
+noticeably, different images get different captions, and the best tokens score well above the rest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Geometry:
 
     @property
     def branch_scale(self) -> float:
-        """What every branch of a layer is scaled by, so that all layers together weigh as much as the embedding."""
+        """The scale of each branch of a layer, so that all layers together contribute as much as the embedding."""
         return _LOGIT_SPREAD / math.sqrt(self.width * self.layers)
 
 
@@ -75,21 +75,21 @@ GEOMETRIES = {
 _SEED = 0
 _BIAS = 0.1
 _LOGIT_SPREAD = 5.0  # standard deviation of the logits
-_POSITION = 2.0  # GPT-2's position embeddings, in sizes of a token embedding: no caption gets caught in a loop
-_FOCUS = 1.5  # of the adapters' attention: on some patches, neither on one nor on all
+_POSITION = 2.0  # size of GPT-2's position embeddings, relative to token embeddings: prevents loops
+_FOCUS = 1.5  # sharpens the adapters' attention to some patches, neither one nor all
 
 
 def build_checkpoint(geometry: Geometry, folder: Path) -> Path:
     """Write `language-model/`, `vision/` and `checkpoint/` into `folder`, or reuse them; returns the checkpoint.
 
     Raises:
-        ItuneError: `folder` holds a checkpoint of another geometry.
+        ItuneError: `folder` contains a checkpoint of another geometry.
     """
     checkpoint = folder / CHECKPOINT
     recipe = {"random_init": asdict(geometry) | {"seed": _SEED}}
     if (checkpoint / CONFIG_FILE).is_file():
         if load_config(checkpoint).training != recipe:
-            raise ItuneError(f"{checkpoint} is not the random checkpoint asked for: give another --work-dir")
+            raise ItuneError(f"{checkpoint} is a checkpoint of another size or version: choose another --work-dir")
         return checkpoint
     generator = torch.Generator().manual_seed(_SEED)
     _write_language_model(geometry, folder / LANGUAGE_MODEL, generator)
@@ -99,7 +99,7 @@ def build_checkpoint(geometry: Geometry, folder: Path) -> Path:
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of GPT-2's shape: 256 bytes, words " w256"..., the end token as the last."""
+    """A byte-level BPE tokenizer of GPT-2's shape: 256 bytes, words " w256", ..., and the end token last."""
     words = [f"Ġw{i}" for i in range(256, vocab_size - 1)]
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
@@ -124,8 +124,8 @@ def _write_language_model(geometry: Geometry, folder: Path, generator: torch.Gen
     _randomize(model, generator)
     transformer: Any = model.transformer
     with torch.no_grad():
-        # As in trained models the embeddings' lengths vary, so that a few thousand tokens compete, not all: with
-        # exponential squares the logits have a Laplace distribution, and its best stand far apart.
+        # As in trained models, the embeddings' lengths vary, so that a few thousand tokens compete instead of all. With
+        # exponential squares, the logits have a Laplace distribution, whose largest values lie far apart.
         lengths = torch.empty(geometry.vocab_size, 1).exponential_(generator=generator).sqrt()
         transformer.wte.weight.mul_(lengths * _LOGIT_SPREAD)
         transformer.wpe.weight.mul_(_POSITION * _LOGIT_SPREAD)
@@ -133,8 +133,8 @@ def _write_language_model(geometry: Geometry, folder: Path, generator: torch.Gen
             for branch in (block.attn.c_proj, block.mlp.c_proj):
                 branch.weight.mul_(geometry.branch_scale)
                 branch.bias.mul_(geometry.branch_scale)
-        # The head shares the embedding, and a hidden state resembles that of its own token: random reflections
-        # keep the model from repeating it.
+        # The head shares the embedding, and a hidden state resembles its own token's embedding. Random reflections
+        # keep the model from repeating that token.
         transformer.ln_f.weight.mul_(2.0 * torch.randint(0, 2, (geometry.width,), generator=generator) - 1)
     with atomic_folder(folder) as staging:
         model.save_pretrained(staging)
@@ -156,7 +156,7 @@ def _write_vision(geometry: Geometry, folder: Path, generator: torch.Generator) 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("position_embedding.weight"):
-                weight.mul_(math.sqrt(geometry.vision_width))  # where a patch is counts as much as what it shows
+                weight.mul_(math.sqrt(geometry.vision_width))  # position counts as much as content
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     with atomic_folder(folder) as staging:
         model.save_pretrained(staging)
@@ -193,7 +193,7 @@ def _write_adapters(geometry: Geometry, folder: Path, recipe: dict[str, Any], ge
 
 @torch.no_grad()
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:
-    """Products that keep their input's size, biases and norms that no export may take for zeros and ones."""
+    """Draw matrices that preserve their input's scale, and biases and norms that are not zeros and ones."""
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             if isinstance(part, nn.LayerNorm):
@@ -203,7 +203,7 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
             elif isinstance(part, nn.Linear | Conv1D):
                 inputs = 1 if isinstance(part, nn.Linear) else 0
                 weight.normal_(0, 1 / math.sqrt(weight.shape[inputs]), generator=generator)
-                # GELU's mean is positive: passed on, it would make all hidden states alike.
+                # Cancels GELU's positive mean, which would make all hidden states alike.
                 weight.sub_(weight.mean(inputs, keepdim=True))
             else:  # an embedding, or the convolution over patches
                 weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)

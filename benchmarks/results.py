@@ -1,14 +1,14 @@
-"""Which method captions best on the same data: trains, exports, scores and times them, and writes the tables.
+"""Which method captions best on the same data? Trains, exports, scores and times all methods, and writes the tables.
 
     python benchmarks/results.py train --work-dir WORK [--methods i-tuning,clipcap]
     python benchmarks/results.py score --work-dir WORK
     python benchmarks/results.py latency --work-dir WORK
     python benchmarks/results.py write --work-dir WORK --output docs/results.md
 
-WORK holds `train.jsonl`, `dev.jsonl`, `language-model/` and `vision/`, as `recipes/flickr8k` makes them (or
-`itune-export --restore default`, and its `prepare.py`), and, for the rows on a language model that has read prompts,
-`prompted/language-model/`. Every stage can be interrupted and started again: what is done is not done anew. All methods
-share the budget of `method_runs.BUDGET`; what is theirs alone is in `method_runs.RUNS`.
+WORK contains `train.jsonl`, `dev.jsonl`, `language-model/` and `vision/`, written by `recipes/flickr8k` (or by its
+`prepare.py` and `itune-export --restore default`), and `prompted/language-model/` for the rows on a language model
+trained with prompts. Every stage can be interrupted and started again; completed parts are skipped. All methods share
+the settings in `method_runs.BUDGET`; those in `method_runs.RUNS` are their own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WARMUP = 3
 
 @dataclass(frozen=True)
 class Condition:
-    """A trained captioner as it is scored: with the datastore it was trained with, or with fewer captions of it."""
+    """A trained captioner and how it is scored: with its datastore, or with fewer retrieved captions."""
 
     run: Run
     retrieve: int | None = None
@@ -58,11 +58,11 @@ class Condition:
 
     @property
     def title(self) -> str:
-        """Its row in the table."""
+        """The name of its row in the table."""
         return self.run.title if self.retrieve is None else f"{self.run.title}, empty datastore"
 
     def flags(self, workplace: Workplace) -> list[Any]:
-        """What itune-eval is told of retrieval."""
+        """The retrieval options of itune-eval."""
         if self.retrieve is not None:
             return ["--retrieve", self.retrieve]
         return ["--datastore", workplace.datastore, "--retrieve", RETRIEVE] if self.run.retrieves else []
@@ -77,7 +77,7 @@ def conditions(runs: list[Run]) -> Iterator[Condition]:
 
 
 def train(workplace: Workplace, runs: list[Run]) -> None:
-    """Train what is not trained yet, one after the other, all on the same stored embeddings."""
+    """Train the runs that are not complete, one after the other, all on the same cached embeddings."""
     _embed(workplace)
     if any(run.retrieves for run in runs) and not workplace.datastore.exists():
         cache = ["--cache-features", workplace.features]
@@ -90,7 +90,7 @@ def train(workplace: Workplace, runs: list[Run]) -> None:
 
 
 def _embed(workplace: Workplace) -> None:
-    """Store the photos' embeddings: their time is no training's own."""
+    """Cache the photos' embeddings first, so that no run pays for them."""
     from itune.backbones import load_vision_tower
     from itune.data.features import FeatureCache
 
@@ -113,7 +113,7 @@ def score(workplace: Workplace, runs: list[Run], java: bool = True) -> None:
         flags += [] if java else ["--no-java"]
         _itune("evaluate", bundle, "--data", workplace.folder / "dev.jsonl", "--split", "all", *flags)
     if not (workplace.folder / "methods" / f"{BASE}.captions.json").exists():
-        return  # to be compared once there is something to compare with
+        return  # nothing to compare with yet
     for condition in conditions(runs):
         if condition.name != BASE:
             _compare(workplace, condition, java)
@@ -146,7 +146,7 @@ def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
                     taken[name].append(1e3 * (time.perf_counter() - start))
                     if caption.retrieved is not None:
                         shown.setdefault(name, []).append(len(caption.retrieved))
-                time.sleep(0.02)  # let its threads go to sleep before the next one starts
+                time.sleep(0.02)  # its threads go to sleep before the next one starts
     result = {
         "machine": machine(threads),
         "photos": len(photos) - _WARMUP,
@@ -164,12 +164,12 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
-    """Write the tables, the figure and the JSON that they come from: OUTPUT, and beside it .png and .json."""
+    """Write the tables to OUTPUT, and the figure and the data beside it as .png and .json."""
     rows = []
     for condition in conditions(runs):
         run, stem = condition.run, workplace.folder / "methods" / condition.name
         scores = _read_json(stem.with_name(f"{stem.name}.scores.json"))
-        scores.pop("missing", None)  # it names places of this machine
+        scores.pop("missing", None)  # it contains paths of this machine
         against = None
         if condition.name != BASE:
             against = _read_json(stem.with_name(f"{stem.name}.against.json"))["comparison"]["overall"]
@@ -206,7 +206,7 @@ def _trainable(path: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
-        # SmallCap's layer norms and CLIP's projection are in the file, and frozen.
+        # SmallCap's layer norms and CLIP's projection are in the file, but frozen.
         names = [name for name in file.keys() if ".norm." not in name and not name.startswith("projection.")]  # noqa: SIM118
         return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
 
@@ -215,17 +215,17 @@ def _bundle(workplace: Workplace, run: Run) -> Path:
     bundle = workplace.folder / "methods" / f"{run.name}-{PRECISION}"
     if not (bundle / MANIFEST).exists():
         if not workplace.is_trained(run):
-            raise ItuneError(f"{run.title} is not trained to its end: run the stage train first")
+            raise ItuneError(f"{run.title} is not completely trained: run the stage train first")
         retrieval = ["--retrieve", RETRIEVE] if run.retrieves else []
         _itune("export", workplace.checkpoint(run) / "best", "--precision", PRECISION, *retrieval, "-o", bundle)
     return bundle
 
 
 def _itune(command: str, *arguments: Any) -> None:
-    """Run one of the project's commands, in a process of its own."""
+    """Run one of itune's programs."""
     process = subprocess.run([sys.executable, "-m", f"itune.cli.{command}", *map(str, arguments)], check=False)
     if process.returncode:
-        raise ItuneError(f"itune {command} stopped; start again to go on")
+        raise ItuneError(f"itune {command} stopped; start again to resume")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -245,20 +245,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("train", "score", "latency", "write"))
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--methods", help="a comma list of rows; if not given, all whose language model is there")
+    parser.add_argument("--methods", help="rows, separated by commas; default: all whose language model exists")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--no-java", action="store_true", help="score without METEOR and SPICE")
-    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="what `write` writes")
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="output of the stage write")
     options = parser.parse_args(arguments)
     require("benchmark", "torch", "transformers", "onnx", "matplotlib")
     workplace, known = Workplace(options.work_dir), {run.name: run for run in RUNS}
-    there = [name for name, run in known.items() if (workplace.folder / run.language_model).exists()]
-    wanted = options.methods.split(",") if options.methods else there
-    if odd := [name for name in wanted if name not in known]:
-        raise ItuneError(f"--methods: there is no {odd[0]!r}; there are {', '.join(known)}")
+    available = [name for name, run in known.items() if (workplace.folder / run.language_model).exists()]
+    wanted = options.methods.split(",") if options.methods else available
+    if unknown := [name for name in wanted if name not in known]:
+        raise ItuneError(f"--methods: unknown {unknown[0]!r}: choose from {', '.join(known)}")
     runs = [known[name] for name in wanted]
     if not (workplace.folder / "train.jsonl").exists():
-        raise ItuneError(f"--work-dir {workplace.folder} has no train.jsonl: see recipes/flickr8k/README.md")
+        raise ItuneError(f"--work-dir {workplace.folder} has no train.jsonl: recipes/flickr8k writes it")
     stages: dict[str, Callable[[], None]] = {
         "train": lambda: train(workplace, runs),
         "score": lambda: score(workplace, runs, not options.no_java),

@@ -1,4 +1,4 @@
-"""What `results.py` writes: a table of what was measured, the figure, and a table of what the papers report."""
+"""The page that `results.py` writes: a table of the measurements, the figure, and a table of published scores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BASE = "i-tuning"
 """The row that the others are compared with."""
 
 PROMPTED = "²"
-"""Marks rows on the language model that has read prompts."""
-_PROMPTED_NOTE = f"""{PROMPTED} On a frozen language model of the same size that has 128 positions and has read prompts
-of retrieved captions ([how](../recipes/flickr8k/prompted_language_model.py)). The default model's has 64 and has read
-bare captions only, so that all that comes behind a prompt is new to it.
+"""Marks rows on the language model that was trained with prompts."""
+_PROMPTED_NOTE = f"""{PROMPTED} On a frozen language model of the same size that has 128 positions and was trained with
+prompts of retrieved captions (`recipes/flickr8k/prompted_language_model.py`). The packaged model's has 64 positions
+and was trained on bare captions, so every text after a prompt is new to it.
 
 """
 PUBLISHED: tuple[tuple[str, str, str, str, str], ...] = (
@@ -48,29 +48,30 @@ def _page(content: Entry, figure: str) -> str:
     budget, timing, rows = content["budget"], content["latency"], content["rows"]
     machine, scores = timing["machine"], rows[0]["scores"]
     prompted = any(PROMPTED in row["title"] for row in rows)
-    return f"""# Which method captions best on the same data
+    return f"""# Results
 
-Written by `python benchmarks/results.py write`; what it was written from is in [results.json](results.json).
+Which method captions best after the same training? `python benchmarks/results.py write` writes this page from
+`docs/results.json`.
 
-Every captioner here has the default model's frozen vision tower and language model
-(6 layers of 384{f"; but for the rows marked {PROMPTED}" if prompted else ""}), and was trained on the same
-{budget["photos"]:,} photos of Flickr8k with their captions for {budget["epochs"]} epochs, with the same schedule,
-batch and regularisation, one run each; learning rates are the methods' own
-([method_runs.py](../benchmarks/method_runs.py)). A short training: it says which method learns fast from little.
+Every captioner uses the packaged model's frozen vision tower and language model (6 layers of
+384{f"; except rows marked {PROMPTED}" if prompted else ""}). Each was trained once, on the same
+{budget["photos"]:,} photos of Flickr8k for {budget["epochs"]} epochs, with the same schedule, batch size and
+regularisation, and with its own learning rate (`benchmarks/method_runs.py`). This is a short
+training: it shows which method learns fast from little data.
 
-Scores are of the exported {timing["precision"]} bundle with {budget["num_beams"]} beams on the {scores["images"]:,} dev
-photos, x 100, with 95 % bootstrap intervals over the photos; a seed may move them by more than the interval says. The
-best epoch was chosen on the first {budget["flags"]["--dev-images"]} of the same photos.
+Scores belong to the exported {timing["precision"]} bundle with {budget["num_beams"]} beams on the
+{scores["images"]:,} dev photos, x 100, with 95 % bootstrap intervals over the photos. Another seed may move them by
+more than the interval. The best epoch was chosen on the first {budget["flags"]["--dev-images"]} of the same photos.
 
 {_table(*_measured(rows, timing))}
 
 {_PROMPTED_NOTE if prompted else ""}\
-- *Shown*: retrieved captions in the prompt, on average over the timed photos; {budget["retrieve"]} were asked for, and
-  those that a language model has no positions for are left out. They come from the training captions, without a
-  training photo's own.
-- *Training*: CPU time, the evaluation after each epoch included, and the process's own peak memory, without the stored
-  embeddings that it maps. What is retrieved for a photo is stored, too, by the training that comes first.
-- *Against I-Tuning*: the difference in CIDEr-D to the first row, where the paired test, corrected for the number of
+- *Shown*: retrieved captions in the prompt, averaged over the timed photos. We asked for
+  {budget["retrieve"]}; those for which the language model has no positions are left out. They come from the
+  training captions, without a training photo's own.
+- *Training*: CPU time, including the evaluation after each epoch, and the process's own peak memory, without the
+  memory-mapped embeddings. The first training run with retrieval also stores what is retrieved for each photo.
+- *Against I-Tuning*: the difference in CIDEr-D from the first row, where the paired test, corrected for the number of
   scores, finds more than noise.
 - *Latency*: one photo of {timing["photos"]}, {timing["num_beams"]} beams, from the file to the caption: median (10th to
   90th percentile), captioners alternating, {machine["threads"]} threads of {machine["cpu"]}, {machine["date"][:10]}.
@@ -79,8 +80,8 @@ best epoch was chosen on the first {budget["flags"]["--dev-images"]} of the same
 
 ## Published
 
-What the papers report, x 100, on data sets and with models that were not run here: COCO Karpathy test, Flickr30k test
-and NoCaps overall.
+What the papers report, x 100, on datasets and with models that we did not run: COCO Karpathy test, Flickr30k test and
+NoCaps overall.
 
 {_table(("captioner", "trained, M", "COCO", "Flickr30k", "NoCaps"), PUBLISHED)}
 """

@@ -1,11 +1,11 @@
-"""How close is a bundle to what this machine can do? Its memory bandwidth and matrix peak, and each stage's floor.
+"""How close a bundle comes to the limits of this machine: its memory bandwidth and its peak matrix rate.
 
     python benchmarks/roofline.py BUNDLE --threads 2
 
-The encoder multiplies matrices: its floor is its operations at the rate that ONNX Runtime reaches on one big product,
-in the arithmetic of each of the graph's own. A decoder step reads all its weights for a handful of rows: its floor is
-their bytes, as stored, at the rate at which NumPy reads an array far larger than any cache. Left out: whatever is not a
-product, and the step's own operations and its key/value cache, which are small.
+The encoder multiplies matrices: its floor is the time of its operations at the rate that ONNX Runtime reaches on one
+large product of the same type. A decoder step reads all its weights for a handful of rows: its floor is the time of
+reading their bytes, as stored, at the rate at which NumPy reads an array far larger than any cache. The floors ignore
+everything but matrix products, and a step's operations and key/value cache, which are small.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PRODUCT = 1024, 1024, 4096  # larger ones are no faster
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine reaches on its own."""
+    """The machine's measured limits."""
 
     gb_per_s: float
     """Reading an array far larger than any cache, on all threads."""
@@ -66,32 +66,32 @@ class Machine:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage cannot do without, and how long it takes."""
+    """The work of a stage and its measured time."""
 
     name: str
     megabytes: float
-    """Weights (and, for a step, the visual keys and values) that are read once."""
+    """Weights (and, for a step, the visual keys and values) read once."""
     fp32_gflop: float
     int8_gop: float
     measured_ms: float
 
     def memory_ms(self, machine: Machine) -> float:
-        """The time to read them."""
+        """The time to read the weights."""
         return self.megabytes / machine.gb_per_s
 
     def compute_ms(self, machine: Machine) -> float:
-        """The time of the products."""
+        """The time of the matrix products."""
         return 1e3 * (self.fp32_gflop / machine.fp32_gflops + self.int8_gop / machine.int8_gops)
 
     def floor_ms(self, machine: Machine) -> float:
-        """The larger of the two."""
+        """The larger of the two times."""
         return max(self.memory_ms(machine), self.compute_ms(machine))
 
 
 def machine_runs(threads: int) -> dict[str, tuple[Run, float]]:
-    """What finds the three figures: what to run, and how much it reads (GB) or computes (1e9 operations)."""
+    """For each limit, a function to time, and how much it reads (GB) or computes (1e9 operations)."""
     parts = np.array_split(np.ones(_ARRAY_BYTES // 4, np.float32), threads)
-    pool = ThreadPoolExecutor(threads)  # NumPy lets other threads run meanwhile
+    pool = ThreadPoolExecutor(threads)  # NumPy releases the GIL
     rows, inner, columns = _PRODUCT
     rng = np.random.default_rng(0)
     a, b = rng.random((rows, inner), np.float32), rng.random((inner, columns), np.float32)
@@ -107,7 +107,7 @@ def machine_runs(threads: int) -> dict[str, tuple[Run, float]]:
 
 
 def _product(threads: int, operator: str, a: Any, b: Any) -> Run:
-    """One product on ONNX Runtime, b a constant as weights are."""
+    """One product on ONNX Runtime, with b a constant like weights."""
     kind = TensorProto.INT32 if operator == "MatMulInteger" else TensorProto.FLOAT
     graph = helper.make_graph(
         [helper.make_node(operator, ["a", "b"], ["c"])],
@@ -126,12 +126,12 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # others take turns with it
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # it alternates with others
     return options
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of a graph's weights that every run reads: all but tables in which single rows are looked up."""
+    """Bytes of the weights that every run of a graph reads: all except tables in which single rows are looked up."""
     graph = onnx.load(path, load_external_data=False).graph
     read = {name for node in graph.node if node.op_type not in _LOOKUPS for name in node.input}
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}
@@ -147,8 +147,8 @@ def _tensor_bytes(tensor: TensorProto) -> int:
 def products(path: Path, feeds: dict[str, Any]) -> tuple[float, float, float]:
     """Multiplications and additions of a graph's matrix products on these inputs, 1e9: in floats, in integers.
 
-    The graph is run once, unoptimised, with the products' operands as outputs: so their shapes are known, whatever
-    it is made of. The third figure is the size of its own outputs in MB.
+    The graph is run once, unoptimised, with the products' operands as outputs, to find their shapes. The third figure
+    is the size of the graph's own outputs in MB.
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -176,9 +176,9 @@ def products(path: Path, feeds: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def measure(folder: Path, threads: int, num_beams: int, new_tokens: int, repeats: int) -> tuple[Machine, list[Stage]]:
-    """The machine and a bundle on it, in turns: the encoder on one photo, and a step of its decoding with the search.
+    """Measure the machine and a bundle in turns: the encoder on one photo, and one decoder step with the search.
 
-    Medians of both, since a busy machine slows both.
+    Both are medians, since a busy machine slows both.
     """
     bundle = Bundle.load(folder)
     captioner = Captioner.load(folder, threads=threads)
@@ -208,7 +208,7 @@ def measure(folder: Path, threads: int, num_beams: int, new_tokens: int, repeats
 
 
 def print_tables(result: dict[str, Any], reached: Machine, stages: list[Stage]) -> None:
-    """Show both on the terminal."""
+    """Print both."""
     out = Console(highlight=False)
     about = result["machine"]
     out.print(
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads")
     parser.add_argument("--num-beams", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=16, help="forced length of every caption")
-    parser.add_argument("--repeats", type=int, default=10, help="captions that are timed")
+    parser.add_argument("--repeats", type=int, default=10, help="timed captions")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
     for name in ("threads", "num_beams", "new_tokens", "repeats"):

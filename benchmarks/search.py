@@ -2,7 +2,7 @@
 
     python benchmarks/search.py
 
-C++ and NumPy take turns in one process; the figures are medians.
+C++ and NumPy alternate in one process; the figures are medians.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROCESSORS: dict[str, Any] = {
 
 @dataclass
 class Case:
-    """A search to be timed."""
+    """A timed search."""
 
     name: str
     config: SearchConfig
@@ -43,7 +43,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The searches that are timed: no image ends before the last step, so that every step is a full one."""
+    """The timed searches; no image ends before the last step, so every step is a full one."""
     return [
         Case("greedy", SearchConfig(num_beams=1, max_new_tokens=STEPS)),
         Case("5 beams", SearchConfig(num_beams=5, max_new_tokens=STEPS)),
@@ -55,7 +55,7 @@ def cases() -> list[Case]:
 
 
 def step_times(make: MakeCore, case: Case, rng: np.random.Generator) -> list[float]:
-    """Microseconds of each step but the first, on candidates made up for it."""
+    """Microseconds of each step but the first, on synthetic candidates."""
     core: Core = make(np.full((case.images, 1), END), case.config, END, VOCABULARY)
     rows, times = case.images, []
     for _ in range(STEPS):
@@ -70,7 +70,7 @@ def step_times(make: MakeCore, case: Case, rng: np.random.Generator) -> list[flo
 
 
 def made_up(rng: np.random.Generator, rows: int, k: int) -> Candidates:
-    """Candidates of which none is the end token."""
+    """Synthetic candidates without the end token."""
     logits = np.sort(rng.normal(0, 2, (rows, k)).astype(np.float32), axis=1)[:, ::-1].copy()
     token_ids = np.stack([rng.choice(END, k, replace=False) for _ in range(rows)])
     return Candidates(logits, token_ids, np.full(rows, 9, np.float32))
@@ -83,7 +83,7 @@ def main() -> None:
     repeats: int = parser.parse_args().repeats
     cores: dict[str, MakeCore] = {"C++": make_core, "NumPy": NumpySearch} if NATIVE else {"NumPy": NumpySearch}
     console = Console()
-    table = Table("microseconds a step", *cores, title="constraints, advance and compaction, as called from Python")
+    table = Table("microseconds per step", *cores, title="constraints, advance and compaction, as called from Python")
     for case in cases():
         for repeat in range(repeats):
             for name, make in cores.items():

@@ -1,11 +1,10 @@
-"""How latency goes with beams, caption length, batch and model size: everybody at every point, as JSON and plots.
+"""How latency depends on beams, caption length, batch and model size, as JSON and plots.
 
-    python benchmarks/sweep.py --work-dir DIR --json docs/sweep.json --plots docs
-    python benchmarks/sweep.py --work-dir DIR --json docs/sweep.json --plots docs --contestants all --sweeps sizes
+    python benchmarks/sweep.py --work-dir DIR --json docs/sweep.json --plots docs/images
+    python benchmarks/sweep.py --work-dir DIR --json docs/sweep.json --contestants all --sweeps sizes
 
-Random weights of the papers' sizes. Contestants alternate at every point, as in `latency.py`. What the JSON file has
-is not measured again, so that a sweep can be interrupted, and continued with more sweeps: a point is measured anew if
-other contestants are asked for or a bundle has changed.
+Models have the paper's sizes and random weights. Contestants alternate at every point, as in `latency.py`. A sweep can
+be interrupted and extended: points in the JSON file are measured again only for other contestants or changed bundles.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from itune.runtime.engines.onnxruntime import available_cpus
 
 @dataclass(frozen=True)
 class Point:
-    """What is asked of everybody at once."""
+    """One setting that all contestants run with."""
 
     size: str
     num_beams: int = 5
@@ -52,13 +51,13 @@ SWEEPS: dict[str, tuple[str, tuple[int, ...]]] = {
     "new-tokens": ("new_tokens", (8, 12, 16, 24, 32)),
     "batch": ("batch_size", (1, 2, 4, 8, 16, 32)),
 }
-"""A point's field and its values, at the first size asked for; the sweep `sizes` is over the sizes."""
+"""The field that a sweep varies and its values, at the first of --sizes; the sweep `sizes` varies the size."""
 SIZES = "sizes"
 
 
 def points(sweeps: list[str], sizes: list[str]) -> list[Point]:
-    """The points of some sweeps, each once, size by size; first the one that all sweeps share."""
-    found = [Point(sizes[0])]  # where the sweeps meet
+    """The points of some sweeps without repetitions, size by size; the point that all sweeps share comes first."""
+    found = [Point(sizes[0])]  # the point that the sweeps share
     for sweep in sweeps:
         if sweep == SIZES:
             found += [Point(size) for size in sizes]
@@ -69,7 +68,7 @@ def points(sweeps: list[str], sizes: list[str]) -> list[Point]:
 
 
 class Results:
-    """The JSON file: what was measured, of which bundles, on which machine."""
+    """The JSON file: the machine, and each point's bundles and summary."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self.path = path
@@ -81,15 +80,15 @@ class Results:
         for key in ("cpu", "threads", "versions"):
             before = self.content["machine"][key]
             if before != here[key]:
-                raise ItuneError(f"{path} was measured with {key} {before}, here: {here[key]}; give another --json")
+                raise ItuneError(f"{path} was measured with {key} {before}, not {here[key]}; choose another --json")
 
     def has(self, point: Point, bundles: dict[str, str], names: set[str]) -> bool:
-        """Whether these contestants were measured at a point, with bundles of these hashes."""
+        """Whether a point was measured with exactly these contestants and bundles."""
         entry = next((e for e in self.content["points"] if e["point"] == asdict(point)), None)
         return entry is not None and entry["bundles"] == bundles and entry["summary"].keys() == names
 
     def add(self, point: Point, bundles: dict[str, str], summary: dict[str, Any]) -> None:
-        """Add a point, or replace it, and write the file."""
+        """Add or replace a point, and write the file."""
         kept = [entry for entry in self.content["points"] if entry["point"] != asdict(point)]
         self.content["points"] = [*kept, {"point": asdict(point), "bundles": bundles, "summary": summary}]
         with atomic_path(self.path) as path:
@@ -97,7 +96,7 @@ class Results:
 
 
 def sweep(arguments: argparse.Namespace, results: Results) -> None:
-    """Measure what is missing, size by size: only one size's contestants are in memory."""
+    """Measure the missing points size by size, with one size's contestants in memory at a time."""
     from random_init import GEOMETRIES, build_checkpoint
 
     peers, precisions = choose_peers(arguments.contestants), arguments.precisions.split(",")
@@ -132,7 +131,7 @@ def measure_point(
 
 
 def _weights(bundle: Path) -> str:
-    """A hash of everything in a bundle that is run."""
+    """The hashes of a bundle's graphs."""
     files = BundleFolder.load(bundle, verify=False).manifest.files
     graphs = sorted((name, file.sha256) for name, file in files.items() if ".onnx" in name)
     return " ".join(f"{name}:{sha256[:16]}" for name, sha256 in graphs)
@@ -144,22 +143,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work-dir", type=Path, required=True, help="keep and reuse the models and bundles here")
-    parser.add_argument("--json", type=Path, required=True, help="the results, continued where they stopped")
+    parser.add_argument("--json", type=Path, required=True, help="the results; an existing file is continued")
     parser.add_argument("--plots", type=Path, help="folder for the pictures, sweep-NAME.png")
-    parser.add_argument("--plots-only", action="store_true", help="draw what was measured, measure nothing")
+    parser.add_argument("--plots-only", action="store_true", help="only draw the measured points")
     every = [*SWEEPS, SIZES]
     parser.add_argument("--sweeps", default=",".join(every), metavar="LIST", help=f"of {', '.join(every)}")
     parser.add_argument("--sizes", default=",".join(GEOMETRIES), metavar="LIST", help=f"of {', '.join(GEOMETRIES)}")
     parser.add_argument("--contestants", default=BASE, metavar="LIST", help=f"all, or of {', '.join(PEERS)}")
-    parser.add_argument("--precisions", default="fp32,int8", metavar="LIST", help="of the bundles, as in latency.py")
+    parser.add_argument(
+        "--precisions", default="fp32,int8", metavar="LIST", help="precisions of the bundles, as in latency.py"
+    )
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads of every contestant")
     parser.add_argument("--repeats", type=int, default=5, help="timed samples of a point")
-    parser.add_argument("--warmup", type=int, default=1, help="samples of a point that are not counted")
+    parser.add_argument("--warmup", type=int, default=1, help="samples of a point that do not count")
     arguments = parser.parse_args(argv)
     for name, known in (("sweeps", every), ("sizes", [*GEOMETRIES])):
         chosen = getattr(arguments, name).split(",")
         if unknown := [part for part in chosen if part not in known]:
-            parser.error(f"--{name}: there is no {unknown[0]!r}; there are {', '.join(known)}")
+            parser.error(f"--{name}: unknown {unknown[0]!r}: choose from {', '.join(known)}")
         setattr(arguments, name, chosen)
     if min(arguments.threads, arguments.repeats) < 1 or arguments.warmup < 0:
         parser.error("--threads and --repeats must be at least 1, --warmup at least 0")
@@ -171,9 +172,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what is missing and draw everything."""
+    """Measure the missing points and draw everything."""
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes end as well
     try:
         require("benchmark", "matplotlib")
         results = Results(arguments.json, arguments.threads)

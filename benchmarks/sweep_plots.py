@@ -1,4 +1,4 @@
-"""Draws what `sweep.py` measured: a picture for every sweep that has at least two points, and one of the precisions."""
+"""Plots of `sweep.py`: one for every sweep with at least two points, and one of the precisions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     usual: Entry = results["usual"]
     size = usual["size"]
     about = results["machine"]
-    caption = f"{about['threads']} threads of {about['cpu']}, {about['date'][:10]}; bands from least to most"
+    caption = f"{about['threads']} threads of {about['cpu']}, {about['date'][:10]}; bands from minimum to maximum"
     made = []
 
     def save(name: str, figure: Any) -> None:
@@ -63,13 +63,13 @@ def _others(usual: Entry, field: str) -> str:
 
 
 def _along(entries: list[Entry], field: str, usual: Entry) -> list[Entry]:
-    """The points that differ from `usual` in one field at most, in its order (of sizes: as measured)."""
+    """The points that differ from `usual` at most in one field, sorted by it (sizes: as measured)."""
     found = [e for e in entries if all(e["point"][f] == v for f, v in usual.items() if f != field)]
     return found if field == "size" else sorted(found, key=lambda e: e["point"][field])
 
 
 def _lines(pyplot: Any, along: list[Entry], field: str, words: str, title: str) -> Any:
-    """Median time by contestant, or photos a second; dashed where it is the decoding alone."""
+    """Median time per contestant, or photos per second; dashed for decoding alone."""
     from matplotlib.ticker import LogFormatter
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
@@ -97,7 +97,7 @@ def _lines(pyplot: Any, along: list[Entry], field: str, words: str, title: str) 
         values = [entry["point"][field] for entry in along]
         axes.set_xticks(values, [str(value) for value in values])
     axes.set_xlabel(words)
-    axes.set_ylabel("photos a second" if field == "batch_size" else "ms, encoded and decoded")
+    axes.set_ylabel("photos per second" if field == "batch_size" else "ms, encoded and decoded")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
@@ -105,7 +105,7 @@ def _lines(pyplot: Any, along: list[Entry], field: str, words: str, title: str) 
 
 
 def _bars(pyplot: Any, summary: dict[str, Any], title: str) -> Any:
-    """Encoding and decoding of every contestant as one bar, and how many times faster than eager it is."""
+    """One bar per contestant, of encoding and decoding, with its speed-up over eager."""
     figure, axes = pyplot.subplots(figsize=(7, 0.9 + 0.35 * len(summary)))
     names = list(reversed(summary))
     left = [0.0] * len(names)

@@ -1,9 +1,9 @@
-"""Images a second through a bundle, and whether memory grows with their number.
+"""Images per second through a bundle, and whether memory grows with their number.
 
     python benchmarks/throughput.py --images FOLDER --count 10000 --json throughput.json --plot throughput.png
 
-One process captions them with `Captioner.stream`, file decoding included. Photos of the folder (default: JPEGs made up
-here) go round until there are `count`; rate and resident memory are noted every `--window` images.
+One process captions them with `Captioner.stream`, including file decoding. The folder's photos (default: synthetic
+JPEGs) repeat until there are `count`. Rate and resident memory are recorded every `--window` images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIZE = (500, 375)
 
 
 class Window(NamedTuple):
-    """What was noted after some more images."""
+    """A record of progress and memory after some images."""
 
     images: int
     seconds: float
@@ -46,7 +46,7 @@ def photos(folder: Path | None) -> Sequence[str] | Sequence[bytes]:
     if folder is not None:
         found = expand([str(folder)])
         if found == [str(folder)]:
-            raise ItuneError(f"--images {folder}: there is no photo in it")
+            raise ItuneError(f"--images {folder} contains no photo")
         return found
     return [_made_up(np.random.default_rng(seed)) for seed in range(SYNTHETIC)]
 
@@ -82,12 +82,12 @@ def measure(
                 windows.append(note(done))
             update(done, arguments.count)
     if failed:
-        raise ItuneError(f"{failed} of {arguments.count} images could not be decoded, so that the rate means nothing")
+        raise ItuneError(f"{failed} of {arguments.count} images could not be decoded, so the rate means nothing")
     return windows
 
 
 def summarize(windows: Sequence[Window]) -> dict[str, Any]:
-    """Images a second with their spread over the windows; memory, whose peaks in both halves tell whether it grows."""
+    """Images per second with their spread over windows, and the peak memory of both halves, which shows if it grows."""
     images, seconds, rss = (np.array(column) for column in zip(*windows, strict=True))
     rates = np.diff(images) / np.diff(seconds)
     early = images <= images[-1] / 2
@@ -104,7 +104,7 @@ def summarize(windows: Sequence[Window]) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything the JSON file holds."""
+    """Measure, and return the content of the JSON file."""
     images = photos(arguments.images)
     captioner = Captioner.load(arguments.bundle, threads=arguments.threads)
     windows = measure(captioner, images, arguments)
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(arguments.threads),
         "settings": {
             "bundle": str(arguments.bundle or "default model"),
-            "images": f"{len(images)} {'made up' if arguments.images is None else 'photos'}",
+            "images": f"{len(images)} {'synthetic' if arguments.images is None else 'photos'}",
             "count": arguments.count,
             "batch_size": arguments.batch_size,
             "workers": captioner.workers if arguments.workers is None else arguments.workers,
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write a PNG: memory and rate over the number of images."""
-    # Only now: matplotlib's memory is not the captioner's.
+    # Imported here, so that matplotlib's memory does not count.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -137,7 +137,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     memory.set_ylabel("resident memory, MB")
     rate.stairs(np.diff(images) / np.diff(seconds), images, baseline=None)
     rate.set_ylim(0)
-    rate.set_ylabel("images a second")
+    rate.set_ylabel("images per second")
     rate.set_xlabel("images captioned")
     settings = result["settings"]
     memory.set_title(
@@ -153,14 +153,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--bundle", type=Path, help="default: the model inside the package")
-    parser.add_argument("--images", type=Path, help="folder of photos; default: JPEGs of 500 x 375 made up here")
-    parser.add_argument("--count", type=int, default=1000, help="images to caption; the photos go round")
+    parser.add_argument("--bundle", type=Path, help="default: the packaged model")
+    parser.add_argument("--images", type=Path, help="folder of photos; default: synthetic JPEGs of 500 x 375")
+    parser.add_argument("--count", type=int, default=1000, help="images to caption; the photos repeat")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, help="threads that decode ahead, as in itune-run")
     parser.add_argument("--num-beams", type=int, help="default: the bundle's")
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads")
-    parser.add_argument("--window", type=int, default=200, help="images between two notes of rate and memory")
+    parser.add_argument("--window", type=int, default=200, help="images between two records of rate and memory")
     parser.add_argument("--json", type=Path, help="write every window here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     arguments = parser.parse_args(argv)
@@ -168,7 +168,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if arguments.count < 2 * arguments.window:
-        parser.error("--count must be at least two windows, or there is no spread to tell")
+        parser.error("--count must be at least two windows")
     for name in ("json", "plot"):
         path = getattr(arguments, name)
         if path and not path.absolute().parent.is_dir():

@@ -1,4 +1,4 @@
-"""The model inside the package: what it says, what it scores, and that its parts give the same captions in PyTorch."""
+"""The packaged model: its captions, its score, and the same captions from its restored parts in PyTorch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_golden_captions() -> None:
 
 
 def test_a_caption_does_not_depend_on_its_batch() -> None:
-    """Neither on its size nor its order: int8 activations have a scale for every row."""
+    """Neither on its size nor its order: int8 activations are scaled by row."""
     photos = []
     for path in sorted((REPOSITORY / "examples").glob("*.jpg")):
         photo = Image.open(path).convert("RGB")
@@ -64,7 +64,7 @@ def test_a_caption_does_not_depend_on_its_batch() -> None:
             assert caption.tokens == alone[number].tokens
             for own, other in zip(caption.candidates, alone[number].candidates, strict=True):
                 assert own.caption == other.caption
-                assert own.score == pytest.approx(other.score, abs=1e-5)  # summed in another order: 2e-7 at most
+                assert own.score == pytest.approx(other.score, abs=1e-5)  # sums in another order differ by at most 2e-7
 
 
 def test_itune_run_describes_a_photo_in_json() -> None:

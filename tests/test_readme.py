@@ -1,4 +1,4 @@
-"""Every command of the README and of the pages in docs/ is run: here, or (the two that install) by `.ci/run`."""
+"""Runs every command of the README and of the pages in docs/, except the two that install, which `.ci/run` runs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,30 @@ import pytest
 from itune.export.restore import restore_bundle
 from itune.runtime.bundle import default_bundle
 from tests.conftest import CAPTIONS, REPOSITORY, random_photo
+from tests.test_default_model import GOLDEN
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-# The pages go on where the README's reader stands: with the folders that its commands have made.
-PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+NAVIGATION = re.findall(r"\S+\.md$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+PAGES = {name: (REPOSITORY / "docs" / name).read_text(encoding="utf-8") for name in NAVIGATION}
 BLOCKS = [
-    block for page in PAGES for block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (place, language, code)
+    for place, text in (("README", README), ("site", "".join(PAGES.values())))
+    for language, code in re.findall(r"^```(bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
-INSTALLING = [code for _, code in BLOCKS if "pip install" in code]
-COMMANDS = [code for language, code in BLOCKS if language == "bash" and code not in INSTALLING]
+INSTALLING = [code for _, _, code in BLOCKS if "pip install" in code]
+COMMANDS = [(place, code) for place, language, code in BLOCKS if language == "bash" and code not in INSTALLING]
+QUICK = [(place, code) for place, code in COMMANDS if "benchmarks" not in code]
+SLOW = [(place, code) for place, code in COMMANDS if "benchmarks" in code]
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the one that the README's reader stands in, with photos of their own."""
-    desk = tmp_path_factory.mktemp("desk")
+def desks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two readers' folders: one follows the README, the other the pages of the site in their order."""
+    return {place: make_desk(tmp_path_factory.mktemp(place)) for place in ("README", "site")}
+
+
+def make_desk(desk: Path) -> Path:
+    """The clone's examples and benchmarks, and photos of the reader's own."""
     shutil.copytree(REPOSITORY / "examples", desk / "examples")
     shutil.copytree(REPOSITORY / "benchmarks", desk / "benchmarks")
     photos = desk / "photos"
@@ -62,7 +71,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(code: str, desk: Path) -> subprocess.CompletedProcess[str]:
-    # Each METEOR takes ten seconds to start, and the metrics have tests of their own: one command has it.
+    # METEOR takes ten seconds to start, and the metrics have their own tests: one command keeps it.
     code = re.sub("^(itune-eval .*(?<!scores.json))$", r"\1 --no-java", code, flags=re.MULTILINE)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
@@ -79,35 +88,57 @@ def test_ci_runs_what_installs() -> None:
         assert re.search(rf"^python3 -m venv \.venv .*{pattern}$", code.strip())
 
 
-@pytest.mark.parametrize("code", [c for c in COMMANDS if "benchmarks" not in c], ids=lambda c: c.split("\n")[0][:40])
-def test_commands(code: str, desk: Path) -> None:
-    done = run(code, desk)
+def name(value: str) -> str:
+    return value.split("\n")[0][:40]
+
+
+@pytest.mark.parametrize(("place", "code"), QUICK, ids=name)
+def test_commands(place: str, code: str, desks: dict[str, Path]) -> None:
+    done = run(code, desks[place])
     if "--preset base" in code:
-        # The paper's sizes come from the hub: without a network there must be one sentence that helps.
+        # The paper's sizes come from the hub: without a network the command names what it could not load.
         assert done.returncode == 2
-        assert re.search(r"error: .*give the path of its folder instead", done.stderr)
+        assert re.search(r"error: .*(gpt2|clip-vit)", done.stderr)
     else:
         assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [c for c in COMMANDS if "benchmarks" in c], ids=lambda c: c.split("\n")[0][:40])
-def test_benchmarks(code: str, desk: Path, base_checkpoint: Path) -> None:
-    if not (desk / "restored").exists():  # by the command above them in the README
+@pytest.mark.parametrize(("place", "code"), SLOW, ids=name)
+def test_benchmarks(place: str, code: str, desks: dict[str, Path], base_checkpoint: Path) -> None:
+    desk = desks[place]
+    if not (desk / "restored").exists():  # as the README's command does
         restore_bundle(default_bundle(), desk / "restored")
-    if not (desk / "bench").exists():  # where an earlier run left the model
+    if not (desk / "bench").exists():  # a cached model
         (desk / "bench").symlink_to(base_checkpoint.parent)
     done = run(code, desk)
     assert done.returncode == 0, done.stderr
 
 
-def test_python(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(desk)
-    for language, code in BLOCKS:
+def test_python(desks: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, language, code in BLOCKS:
         if language == "python":
-            exec(compile(code, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 3
+            monkeypatch.chdir(desks[place])
+            exec(compile(code, place, "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:3] == [GOLDEN["chelsea.jpg"], GOLDEN["coffee.jpg"]]
+    assert printed[0].startswith(GOLDEN["astronaut.jpg"])
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert sorted(NAVIGATION) == sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1200
+
+
+def test_the_readmes_links_exist() -> None:
+    """mkdocs checks the links of the pages."""
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
+    assert targets
+    assert not [target for target in targets if not (REPOSITORY / target).exists()]
 
 
 def test_default_model_fits_in_git_and_says_whose_it_is() -> None:

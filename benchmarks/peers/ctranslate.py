@@ -1,6 +1,6 @@
 """CTranslate2's int8 GPT-2: the language model alone, without adapters and image, so it only decodes.
 
-Run as a script it converts a checkpoint's language model: CHECKPOINT OUTPUT.
+Run as a script, it converts a checkpoint's language model: CHECKPOINT OUTPUT.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from itune.runtime.engines.base import UInt8
 
 
 class CTranslate2:
-    """Beam search inside CTranslate2, on as many threads as it is fastest with.
+    """Beam search inside CTranslate2, with the number of threads that is fastest.
 
-    Where it has no batched product for a CPU (all but Intel's), attention becomes many small products with a barrier
-    each, and one thread is faster than two: the first call tries both.
+    On CPUs for which it has no batched product (all but Intel's), attention becomes many small products with a barrier
+    each, and one thread is faster than two. The first call tries both.
     """
 
     def __init__(self, model: Path, threads: int) -> None:
@@ -28,7 +28,7 @@ class CTranslate2:
         self.generator: Any = None
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """See `Contestant.caption`; the photos only say how many captions to write."""
+        """Write as many captions as there are photos; the photos themselves are ignored."""
         if self.generator is None:
             seconds = {threads: self._try(threads, len(pixels), task) for threads in {1, self.threads}}
             self._load(min(seconds, key=lambda threads: seconds[threads]))
@@ -45,7 +45,7 @@ class CTranslate2:
         return time.perf_counter() - start
 
     def _load(self, threads: int) -> None:
-        self.generator = None  # the memory of one at a time
+        self.generator = None  # frees the old one first
         self.generator = ctranslate2.Generator(str(self.model), compute_type="int8", intra_threads=threads)
 
     def _generate(self, batch: int, task: Task) -> tuple[tuple[int, ...], ...]:
@@ -60,7 +60,7 @@ class CTranslate2:
 
 
 def convert(checkpoint: Path, output: Path) -> None:
-    """Write the checkpoint's GPT-2 in int8; its vocabulary is the token ids, so that no tokenizer is needed."""
+    """Write the checkpoint's GPT-2 in int8; its vocabulary is the token ids, so it needs no tokenizer."""
     from ctranslate2.converters.transformers import GPT2Loader
 
     from itune.loading import LoadedCheckpoint

@@ -1,6 +1,6 @@
-"""OpenVINO on our own fp32 graphs, with our search: another CPU engine below the same merges.
+"""OpenVINO on our fp32 graphs with our search: another CPU engine for the same merged graphs.
 
-Run as a script it quantises the graphs of a bundle with NNCF: BUNDLE OUTPUT.
+Run as a script, it quantises the graphs of a bundle with NNCF: BUNDLE OUTPUT.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 class OpenVinoState:
-    """Keys and values of the images, and the mask of the rows; the rows' cache is in the request."""
+    """The images' keys and values, and the rows' mask; the rows' cache is in the request."""
 
     embedding = None
 
@@ -44,8 +44,8 @@ class OpenVinoState:
 class OpenVino:
     """Both graphs compiled for latency, behind the engine protocol, the caches as OpenVINO's own variables.
 
-    `folder`: an fp32 bundle or what `convert` makes of one. `precision` is what products are computed in, f32 or bf16;
-    quantised ones are int8 in either.
+    `folder`: an fp32 bundle or the output of `convert`. `precision`: the type of the products, f32 or bf16; quantised
+    products are int8 with both.
     """
 
     def __init__(self, folder: Path, threads: int, *, precision: str) -> None:
@@ -70,17 +70,17 @@ class OpenVino:
         self.most_candidates = manifest.tokens.candidates
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """See `Contestant.caption`."""
+        """Caption photos, uint8 [B, H, W, 3]."""
         return search_captions(self, pixels, task)
 
     def encode(self, pixels: UInt8) -> OpenVinoState:
-        """Images, uint8 [B, H, W, 3], to their keys/values."""
+        """The keys and values of images, uint8 [B, H, W, 3]."""
         self.vision.infer([pixels], share_inputs=True)
         outputs = self.vision.model_outputs
         return OpenVinoState({output.any_name: self.vision.get_tensor(output).data for output in outputs})
 
     def step(self, tokens: Int64, parents: Int64, state: OpenVinoState, k: int, *, mask: Any = None) -> Candidates:
-        """One step (see `Engine.step`; all prompts are of one length here, so there is no mask)."""
+        """One step of the engine protocol; all prompts have one length here, so there is no mask."""
         assert mask is None
         real = np.ones(tokens.shape, np.bool_)
         if state.mask is None:
@@ -91,7 +91,7 @@ class OpenVino:
             real = np.concatenate([state.mask[parents], real], axis=1)
         state.mask = real
         inputs = {
-            # OpenVINO does not know NumPy's other type of 64-bit integers, long long.
+            # OpenVINO does not accept long long, NumPy's other 64-bit integer type.
             "tokens": tokens.astype(np.int64),
             "positions": np.ascontiguousarray(real.cumsum(axis=1, dtype=np.int64)[:, -tokens.shape[1] :] - 1),
             "mask": real,
@@ -111,8 +111,8 @@ def graph_files(folder: Path, manifest: Manifest) -> list[Path]:
 def convert(source: Path, output: Path) -> None:
     """Quantise an fp32 bundle's graphs to int8: the encoder statically, the decoder's weights alone.
 
-    The encoder is calibrated on random pictures: what that costs is accuracy, not time. The weights' activations are
-    quantised by OpenVINO when it runs, its own default.
+    The encoder is calibrated on random pictures, which costs accuracy but not time. OpenVINO quantises the decoder's
+    activations at run time, its default.
     """
     import nncf
     from PIL import Image

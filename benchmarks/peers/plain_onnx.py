@@ -1,8 +1,8 @@
-"""The model as `torch.onnx.export` writes it, on ONNX Runtime: what a bundle's merges and its in-graph top-k replace.
+"""A plain `torch.onnx.export` of the model on ONNX Runtime, without merged adapters and in-graph top-k.
 
-Two graphs around the calls that eager PyTorch makes: normalised pixels to the adapters' keys and values, and one step
-of the language model with adapters. Whole rows of logits come to the host, which takes the best of them and reorders
-the cache, as exporters' own generation code does. Run as a script it exports a checkpoint: CHECKPOINT OUTPUT.
+Two graphs wrap the calls of eager PyTorch: normalised pixels to the adapters' keys and values, and one step of the
+language model with adapters. The host gets whole rows of logits, picks the best ones and reorders the cache, as other
+exporters' generation code does. Run as a script, it exports a checkpoint: CHECKPOINT OUTPUT.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 
 class PlainState:
-    """Keys and values of the images, and the rows' cache as the last step returned it."""
+    """The images' keys and values, and the rows' cache from the last step."""
 
     embedding = None
 
@@ -48,7 +48,7 @@ class PlainState:
 
 
 class PlainOnnx:
-    """Both graphs behind the engine protocol; `precision` int8 is ONNX Runtime's dynamic quantisation of them."""
+    """Both graphs behind the engine protocol; `precision` int8 uses ONNX Runtime's dynamic quantisation."""
 
     def __init__(self, folder: Path, threads: int, *, precision: str = "fp32") -> None:
         prefix = _INT8 if precision == "int8" else ""
@@ -60,18 +60,18 @@ class PlainOnnx:
         self.most_candidates = int(self.decoder.get_outputs()[0].shape[1])
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """See `Contestant.caption`."""
+        """Caption photos, uint8 [B, H, W, 3]."""
         return search_captions(self, pixels, task)
 
     def encode(self, pixels: UInt8) -> PlainState:
-        """Images, uint8 [B, H, W, 3], normalised and encoded."""
+        """Normalise and encode images, uint8 [B, H, W, 3]."""
         scale = np.float32(1 / (255 * np.array(self.image.std)))
         shift = np.float32(-np.array(self.image.mean) / np.array(self.image.std))
         normalized = np.ascontiguousarray((pixels * scale + shift).transpose(0, 3, 1, 2))
         return PlainState(self.encoder.run(None, {"pixel_values": normalized}))
 
     def step(self, tokens: Int64, parents: Int64, state: PlainState, k: int, *, mask: Any = None) -> Candidates:
-        """One step (see `Engine.step`; all prompts are of one length here, so there is no mask)."""
+        """One step of the engine protocol; all prompts have one length here, so there is no mask."""
         assert mask is None
         real = np.ones_like(tokens)
         if state.mask is None:
@@ -104,13 +104,13 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # As in our own sessions: else one session's waiting threads take the CPUs from the other's.
+    # As in our own sessions: otherwise one session's waiting threads take the CPUs from the other's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def convert(checkpoint: Path, output: Path) -> None:
-    """Export a checkpoint, and quantise both graphs to int8 beside that."""
+    """Export a checkpoint, and write int8 versions of both graphs as well."""
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -124,7 +124,7 @@ def convert(checkpoint: Path, output: Path) -> None:
     loaded = LoadedCheckpoint.load(checkpoint)
     model, tower = loaded.model, loaded.tower
     if not isinstance(tower, ClipTower):
-        raise ItuneError(f"{checkpoint}: its tower is an ONNX graph already, there is nothing plain to export")
+        raise ItuneError(f"{checkpoint}: its tower is an ONNX graph, which cannot be exported again")
     config: Any = model.language_model.config
     clip: nn.Module = tower.model
 
@@ -157,7 +157,7 @@ def convert(checkpoint: Path, output: Path) -> None:
             layers = cache.layers
             return [out.logits[:, -1], *(part for layer in layers for part in (layer.keys, layer.values))]
 
-    # Sizes of an example: 2 and more where they vary, or the exporter takes them for constants.
+    # Example sizes: dimensions that vary must be at least 2, or the exporter takes them for constants.
     images, rows, new, cached = 2, 4, 2, 3
     height, width = tower.image.output_size
     projected = model.project(torch.zeros(images, tower.tokens, tower.width))
@@ -200,7 +200,7 @@ def convert(checkpoint: Path, output: Path) -> None:
         )
     with TemporaryDirectory() as folded:
         for name in (ENCODER, DECODER):
-            # Constant folding first: the head is a transposition of the embedding, which is not quantised otherwise.
+            # Constant folding comes first: the head is a transposed embedding, which would not be quantised otherwise.
             quant_pre_process(
                 output / name,
                 Path(folded) / name,
@@ -212,11 +212,11 @@ def convert(checkpoint: Path, output: Path) -> None:
             quantize_dynamic(
                 Path(folded) / name,
                 output / f"{_INT8}{name}",
-                # Not the convolution, whose integer kernel is slower than the one in fp32.
+                # Convolutions stay in fp32, because their integer kernel is slower.
                 op_types_to_quantize=["MatMul", "Gemm"],
                 weight_type=QuantType.QInt8,
                 per_channel=True,
-                reduce_range=not has_vnni(),  # as ONNX Runtime advises where products of 8 bits saturate
+                reduce_range=not has_vnni(),  # ONNX Runtime's advice for CPUs whose 8-bit products saturate
                 use_external_data_format=True,
             )
     (output / IMAGE).write_text(tower.image.model_dump_json(), encoding="utf-8")

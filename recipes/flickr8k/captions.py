@@ -1,4 +1,4 @@
-"""Flickr8k's caption files, and the one cleaning of its captions that every stage of the recipe shares."""
+"""Reads Flickr8k's captions, and cleans them in the same way for every stage of the recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def clean(caption: str) -> str:
 
 
 def read_split(data: Path, split: str) -> dict[Path, list[str]]:
-    """Photo -> its captions as the data set has them, in the order of the split's list."""
+    """Photo -> its original captions, in the order of the split's list."""
     names = (data / SPLIT_FILES[split]).read_text(encoding="utf-8").split()
     captions: dict[str, list[str]] = defaultdict(list)
     for line in (data / TOKEN_FILE).read_text(encoding="utf-8").splitlines():
@@ -32,6 +32,6 @@ def read_split(data: Path, split: str) -> dict[Path, list[str]]:
 
 
 def clean_captions(data: Path, split: str) -> list[str]:
-    """All cleaned captions of a split; the few that are empty are left out."""
+    """All cleaned captions of a split, without the few that are empty."""
     texts = (clean(caption) for captions in read_split(data, split).values() for caption in captions)
     return [text for text in texts if text]

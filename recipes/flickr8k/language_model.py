@@ -79,7 +79,7 @@ def token_losses(model: GPT2LMHeadModel, batch: Tensor, *, bf16: bool) -> Tensor
 
 @torch.inference_mode()
 def perplexity(model: GPT2LMHeadModel, sequences: list[list[int]], *, bf16: bool = False) -> float:
-    """Per token, the end token included."""
+    """Perplexity per token, including the end token."""
     model.eval()
     losses = [token_losses(model, batch, bf16=bf16).double() for batch in batches(sequences, 256, None)]
     return math.exp(torch.cat(losses).mean().item())
@@ -95,7 +95,7 @@ def learning_rate(step: int, total: int, *, peak: float, warmup: int) -> float:
 
 @dataclass
 class State:
-    """Where training stands; what the checkpoint file holds beside the weights."""
+    """The state of training, stored in the checkpoint file with the weights."""
 
     epoch: int = 0
     best_epoch: int = 0
@@ -103,14 +103,14 @@ class State:
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Write the resumable checkpoint at once or not at all."""
+    """Write the resumable checkpoint atomically."""
     partial = path.with_suffix(".partial")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **vars(state)}, partial)
     partial.replace(path)
 
 
 def save_model(folder: Path, model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast) -> None:
-    """Write a Hugging Face folder, in place of an older one."""
+    """Write a Hugging Face folder, replacing an older one."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -129,7 +129,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """One step of a training at the learning rate `rate`."""
+    """One optimiser step at the learning rate `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss.backward()
@@ -171,7 +171,7 @@ def build_model(arguments: argparse.Namespace, tokenizer: GPT2TokenizerFast) -> 
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train (or go on training), then snap the best epoch's weights and write `language-model/`."""
+    """Train (or resume training), then snap the best epoch's weights and write `language-model/`."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     work = arguments.output / "language-model-training"
@@ -200,7 +200,7 @@ def train(arguments: argparse.Namespace) -> None:
     total = steps * arguments.epochs
     for epoch in range(state.epoch, arguments.epochs):
         generator = torch.Generator().manual_seed(arguments.seed + epoch)
-        torch.manual_seed(arguments.seed + epoch)  # dropout too: a resumed run equals an unbroken one
+        torch.manual_seed(arguments.seed + epoch)  # also seeds dropout: a resumed run equals an unbroken one
         model.train()
         started, losses = time.monotonic(), []
         rows = batches(ids["train"], arguments.batch_size, generator)
@@ -239,7 +239,7 @@ def train(arguments: argparse.Namespace) -> None:
 def add_training_options(
     parser: argparse.ArgumentParser, *, epochs: int, dropout: float, learning_rate: float, warmup: int, bf16: bool
 ) -> None:
-    """The options of every training of a language model, with a recipe's own values."""
+    """Add the options that both language models share, with a recipe's own defaults."""
     parser.add_argument("--dropout", type=float, default=dropout)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
@@ -254,8 +254,8 @@ def parse_arguments() -> argparse.Namespace:
     """The defaults are the recipe's own values."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="Flickr8k's folder")
-    parser.add_argument("--output", type=Path, required=True, help="receives language-model/")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole epoch")
+    parser.add_argument("--output", type=Path, required=True, help="folder in which to write language-model/")
+    parser.add_argument("--resume", action="store_true", help="resume after the last complete epoch")
     parser.add_argument("--vocab-size", type=int, default=6000)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)

@@ -1,7 +1,7 @@
 """Stage 0: Flickr8k's captions, cleaned, as JSON lines {"image", "captions"} for `itune-train`.
 
-The adapters have to see the very text that the language model was pre-trained on. For scores, hand `itune-eval`
-the original files: its references stay as people wrote them.
+The adapters must see exactly the text that the language model was trained on. For scores, give `itune-eval` the
+original files, so that the references stay as people wrote them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main() -> None:
     """Write `train.jsonl` and `dev.jsonl`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="Flickr8k's folder")
-    parser.add_argument("--output", type=Path, required=True, help="receives train.jsonl and dev.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder in which to write train.jsonl and dev.jsonl")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split in SPLIT_FILES:

@@ -1,12 +1,12 @@
-"""A language model that has read prompts: what SmallCap, and retrieval for I-Tuning, take for granted of GPT-2.
+"""A language model trained with prompts, as SmallCap and I-Tuning with retrieval need it.
 
-The recipe's own language model has read bare captions only, and has 64 positions, of which captions use the first 20.
-Here it goes on learning, with 128 of them, from the training captions behind prompts of captions that were retrieved
-for the same photo: four, fewer, none; and bare. It sees no image.
+The recipe's own language model was trained on bare captions only, and has 64 positions, of which captions use the first
+20. This script extends it to 128 positions and continues training on the training captions, after prompts of four,
+fewer or no captions retrieved for the same photo, and without a prompt. It sees no image.
 
-    python prompted_language_model.py --work-dir WORK       # WORK/prompted/language-model/; started again, goes on
+    python prompted_language_model.py --work-dir WORK       # WORK/prompted/language-model/; started again, it resumes
 
-WORK holds `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/` and the `datastore/` of the training captions.
+WORK contains `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/` and the `datastore/` of the training captions.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from itune.training.batches import Batch, TokenizedRecord, caption_head, pack_ba
 POSITIONS = 128
 LONGEST_PROMPT = 100  # tokens
 MIXTURE = (4, 4, 2, 0, 4, 4, 1, None)
-"""Retrieved captions in a photo's prompt, epoch after epoch; 0 is the prompt of an empty datastore, None no prompt."""
+"""Retrieved captions in a photo's prompt, by epoch; 0 is the prompt of an empty datastore, None means no prompt."""
 TEXT = TextSettings(lower=True, strip_period=True)
-PHOTOS = 32  # in a step, with all their captions
-DEV = 300  # dev photos, the first ones, as of the trainings on this language model
+PHOTOS = 32  # per step, with all their captions
+DEV = 300  # the first dev photos, as in the training runs on this language model
 
 
 class Prompts:
-    """Tokenised photos behind prompts of any number of retrieved captions."""
+    """Tokenised captions after prompts with any number of retrieved captions."""
 
     def __init__(self, work: Path) -> None:
         self.tokenizer = load_language_model(str(work / "language-model")).tokenizer
@@ -73,7 +73,7 @@ class Prompts:
             )
 
     def tokenized(self, split: str, captions: Sequence[int | None]) -> list[TokenizedRecord]:
-        """A split's first photos; `captions`: how many each one's prompt has."""
+        """The first photos of a split; `captions`: the number of captions in each photo's prompt."""
         heads = {}
         records = self.records[split][: len(captions)]
         for record, count in zip(records, captions, strict=True):
@@ -83,7 +83,7 @@ class Prompts:
 
 
 def batches(records: Sequence[TokenizedRecord], rng: np.random.Generator | None) -> Iterator[Batch]:
-    """Photos whose captions and prompts are about as long, in an order that `rng` draws."""
+    """Batches of photos whose prompts have about the same length, in random order if there is an `rng`."""
     order = np.arange(len(records)) if rng is None else rng.permutation(len(records))
     order = order[np.argsort([len(records[i].head) for i in order], kind="stable")]
     starts = np.arange(0, len(order), PHOTOS)
@@ -93,7 +93,7 @@ def batches(records: Sequence[TokenizedRecord], rng: np.random.Generator | None)
 
 
 def token_losses(model: GPT2LMHeadModel, batch: Batch, *, bf16: bool) -> Tensor:
-    """Cross-entropy [tokens of the captions, their ends included]."""
+    """Cross-entropy [caption and end tokens]."""
     packing = batch.packing
     assert packing is not None
     rows, columns = batch.mask.nonzero(as_tuple=True)
@@ -110,14 +110,14 @@ def token_losses(model: GPT2LMHeadModel, batch: Batch, *, bf16: bool) -> Tensor:
 
 @torch.inference_mode()
 def perplexity(model: GPT2LMHeadModel, records: Sequence[TokenizedRecord]) -> float:
-    """Per token of the captions, the end token included."""
+    """Perplexity per caption token, including the end token."""
     model.eval()
     losses = [token_losses(model, batch, bf16=False).double() for batch in batches(records, None)]
     return math.exp(torch.cat(losses).mean().item())
 
 
 def lengthened(folder: Path, dropout: float) -> GPT2LMHeadModel:
-    """The recipe's language model with `POSITIONS` positions: new ones begin as copies of those that are there."""
+    """The recipe's language model with `POSITIONS` positions: the new ones start as copies of the old ones."""
     model: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(
         folder, attn_implementation="eager", embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=0.0
     )
@@ -129,7 +129,7 @@ def lengthened(folder: Path, dropout: float) -> GPT2LMHeadModel:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train (or go on training), then snap the best epoch's weights and write `language-model/`."""
+    """Train (or resume training), then snap the best epoch's weights and write `language-model/`."""
     torch.set_num_threads(arguments.threads)
     work: Path = arguments.work_dir
     output = work / "prompted"
@@ -151,7 +151,7 @@ def train(arguments: argparse.Namespace) -> None:
     def measured() -> dict[str, float]:
         return {name: perplexity(model, records) for name, records in dev.items()}
 
-    console.print(f"dev perplexity behind 4 captions, none, no prompt: {measured()}; after epoch {state.epoch}")
+    console.print(f"after epoch {state.epoch}: dev perplexity {measured()}")
     photos = len(prompts.records["train"])
     steps = math.ceil(photos / PHOTOS)
     for epoch in range(state.epoch, arguments.epochs):

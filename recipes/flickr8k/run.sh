@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The default model from Flickr8k, start to end: run.sh FLICKR8K WORK. Every stage can be interrupted and run.sh
-# started again; a stage that is done is skipped.
+# Makes the packaged model from Flickr8k: run.sh FLICKR8K WORK. It can be interrupted and started again; completed
+# stages are skipped.
 set -euo pipefail
 data=$(realpath "$1")
 mkdir -p "$2"
@@ -21,7 +21,7 @@ itune-train --preset small-data --data "$work/train.jsonl" --dev-data "$work/dev
     --lower --strip-period --heads 4 --bottleneck 256 --epochs 12 --batch-size 160 --learning-rate 1e-3 \
     --num-beams 3 --max-new-tokens 24 --output "$work/adapters" "${resume[@]}"
 for precision in fp32 int8; do
-    # The last epoch: `best` was chosen on 300 photos, on all 1,000 the last is as good or better.
+    # The last epoch: `best` was chosen on 300 photos; on all 1,000, the last one is as good or better.
     [ -e "$work/bundle-$precision" ] || itune-export "$work/adapters/last" --target onnx --precision "$precision" \
         --name itune-flickr8k --num-beams 5 --max-new-tokens 24 --length-penalty 0.8 \
         --license "$(cat weights-license.txt)" --model-card model-card.md --output "$work/bundle-$precision"

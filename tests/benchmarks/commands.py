@@ -1,4 +1,4 @@
-"""The latency benchmark as its users start it, and what a run of it left."""
+"""Runs the latency benchmark as a user would."""
 
 from __future__ import annotations
 

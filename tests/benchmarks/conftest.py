@@ -1,4 +1,4 @@
-"""One run of the latency benchmark with everybody in it, which its tests share."""
+"""One run of the latency benchmark with all peers, shared by its tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks.commands import BATCH_SIZE, BENCHMARKS, NEW_TOKENS, Contes
 
 @pytest.fixture(scope="session")
 def artifacts() -> ModuleType:
-    """The module, without its folder staying in the path of later imports."""
+    """The module; its folder does not stay in the path of later imports."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import artifacts
@@ -29,7 +29,7 @@ def artifacts() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def contest(artifacts: ModuleType, checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Contest:
-    """Every peer that can run here and two bundles, of which the run exports one itself."""
+    """Every peer that can run here, and two bundles, one of them exported by the run itself."""
     work = tmp_path_factory.mktemp("latency")
     export_bundle(checkpoint_folder, work / "bundle-fp32", ExportOptions(verify=False))
     peers = {name: peer for name, peer in artifacts.PEERS.items() if not {"compiled", "device"} & peer.options.keys()}

@@ -1,4 +1,4 @@
-"""Attention in boxes: shares that can be worked out by hand, the real photos and boxes, the README's pictures."""
+"""Attention in boxes: shares that can be worked out by hand, the real photos and boxes, the pictures in the docs."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ def test_shares_and_controls(boxes: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert summary["inside"] == pytest.approx(0.7)
     assert summary["area"]["above"] == pytest.approx(0.45)
     assert summary["area"]["interval"] == pytest.approx((0.15, 0.75))  # of either photo drawn twice
-    with pytest.raises(ItuneError, match="'bird' is no word of 'big dog'"):
+    with pytest.raises(ItuneError) as error:
         boxes.word_tokens(explanation(shown["one", "big dog"]), "bird")
+    assert "'bird'" in str(error.value)
+    assert "'big dog'" in str(error.value)
 
 
 def test_nouns_of_several_tokens(boxes: ModuleType) -> None:
@@ -117,23 +119,24 @@ def test_the_default_models_nouns_are_seen_where_they_are(tmp_path: Path) -> Non
         assert result["summary"][control]["interval"][0] > 0
     done = subprocess.run([*command, "--layer", "12"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == (
-        "attention_boxes: error: layer 12 carries no adapter: choose last, mean or one of 0, 1, 2, 3, 4, 5\n"
-    )
+    assert done.stderr.count("\n") == 1
+    assert "12" in done.stderr
+    assert "0, 1, 2, 3, 4, 5" in done.stderr
 
 
-def test_the_readmes_pictures(tmp_path: Path) -> None:
+def test_the_pictures_in_the_docs(tmp_path: Path) -> None:
     for folder in ("benchmarks", "examples"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder)
-    (tmp_path / "docs").mkdir()
-    shutil.copy(REPOSITORY / "docs" / "heatmaps.py", tmp_path / "docs")
-    subprocess.run([sys.executable, "docs/heatmaps.py"], cwd=tmp_path, check=True)
-    drawn = sorted((tmp_path / "docs").glob("*.png"))
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    images = Path("docs/images")
+    (tmp_path / images).mkdir(parents=True)
+    shutil.copy(REPOSITORY / images / "heatmaps.py", tmp_path / images)
+    subprocess.run([sys.executable, images / "heatmaps.py"], cwd=tmp_path, check=True)
+    drawn = sorted((tmp_path / images).glob("*.png"))
+    page = (REPOSITORY / "docs" / "heatmaps.md").read_text(encoding="utf-8")
     assert len(drawn) == 3
     for path in drawn:
-        assert f"(docs/{path.name})" in readme
+        assert f"(images/{path.name})" in page
         assert path.stat().st_size < 250_000
-        with Image.open(path) as new, Image.open(REPOSITORY / "docs" / path.name) as old:
+        with Image.open(path) as new, Image.open(REPOSITORY / images / path.name) as old:
             difference = np.asarray(new.convert("RGB"), float) - np.asarray(old.convert("RGB"), float)
         assert np.abs(difference).mean() < 3  # of 255: the arithmetic of another machine

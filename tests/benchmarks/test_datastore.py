@@ -1,4 +1,4 @@
-"""benchmarks/datastore.py runs, and says what it measured."""
+"""benchmarks/datastore.py runs and reports its measurements."""
 
 from __future__ import annotations
 

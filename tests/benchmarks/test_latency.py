@@ -1,4 +1,4 @@
-"""The latency benchmark end to end on tiny models: what it reports, not how fast anything is."""
+"""The latency benchmark end to end on tiny models: its report, not its speed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_report(contest: Contest, contestants: ModuleType, capsys: pytest.Captur
         samples = result["samples"][name]
         assert len(samples) == -(-photos // BATCH_SIZE), "every photo is in a batch"
         assert all(len(sample["tokens"]) == BATCH_SIZE for sample in samples)
-        assert all(len(tokens) == NEW_TOKENS for sample in samples for tokens in sample["tokens"]), "it is forced"
+        assert all(len(tokens) == NEW_TOKENS for sample in samples for tokens in sample["tokens"]), (
+            "the length is forced"
+        )
         if "total" in row:
             assert row["images_per_s"] == pytest.approx(1e3 * BATCH_SIZE / row["total"]["median_ms"])
     assert result["summary"]["itune fp32"]["identical_captions"] == photos
@@ -45,7 +47,7 @@ def test_report(contest: Contest, contestants: ModuleType, capsys: pytest.Captur
     assert result["summary"]["itune int8"]["peak_mb"] < result["summary"]["eager"]["peak_mb"]
     assert "images/s" in contest.printed
     command.print_table(result | {"settings": settings | {"batch_size": 1}})
-    assert "images/s" not in capsys.readouterr().out, "one after the other they are no throughput"
+    assert "images/s" not in capsys.readouterr().out, "single photos have no throughput"
 
 
 def test_bundles_are_reused_for_the_same_checkpoint_only(
@@ -64,12 +66,14 @@ def test_bundles_are_reused_for_the_same_checkpoint_only(
     assert '"lambda": 2.5' in settings
     (same_weights / CONFIG_FILE).write_text(settings.replace('"lambda": 2.5', '"lambda": 1.5'))
     for checkpoint in (other, same_weights):
-        with pytest.raises(ItuneError, match="was exported from another checkpoint: give another --work-dir"):
+        with pytest.raises(ItuneError) as error:
             artifacts.Artifacts(checkpoint, contest.work).bundle("int8")
+        assert str(manifest.parent) in str(error.value)
+        assert "--work-dir" in str(error.value)
 
 
 def test_without_a_gpu_tensorrt_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where there is one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on machines with a GPU as well
     done = latency("--random-init", "base", "--engine", "tensorrt", "--work-dir", tmp_path / "work")
     assert done.returncode == 2
     assert done.stderr.startswith("latency: error: ")
@@ -123,13 +127,17 @@ def test_a_killed_contestant_is_reported(contestants: ModuleType, contest: Conte
     worker = contestants.Contender(contestants.BUNDLE, contest.work / "bundle-int8", threads=1)
     worker.process.kill()
     worker.process.join()
-    with pytest.raises(ItuneError, match="the itune process died with status -9, perhaps for want of memory"):
+    with pytest.raises(ItuneError) as error:
         worker.caption(np.zeros((1, 32, 32, 3), np.uint8), task(contestants))
+    assert "itune" in str(error.value)
+    assert "-9" in str(error.value)
 
 
 def test_a_contestants_error_is_one_sentence(contestants: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ItuneError, match="is not a bundle"):
+    with pytest.raises(ItuneError) as error:
         contestants.Contender(contestants.BUNDLE, tmp_path, threads=1)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -179,7 +187,7 @@ def test_random_captioners_look_at_their_image(tmp_path: Path, monkeypatch: pyte
     assert {path.name for path in tmp_path.iterdir()} == {"language-model", "vision", "checkpoint"}
     before = (checkpoint / "adapters.safetensors").stat().st_mtime_ns
     assert build_checkpoint(tiny, tmp_path) == checkpoint
-    assert (checkpoint / "adapters.safetensors").stat().st_mtime_ns == before, "what is there is reused"
+    assert (checkpoint / "adapters.safetensors").stat().st_mtime_ns == before, "the checkpoint is reused"
     captions = load_captioner(checkpoint).caption([random_photo(i) for i in range(10)], max_new_tokens=8)
     assert len({caption.tokens for caption in captions}) >= 9
 

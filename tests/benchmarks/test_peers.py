@@ -1,4 +1,4 @@
-"""Every peer that is installed writes eager PyTorch's captions; one that is not is named, with the mend."""
+"""Every installed peer writes eager PyTorch's captions; the error for a missing one says how to install it."""
 
 from __future__ import annotations
 
@@ -59,14 +59,17 @@ def test_compiled_captions(checkpoint_folder: Path, tmp_path: Path) -> None:
 def test_what_cannot_run_is_named(artifacts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = artifacts.Entry("Absent", "peers.absent:Absent", requires=("there_is_no_such_module",))
     monkeypatch.setitem(artifacts.PEERS, "absent", absent)
-    with pytest.raises(ItuneError, match=r"absent needs there_is_no_such_module: pip install 'itune\[benchmark\]'"):
+    with pytest.raises(ItuneError) as error:
         artifacts.choose_peers("absent")
+    assert "there_is_no_such_module" in str(error.value)
+    assert "itune[benchmark]" in str(error.value)
     chosen = artifacts.choose_peers("all")
     assert chosen[0] == "eager"
     assert "absent" not in chosen
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ItuneError, match="compile needs a C\\+\\+ compiler"):
+    with pytest.raises(ItuneError) as error:
         artifacts.choose_peers("compile")
+    assert "C++" in str(error.value)
 
 
 def test_the_best_candidates_of_whole_rows(artifacts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +90,10 @@ def test_an_onnx_tower_has_no_plain_export(artifacts: ModuleType, capsys: pytest
     chosen = artifacts.choose_peers("all", "onnx")
     assert "eager" in chosen
     assert not {"onnx-plain", "onnx-plain-int8"} & set(chosen)
-    with pytest.raises(ItuneError, match="--contestants: onnx-plain needs a CLIP tower"):
+    with pytest.raises(ItuneError) as error:
         artifacts.choose_peers("onnx-plain", "onnx")
+    assert "onnx-plain" in str(error.value)
+    assert "CLIP" in str(error.value)
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
-"""The comparison of methods end to end on tiny models, and what it writes."""
+"""The comparison of methods end to end on tiny models, and the page that it writes."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, its budget cut down."""
+    """The module with a smaller budget."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     import method_runs
     import results
@@ -30,7 +29,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def work(tmp_path: Path, language_model_folder: Path, clip_folder: Path) -> Path:
-    """A work folder as the recipe leaves it, with four photos."""
+    """A work folder like the recipe's, with four photos."""
     (tmp_path / "language-model").symlink_to(language_model_folder)
     (tmp_path / "vision").symlink_to(clip_folder)
     lines = []
@@ -46,8 +45,9 @@ def work(tmp_path: Path, language_model_folder: Path, clip_folder: Path) -> Path
 def test_methods_are_trained_scored_timed_and_written(results: ModuleType, work: Path) -> None:
     output = work / "docs" / "results.md"
     options = ["--work-dir", str(work), "--methods", "i-tuning,clipcap,smallcap", "--no-java", "--output", str(output)]
-    with pytest.raises(ItuneError, match=r"scores\.json is missing: run the stages train"):
+    with pytest.raises(ItuneError) as error:
         results.main(["write", *options])
+    assert "scores.json" in str(error.value)
     for stage in ("train", "score", "latency", "write"):
         results.main([stage, *options])
     names = [row["name"] for row in json.loads(output.with_suffix(".json").read_text())["rows"]]
@@ -57,7 +57,7 @@ def test_methods_are_trained_scored_timed_and_written(results: ModuleType, work:
     assert [line.split(" | ")[0] for line in table[2:6]] == [
         "| I-Tuning", "| ClipCap, transformer mapper", "| SmallCap", "| SmallCap, empty datastore"
     ]  # fmt: skip
-    assert re.search(r"on the same\s+4 photos", page)
+    assert "\n4 photos of Flickr8k for 1 epochs" in page
     assert output.with_suffix(".png").read_bytes().startswith(PNG)
     before = {path: path.stat().st_mtime_ns for path in (work / "methods").rglob("*.safetensors")}
     results.main(["train", *options])
@@ -106,7 +106,11 @@ def test_a_difference_that_is_noise_is_not_shown(results: ModuleType, tmp_path: 
 
 
 def test_mistakes_are_one_sentence(results: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ItuneError, match=r"has no train\.jsonl: see recipes"):
+    with pytest.raises(ItuneError) as error:
         results.main(["score", "--work-dir", str(tmp_path)])
-    with pytest.raises(ItuneError, match="there is no 'prefix'; there are i-tuning, "):
+    assert str(tmp_path) in str(error.value)
+    assert "train.jsonl" in str(error.value)
+    with pytest.raises(ItuneError) as error:
         results.main(["score", "--work-dir", str(tmp_path), "--methods", "prefix"])
+    assert "'prefix'" in str(error.value)
+    assert "i-tuning" in str(error.value)

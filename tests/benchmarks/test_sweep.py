@@ -1,4 +1,4 @@
-"""The sweep end to end on tiny models: every point once, continued where it stopped, drawn."""
+"""The sweep end to end on tiny models: it measures every point once, resumes, and draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sizes() -> dict[str, Any]:
 
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, its sweeps and sizes cut down."""
+    """The module with fewer sweeps and sizes."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     import random_init
     import sweep
@@ -110,8 +110,8 @@ def test_interrupted_and_continued(sweep: ModuleType, work: Path, monkeypatch: p
     entry = next(entry for entry in content["points"] if entry["point"] == asdict(point))
     names = set(entry["summary"])
     assert results.has(point, entry["bundles"], names)
-    assert not results.has(point, entry["bundles"], names | {"eager-bf16"}), "other contestants: anew"
-    assert not results.has(point, {"fp32": "others"}, names), "other weights: anew"
+    assert not results.has(point, entry["bundles"], names | {"eager-bf16"}), "other contestants are measured again"
+    assert not results.has(point, {"fp32": "others"}, names), "other weights are measured again"
     assert not results.has(sweep.Point("one", num_beams=3), entry["bundles"], names)
 
 

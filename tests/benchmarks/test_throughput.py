@@ -1,4 +1,4 @@
-"""The throughput benchmark end to end on a tiny model: what it reports, not how fast anything is."""
+"""The throughput benchmark end to end on a tiny model: its report, not its speed."""
 
 from __future__ import annotations
 

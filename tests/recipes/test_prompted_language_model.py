@@ -1,4 +1,4 @@
-"""The recipe for a language model that has read prompts, on a tiny one."""
+"""The recipe for a language model trained with prompts, on a tiny one."""
 
 from __future__ import annotations
 

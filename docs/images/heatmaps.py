@@ -1,8 +1,8 @@
-"""Draw the README's heatmaps: what the default model looks at while it writes captions of free photos.
+"""Draw the heatmaps of the documentation: the packaged model's attention while it writes captions of free photos.
 
-python docs/heatmaps.py  # writes docs/heatmap-*.png
+python docs/images/heatmaps.py  # writes docs/images/heatmap-*.png
 
-The first caption is the model's own, the others are those of `benchmarks/attention_boxes.json`.
+The first caption is the model's own; the others come from `benchmarks/attention_boxes.json`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from PIL import Image
 
 from itune import Captioner, draw_heatmap
 
-DOCS = Path(__file__).parent
-BOXES = DOCS.parent / "benchmarks" / "attention_boxes.json"
+IMAGES = Path(__file__).parent
+BOXES = IMAGES.parents[1] / "benchmarks" / "attention_boxes.json"
 OWN, FORCED = "camera", ("coffee", "ascent")
-WIDTH, COLOURS = 960, 128  # so few that each file is small
+WIDTH, COLOURS = 960, 128  # few colours keep the files small
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         figure = draw_heatmap(captioner.explain(BOXES.parent / entries[name]["photo"], caption), WIDTH)
         palette = figure.quantize(COLOURS, Image.Quantize.MAXCOVERAGE)  # rare colours, such as the brightest, too
         figure.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(
-            DOCS / f"heatmap-{name}.png", optimize=True
+            IMAGES / f"heatmap-{name}.png", optimize=True
         )
 
 

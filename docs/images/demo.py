@@ -1,6 +1,6 @@
-"""Draw the README's picture: an example photo and what the default model says about it.
+"""Draw the README's picture: an example photo and the packaged model's captions.
 
-python docs/demo.py  # writes docs/demo.png
+python docs/images/demo.py  # writes docs/images/demo.png
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WHITE, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 def main() -> None:
     """Caption and draw."""
     folder = Path(__file__).parent
-    photo = folder.parent / "examples" / "camera.jpg"
+    photo = folder.parents[1] / "examples" / "camera.jpg"
     result = Captioner.load().caption(photo)
     canvas = Image.new("RGB", (WIDTH, SIDE + 2 * GAP), WHITE)
     canvas.paste(decode(photo).resize((SIDE, SIDE)), (GAP, GAP))
