@@ -6,122 +6,108 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from cyclopts import Parameter
+from pydantic import Field
 
-from ..runtime.errors import ItuneError
-from . import common
+from . import common, program
+from .program import Options, Switch
 
 if TYPE_CHECKING:
     from ..retrieval.build import Report, Source
     from ..runtime.retrieval.datastore import DatastoreManifest
 
-Captions = Annotated[
-    Path, typer.Option(help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL.")
-]
-Images = Annotated[Path | None, typer.Option(help="Folder of the photos, if not beside the captions.")]
-Split = Annotated[str, typer.Option(help="Split whose captions are taken: train, dev, test, or all.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="Feature cache, as of itune-train, to read photos' embeddings from and to fill.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")]
+Store = Annotated[Path, Parameter(name="STORE", help="Folder of the datastore.")]
 
 
-class Kind(StrEnum):
-    """What is embedded."""
+class CaptionOptions(Options, title="Captions"):
+    """The captions to store, and how their photos are embedded."""
 
-    text = "text"
-    image = "image"
+    captions: Path
+    """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL."""
+    images: Path | None = None
+    """Folder of the photos. Default: beside the captions."""
+    split: str = "train"
+    """Split whose captions are taken: train, dev, test, or all."""
+    cache_features: Path | None = None
+    """Feature cache, as of itune-train, to read photos' embeddings from and to add to."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads. Default: all."""
 
 
-class Pooling(StrEnum):
-    """What an image's embedding is."""
+class BuildOptions(Options, title="Datastore"):
+    """What the datastore is."""
 
-    mean = "mean"
-    projection = "projection"
+    encoder: str
+    """Vision tower of the captioner: CLIP (hub id or folder), or the folder of an ONNX tower."""
+    output: Annotated[Path, Parameter(name=["--output", "-o"])]
+    """Folder to write."""
+    kind: Literal["text", "image"] | None = None
+    """text: embed captions with the text tower of a full CLIP checkpoint. image: embed photos with any tower, and find
+    their captions. Default: text if the encoder has a text tower."""
+    pooling: Literal["mean", "projection"] | None = None
+    """Embedding of a photo. Default: CLIP's projection if there is one, else the mean."""
+    center: Annotated[bool | None, Parameter(negative="--no-center")] = None
+    """Subtract the embeddings' mean. Default: with `--kind image`."""
+    force: Switch = False
+    """Replace a datastore."""
 
 
-def build(
-    captions: Captions,
-    encoder: Annotated[
-        str,
-        typer.Option(help="Vision tower of the captioner: CLIP (hub id or folder), or the folder of an ONNX tower."),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    images: Images = None,
-    split: Split = "train",
-    kind: Annotated[
-        Kind | None,
-        typer.Option(
-            help="text: captions are embedded, by the text tower of a full CLIP checkpoint. image: photos are, by any "
-            "tower, and found with their captions. [default: text where the encoder has a text tower]"
-        ),
-    ] = None,
-    pooling: Annotated[
-        Pooling | None,
-        typer.Option(help="Of a photo's embedding. [default: CLIP's projection where there is one, else the mean]"),
-    ] = None,
-    center: Annotated[
-        bool | None,
-        typer.Option("--center/--no-center", help="Subtract the embeddings' mean. [default: with --kind image]"),
-    ] = None,
-    cache_features: Cache = None,
-    threads: Threads = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a datastore.")] = False,
-    _version: common.Version = False,
-) -> None:
+class EncoderOptions(Options, title="Encoder"):
+    """The encoder of an existing datastore."""
+
+    encoder: str | None = None
+    """Where its encoder is. Default: where it was when the datastore was built."""
+
+
+class SearchOptions(EncoderOptions, title="Search"):
+    """What a search prints."""
+
+    k: Annotated[int, Field(ge=1), Parameter(name="-k")] = 4
+    """Captions of each image."""
+    json_: Switch = False
+    """One JSON object per line."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads. Default: all."""
+
+
+def build(*, captions: CaptionOptions, options: BuildOptions) -> None:
     """Build a datastore from the captions of a file."""
     from ..retrieval.build import build_datastore
 
-    source = _source(captions, images, split, cache_features, threads)
+    source = _source(captions)
     with _reporting() as report:
         manifest = build_datastore(
             source,
-            encoder,
-            output,
-            kind=kind.value if kind else None,
-            pooling=pooling.value if pooling else None,
-            center=center,
-            force=force,
+            options.encoder,
+            options.output,
+            kind=options.kind,
+            pooling=options.pooling,
+            center=options.center,
+            force=options.force,
             report=report,
         )
-    _tell(output, manifest, source)
+    _summarise(options.output, manifest, source)
 
 
-def add(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Datastore to add to.")],
-    captions: Captions,
-    images: Images = None,
-    split: Split = "train",
-    encoder: Annotated[
-        str | None, typer.Option(help="Where its encoder is. [default: where it was when it was built]")
-    ] = None,
-    cache_features: Cache = None,
-    threads: Threads = None,
-    _version: common.Version = False,
-) -> None:
-    """Add the captions of a file, but for photos that are there already; till the end the datastore stays as it is."""
+def add(store: Store, /, *, captions: CaptionOptions, options: EncoderOptions) -> None:
+    """Add the captions of a file, except of photos that are there already; the datastore changes only at the end."""
     from ..retrieval.build import add_to_datastore
 
-    source = _source(captions, images, split, cache_features, threads)
+    source = _source(captions)
     with _reporting() as report:
-        manifest = add_to_datastore(store, source, encoder=encoder, report=report)
-    _tell(store, manifest, source)
+        manifest = add_to_datastore(store, source, encoder=options.encoder, report=report)
+    _summarise(store, manifest, source)
 
 
-def info(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Datastore to describe.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print its manifest.")] = False,
-    _version: common.Version = False,
-) -> None:
-    """Say what a datastore holds, after checking every file's hash."""
+def info(store: Store, /, *, json_: Switch = False) -> None:
+    """Describe a datastore, after checking every file's hash; --json prints its manifest."""
     from ..runtime.retrieval.datastore import Datastore
 
     manifest = Datastore.load(store, verify=True).manifest
-    if as_json:
+    if json_:
         print(manifest.to_json(), end="")
         return
     from rich.console import Console
@@ -147,43 +133,42 @@ def info(
 
 
 def search(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Datastore to search.")],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders or quoted globs.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="Captions of each image.")] = 4,
-    encoder: Annotated[
-        str | None, typer.Option(help="Where its encoder is. [default: where it was when it was built]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    threads: Threads = None,
-    _version: common.Version = False,
+    store: Store,
+    images: Annotated[
+        list[str], Parameter(name="IMAGE", help="Files, folders or quoted globs.", allow_leading_hyphen=False)
+    ],
+    /,
+    *,
+    options: SearchOptions,
 ) -> int:
     """Print the captions that are found for images, and their scores. Exit status 1 if an image could not be read."""
-    _require_torch(threads)
+    _require_torch(options.threads)
     from ..data.features import LiveFeatures
     from ..retrieval.build import encoder_of
     from ..runtime.retrieval.datastore import Datastore
     from .run import expand
 
     datastore = Datastore.load(store)
-    tower, head = encoder_of(datastore, encoder)
+    tower, head = encoder_of(datastore, options.encoder)
     features = LiveFeatures(tower)
     failures = 0
     for name in expand(images):
         visual, unreadable = features.embed([Path(name)], [False])
-        if unreadable:
+        for reason in unreadable.values():
             failures += 1
-            reason = next(iter(unreadable.values()))
-            print(json.dumps({"image": name, "error": reason}) if as_json else "", end="\n" if as_json else "")
-            if not as_json:
+            if options.json_:
+                common.emit(json.dumps({"image": name, "error": reason}))
+            else:
                 print(f"itune-datastore: {reason}", file=sys.stderr)
+        if unreadable:
             continue
-        (found,) = datastore.search(head.pool(visual).cpu().numpy(), k)
-        if as_json:
+        (found,) = datastore.search(head.pool(visual).cpu().numpy(), options.k)
+        if options.json_:
             retrieved = [{"caption": each.caption, "score": each.score, "image": each.image} for each in found]
-            common.emit(json.dumps({"image": name, "retrieved": retrieved}), beside_progress=False)
+            common.emit(json.dumps({"image": name, "retrieved": retrieved}))
         else:
             for each in found:
-                common.emit(f"{name}\t{each.score:.3f}\t{each.caption}", beside_progress=False)
+                common.emit(f"{name}\t{each.score:.3f}\t{each.caption}")
     return 1 if failures else 0
 
 
@@ -195,12 +180,13 @@ def _require_torch(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _source(captions: Path, images: Path | None, split: str, cache: Path | None, threads: int | None) -> Source:
-    _require_torch(threads)
+def _source(options: CaptionOptions) -> Source:
+    _require_torch(options.threads)
     common.exit_when_asked()
     from ..retrieval.build import Source
 
-    return Source(captions, images, None if split == "all" else split, cache)
+    split = None if options.split == "all" else options.split
+    return Source(options.captions, options.images, split, options.cache_features)
 
 
 @contextmanager
@@ -209,41 +195,28 @@ def _reporting() -> Iterator[Report]:
         yield lambda what, done, total: status.update(f"{what}: {done:,} of {total:,}")
 
 
-def _tell(store: Path, manifest: DatastoreManifest, source: Source) -> None:
-    console = common.console()
+def _summarise(store: Path, manifest: DatastoreManifest, source: Source) -> None:
     for reason in source.unreadable.values():
-        console.print(f"left out: {reason}", style="yellow", markup=False)
+        common.warn(f"left out: {reason}")
     if source.known:
-        console.print(f"{source.known:,} photos were there already", highlight=False)
-    console.print(
-        f"{store}: {manifest.captions:,} captions of {manifest.images:,} photos, {manifest.entries:,} entries",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-COMMANDS: dict[str, Any] = {"build": build, "add": add, "info": info, "search": search}
+        common.say(f"{source.known:,} photos were there already")
+    common.say(f"{store}: {manifest.captions:,} captions of {manifest.images:,} photos, {manifest.entries:,} entries")
 
 
 def main() -> None:
-    """Entry point: the first argument names a command."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in COMMANDS:
-        del sys.argv[1]
-        common.run(COMMANDS[name], f"itune-datastore {name}")
-    common.run(datastore)
-
-
-def datastore(
-    command: Annotated[str | None, typer.Argument(metavar="COMMAND", help=f"{', '.join(COMMANDS)}.")] = None,
-    _version: common.Version = False,
-) -> None:
-    """Captions for retrieval: build a datastore, add to it, describe it (info), search it for images.
-
-    itune-datastore COMMAND --help says what each takes.
-    """
-    raise ItuneError(f"COMMAND must be one of {', '.join(COMMANDS)}, not {command!r}; see itune-datastore --help")
+    """Entry point."""
+    program.run(
+        "itune-datastore",
+        build,
+        add,
+        info,
+        search,
+        help="Captions for retrieval: build a datastore, add to it, describe it, search it for images.",
+        examples=[
+            "itune-datastore build --captions Flickr8k.token.txt --encoder openai/clip-vit-base-patch32 -o store",
+            "itune-datastore search store photo.jpg -k 4",
+        ],
+    )
 
 
 if __name__ == "__main__":

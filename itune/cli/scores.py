@@ -1,4 +1,4 @@
-"""What itune-eval shows and writes: tables of scores with their intervals, comparisons, JSON, scores per image."""
+"""The output of itune-eval: tables of scores with their intervals, comparisons, JSON, scores per image."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from . import common
 
 if TYPE_CHECKING:
     from ..data.records import Record
+    from .evaluate import ScoreOptions
 
 HEADINGS = dict(
     zip(SCORES, ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "SPICE"), strict=True)
@@ -28,7 +29,7 @@ Intervals = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Captioned:
-    """One captioner's captions by image id, and what to call it."""
+    """One captioner's name, and its captions by image id."""
 
     name: str
     captions: Mapping[str, str]
@@ -36,7 +37,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class _Scored:
-    """One captioner's scores: of everything, and of each domain."""
+    """One captioner's scores, overall and per domain."""
 
     name: str
     groups: Mapping[str, Evaluation]
@@ -53,43 +54,39 @@ def report(
     what: str,
     *,
     failed: int,
-    java: bool,
-    json_output: str | None,
-    per_image: Path | None,
+    options: ScoreOptions,
 ) -> None:
-    """Score one captioner, or compare two, against the records' captions; print and write what was asked for.
+    """Score one captioner, or compare two, against the records' captions; print and write what the options ask for.
 
     Raises ItuneError for captions of images without references, and for two captioners of different images.
     """
     references = {record.id: record.captions for record in records}
     domains = {record.id: record.domain for record in records}
     _check_images(found, references)
-    scored = [_score(captioner, references, domains, java=java) for captioner in found]
+    scored = [_score(captioner, references, domains, java=not options.no_java) for captioner in found]
     overall = scored[0].overall
     uncaptioned = len(references) - len(overall.images)
     if uncaptioned > failed:
-        common.console().print(
+        common.warn(
             f"{uncaptioned} of {len(references)} images have no caption and do not count: these are not the scores of "
-            "the whole split",
-            style="yellow",
-            highlight=False,
+            "the whole split"
         )
     comparison = compare_groups(scored[0].groups, scored[1].groups) if len(scored) == 2 else None
-    if per_image:
-        _write_per_image(scored, found, domains, per_image)
-    if json_output is not None:
+    if options.per_image:
+        _write_per_image(scored, found, domains, options.per_image)
+    if options.json_ is not None:
         content = _as_json(scored[0]) | {"failed": failed, "uncaptioned": uncaptioned, "missing": overall.missing}
         if comparison is not None:
             content |= {"captions": scored[0].name, "against": _as_json(scored[1]) | {"captions": scored[1].name}}
             content["comparison"] = {
-                group: {name: _difference(value) for name, value in differences.items()}
+                group: {name: _difference_json(value) for name, value in differences.items()}
                 for group, differences in comparison.items()
             }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        if json_output == "-":
+        if options.json_ == "-":
             print(text)
             return
-        _write(Path(json_output), text)
+        _write(Path(options.json_), text)
     _print_tables(scored, comparison, what)
 
 
@@ -98,29 +95,27 @@ def _check_images(found: Sequence[Captioned], references: Mapping[str, Sequence[
         if unknown := [image for image in captioner.captions if image not in references]:
             raise ItuneError(
                 f"{captioner.name}: {len(unknown)} of its {len(captioner.captions)} images have no reference captions "
-                f"(the first: {unknown[0]!r}); give the references, and the --split, that they belong to"
+                f"(the first: {unknown[0]!r}); give the references and the --split that they belong to"
             )
-    if len(found) == 2:
-        first, second = found
-        for here, there in ((first, second), (second, first)):
-            if alone := [image for image in here.captions if image not in there.captions]:
-                raise ItuneError(
-                    f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); "
-                    "only captions of the same images can be compared"
-                )
+    for here, there in zip(found, reversed(found), strict=True):
+        if alone := [image for image in here.captions if image not in there.captions]:
+            raise ItuneError(
+                f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); "
+                "only captions of the same images can be compared"
+            )
 
 
 def _score(
     captioner: Captioned, references: Mapping[str, Sequence[str]], domains: Mapping[str, str | None], *, java: bool
 ) -> _Scored:
-    """In the order of the references, so that two captioners' images are paired."""
+    """Scores in the order of the references, which pairs the images of two captioners."""
     captions = {image: captioner.captions[image] for image in references if image in captioner.captions}
     overall = evaluate(captions, references, java=java)
     present = {domains[image] for image in captions} - {None}
     names = [name for name in _DOMAINS if name in present] + sorted(str(name) for name in present - set(_DOMAINS))
     groups = {name: overall.select([image for image in captions if domains[image] == name]) for name in names}
     if OVERALL in groups:
-        raise ItuneError(f"a domain of the references is called {OVERALL!r}, as the whole set is: give it another name")
+        raise ItuneError(f"the references have a domain {OVERALL!r}, the name of the whole set: rename it")
     groups[OVERALL] = overall
     return _Scored(captioner.name, groups, {name: group.intervals() for name, group in groups.items()})
 
@@ -136,7 +131,7 @@ def _group_json(group: Evaluation, intervals: Intervals) -> dict[str, Any]:
     return {name: scores.get(name) for name in SCORES} | {"images": len(group.images), "intervals": dict(intervals)}
 
 
-def _difference(value: Difference) -> dict[str, Any]:
+def _difference_json(value: Difference) -> dict[str, Any]:
     return {
         "difference": value.difference,
         "interval": [value.low, value.high],
@@ -199,19 +194,17 @@ def _print_tables(
             table.add_section()
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # of the 80 that rich takes for a file's, the columns need more
+        console.width = 120  # the columns need more than the 80 that rich takes for files
     console.print(table)
     if comparison is not None:
         tests = sum(len(differences) for differences in comparison.values())
         console.print(
-            f"difference: second less first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
+            f"difference: second minus first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
             f"Holm's correction for {tests} scores)",
             markup=False,
         )
     for name, reason in {**scored[-1].overall.missing, **overall.missing}.items():
-        common.console().print(
-            f"{HEADINGS[name]}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        common.warn(f"{HEADINGS[name]}: {reason}")
 
 
 def _score_cells(evaluation: Evaluation, intervals: Intervals, names: Sequence[str]) -> list[str]:
