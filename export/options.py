@@ -135,19 +135,19 @@ class CompareOptions(Settings):
 
     precisions: str = "fp32,fp16,int8,int4"
     """LIST of DECODER[+VISION][@N|FILE], separated by commas: precisions, and a shortlist as in `--vocabulary`. fp32 is
-    always included."""
+    always included. Default: fp32,fp16,int8,int4."""
     data: Path | None = None
     """Captions to score against; a shortlist @N counts their train split. Default: only caption `--images`."""
     images: Path | None = None
     """Folder of the photos. Default: beside the captions."""
     split: str = "dev"
-    """Split to caption: train, dev, test, or all."""
+    """Split to caption: train, dev, test, or all. Default: dev."""
     limit: _Count | None = None
     """Only the first photos, this many."""
     batch_size: _Count = 16
-    """Photos at once, except while latency is measured."""
+    """Photos at once, except while latency is measured. Default: 16."""
     latency_photos: _Count = 40
-    """Photos for the latency, one at a time."""
+    """Photos for the latency, one at a time. Default: 40."""
     threads: _Count | None = None
     """CPU threads. Default: all."""
     verify: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from ..runtime.errors import ItuneError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it."""
@@ -36,13 +37,16 @@ def exit_when_asked() -> None:
     on_ending(lambda number, _frame: sys.exit(128 + number))
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raise ItuneError, before hours of work, if the file that an option names cannot be written."""
+def check_writable(option: str, path: Path, *, parents: bool = True) -> None:
+    """Raise ItuneError, before hours of work, if the file that an option names cannot be written.
+
+    `parents`: its folder may be missing, since it will be made.
+    """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.exists() and not path.is_file():
         reason = "is not a file"
-    elif not folder.is_dir():
-        reason = f"cannot be written: {folder} is not a folder"
+    elif not folder.is_dir() or not (parents or folder == path.absolute().parent):
+        reason = f"cannot be written: {path.parent} is not a folder"
     elif not os.access(folder, os.W_OK):
         reason = f"cannot be written: the folder {folder} is read-only"
     else:
@@ -74,6 +78,28 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def score_table(title: str, headings: Sequence[str]) -> Table:
+    """An empty table, with the row's name under the heading ""."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    return table
+
+
+def print_result(result: Table | str) -> None:
+    """Print a table or a text on stdout."""
+    from rich.console import Console
+
+    out = Console(highlight=False, markup=False)
+    if not out.is_terminal:
+        out.width = 120  # the columns need more than the 80 that rich takes for files
+    out.print(result)
 
 
 def warn(message: str) -> None:

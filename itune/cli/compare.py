@@ -17,9 +17,8 @@ from cyclopts import Parameter
 
 from ..export.options import CompareOptions
 from ..runtime.errors import ItuneError
-from ..runtime.search.config import SearchConfig
 from . import common
-from .program import Flags, Options, Switch, chosen
+from .program import BeamSearch, Flags, Options, Switch, chosen
 
 if TYPE_CHECKING:
     from ..data.records import Record
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 RESULT, PICTURE = "comparison.json", "comparison.png"
 
 
-class OutputOptions(Options, title="What to write"):
-    """Where the comparison goes."""
-
+class _Task(Options, title="What to write"):
     output: Annotated[Path, Parameter(name=["--output", "-o"])]
     """Folder for the bundles, the table as JSON and the picture; continues an earlier run."""
     compare: Switch = False
@@ -41,11 +38,15 @@ def compare(
     checkpoint: Annotated[Path, Parameter(name="CHECKPOINT", help="Adapter checkpoint, or the output of itune-train.")],
     /,
     *,
-    task: OutputOptions,
-    comparison: Annotated[Options, Flags(CompareOptions, show_defaults=True)],
-    search: Annotated[Options, Flags(SearchConfig, "Search", only=("num_beams", "max_new_tokens", "length_penalty"))],
+    task: _Task,
+    comparison: Annotated[Options, Flags(CompareOptions)],
+    search: BeamSearch,
 ) -> None:
-    """Export in several precisions; print size, scores, agreement with fp32 and latency of each, and draw them."""
+    """Export in several precisions; print size, scores, agreement with fp32 and latency of each, and draw them.
+
+    Examples:
+        itune-export runs/flickr8k --compare --data Flickr8k.token.txt -o comparison
+    """
     options = CompareOptions(**chosen(comparison))
     common.require("export", "torch", "transformers", "safetensors", "onnx")
     common.require("benchmark", "matplotlib")
@@ -117,16 +118,11 @@ def _records(options: CompareOptions) -> list[Record]:
 
 
 def _print_table(rows: list[Row], title: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     scored, shortlisted = rows[0].cider is not None, any(row.fidelity.covered < 1 for row in rows)
     headings = ["", "MB", *(["CIDEr-D", "BLEU-4"] if scored else []), "captions as fp32", "KL", "top-1"]
     headings += ["covered"] if shortlisted else []
-    table = Table(title=f"{title} (scores x 100, milliseconds at batch 1)", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in [*headings, "encode", "search", "total"]:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings += ["encode", "search", "total"]
+    table = common.score_table(f"{title} (scores x 100, milliseconds at batch 1)", headings)
     for row in rows:
         scores = [f"{100 * (value or 0):.1f}" for value in (row.cider, row.bleu4)] if scored else []
         fidelity, latency = row.fidelity, row.latency
@@ -140,7 +136,4 @@ def _print_table(rows: list[Row], title: str) -> None:
             *([f"{fidelity.covered:.1%}"] if shortlisted else []),
             *(f"{value:.0f}" for value in (latency.encode, latency.search, latency.total)),
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # the columns need more than the 80 that rich takes for files
-    console.print(table)
+    common.print_result(table)

@@ -1,4 +1,4 @@
-"""itune-datastore: captions that a captioner can retrieve, built, added to, described and searched."""
+"""itune-datastore: Build, extend, describe and search a datastore of captions that a captioner can retrieve."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 Store = Annotated[Path, Parameter(name="STORE", help="Folder of the datastore.")]
 
 
-class CaptionOptions(Options, title="Captions"):
-    """The captions to store, and how their photos are embedded."""
-
+class _Captions(Options, title="Captions"):
     captions: Path
     """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL."""
     images: Path | None = None
@@ -37,9 +35,7 @@ class CaptionOptions(Options, title="Captions"):
     """CPU threads. Default: all."""
 
 
-class BuildOptions(Options, title="Datastore"):
-    """What the datastore is."""
-
+class _Build(Options, title="Datastore"):
     encoder: str
     """Vision tower of the captioner: CLIP (hub id or folder), or the folder of an ONNX tower."""
     output: Annotated[Path, Parameter(name=["--output", "-o"])]
@@ -55,16 +51,12 @@ class BuildOptions(Options, title="Datastore"):
     """Replace a datastore."""
 
 
-class EncoderOptions(Options, title="Encoder"):
-    """The encoder of an existing datastore."""
-
+class _Encoder(Options, title="Encoder"):
     encoder: str | None = None
     """Where its encoder is. Default: where it was when the datastore was built."""
 
 
-class SearchOptions(EncoderOptions, title="Search"):
-    """What a search prints."""
-
+class _Search(_Encoder, title="Search"):
     k: Annotated[int, Field(ge=1), Parameter(name="-k")] = 4
     """Captions of each image."""
     json_: Switch = False
@@ -73,8 +65,12 @@ class SearchOptions(EncoderOptions, title="Search"):
     """CPU threads. Default: all."""
 
 
-def build(*, captions: CaptionOptions, options: BuildOptions) -> None:
-    """Build a datastore from the captions of a file."""
+def build(*, captions: _Captions, options: _Build) -> None:
+    """Build a datastore from the captions of a file.
+
+    Examples:
+        itune-datastore build --captions Flickr8k.token.txt --encoder openai/clip-vit-base-patch32 -o store
+    """
     from ..retrieval.build import build_datastore
 
     source = _source(captions)
@@ -92,8 +88,12 @@ def build(*, captions: CaptionOptions, options: BuildOptions) -> None:
     _summarise(options.output, manifest, source)
 
 
-def add(store: Store, /, *, captions: CaptionOptions, options: EncoderOptions) -> None:
-    """Add the captions of a file, except of photos that are there already; the datastore changes only at the end."""
+def add(store: Store, /, *, captions: _Captions, options: _Encoder) -> None:
+    """Add the captions of a file, except of photos that are there already; the datastore changes only at the end.
+
+    Examples:
+        itune-datastore add store --captions more.jsonl
+    """
     from ..retrieval.build import add_to_datastore
 
     source = _source(captions)
@@ -103,7 +103,11 @@ def add(store: Store, /, *, captions: CaptionOptions, options: EncoderOptions) -
 
 
 def info(store: Store, /, *, json_: Switch = False) -> None:
-    """Describe a datastore, after checking every file's hash; --json prints its manifest."""
+    """Describe a datastore, after checking every file's hash; --json prints its manifest.
+
+    Examples:
+        itune-datastore info store
+    """
     from ..runtime.retrieval.datastore import Datastore
 
     manifest = Datastore.load(store, verify=True).manifest
@@ -139,9 +143,13 @@ def search(
     ],
     /,
     *,
-    options: SearchOptions,
+    options: _Search,
 ) -> int:
-    """Print the captions that are found for images, and their scores. Exit status 1 if an image could not be read."""
+    """Print the captions that are found for images, and their scores. Exit status 1 if an image could not be read.
+
+    Examples:
+        itune-datastore search store photo.jpg -k 4
+    """
     _require_torch(options.threads)
     from ..data.features import LiveFeatures
     from ..retrieval.build import encoder_of
@@ -180,7 +188,7 @@ def _require_torch(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _source(options: CaptionOptions) -> Source:
+def _source(options: _Captions) -> Source:
     _require_torch(options.threads)
     common.exit_when_asked()
     from ..retrieval.build import Source
@@ -205,18 +213,7 @@ def _summarise(store: Path, manifest: DatastoreManifest, source: Source) -> None
 
 def main() -> None:
     """Entry point."""
-    program.run(
-        "itune-datastore",
-        build,
-        add,
-        info,
-        search,
-        help="Captions for retrieval: build a datastore, add to it, describe it, search it for images.",
-        examples=[
-            "itune-datastore build --captions Flickr8k.token.txt --encoder openai/clip-vit-base-patch32 -o store",
-            "itune-datastore search store photo.jpg -k 4",
-        ],
-    )
+    program.run("itune-datastore", build, add, info, search, help=__doc__.partition(": ")[2])
 
 
 if __name__ == "__main__":

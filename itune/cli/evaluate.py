@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +11,8 @@ from pydantic import Field
 
 from ..flags import flag
 from ..runtime.errors import ItuneError
-from ..runtime.search.config import SearchConfig
 from . import common, program
-from .program import Flags, Options, Switch, chosen
+from .program import BeamSearch, Options, Switch, chosen
 
 if TYPE_CHECKING:
     from ..data.records import Record
@@ -23,9 +21,7 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 
 
-class DataOptions(Options, title="Data"):
-    """The photos to caption."""
-
+class _Data(Options, title="Data"):
     data: Path | None = None
     """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, COCO or NoCaps annotations, or JSONL."""
     images: Path | None = None
@@ -34,9 +30,7 @@ class DataOptions(Options, title="Data"):
     """Only the first photos, this many."""
 
 
-class ModelOptions(Options, title="Model"):
-    """How a model captions them."""
-
+class _Model(Options, title="Model"):
     batch_size: Count = 8
     """Photos at once."""
     engine: str = "auto"
@@ -51,9 +45,7 @@ class ModelOptions(Options, title="Model"):
     """Write the captions to this file in COCO's results format, which EvalAI takes."""
 
 
-class FileOptions(Options, title="Captions from a file"):
-    """Captions to score instead of a model's."""
-
+class _File(Options, title="Captions from a file"):
     captions: Annotated[tuple[Path, ...], Parameter(show_default=False)] = ()
     """Score these captions, in COCO's results format; give it twice to compare two captioners."""
     references: Path | None = None
@@ -65,12 +57,17 @@ class ScoreOptions(Options, title="Scores"):
 
     split: str | None = None
     """Split to caption: train, dev, test, or all. Default: dev; all of `--references`."""
-    json_: str | None = None
-    """Write the scores to this file as JSON; alone, or with -, print them."""
+    json_: Annotated[bool | str, Parameter(allow_leading_hyphen=False, show_default=False)] = False
+    """Write the scores to this file as JSON; without a file, or with -, print them."""
     per_image: Path | None = None
     """Write each caption's own scores to this file, as JSON Lines."""
     no_java: Switch = False
     """Leave out METEOR and SPICE, which need Java."""
+
+    @property
+    def json_file(self) -> Path | None:
+        """The file of `--json`; None prints the scores, or writes none."""
+        return None if isinstance(self.json_, bool) or self.json_ == "-" else Path(self.json_)
 
 
 def evaluate(
@@ -79,16 +76,22 @@ def evaluate(
     ] = None,
     /,
     *,
-    data: DataOptions,
-    options: ModelOptions,
-    search: Annotated[Options, Flags(SearchConfig, "Search", only=("num_beams", "max_new_tokens", "length_penalty"))],
-    file: FileOptions,
+    data: _Data,
+    options: _Model,
+    search: BeamSearch,
+    file: _File,
     scores: ScoreOptions,
 ) -> None:
-    """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals."""
+    """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals.
+
+    Examples:
+        itune-eval runs/flickr8k --data Flickr8k.token.txt --split test
+        itune-eval my-bundle --data dataset_coco.json --split test --json scores.json
+        itune-eval --captions ours.json --captions theirs.json --references captions_val2014.json
+
+    """
     _check_source(model, (data, options, search), file)
-    json_file = None if scores.json_ in (None, "-") else Path(scores.json_)
-    outputs = {"--output": options.output, "--per-image": scores.per_image, "--json": json_file}
+    outputs = {"--output": options.output, "--per-image": scores.per_image, "--json": scores.json_file}
     written = [(option, path) for option, path in outputs.items() if path is not None]
     for option, path in written:
         common.check_writable(option, path)
@@ -130,7 +133,7 @@ def evaluate(
     report(found, records, what, failed=failed, options=scores)
 
 
-def _check_source(model: Path | None, model_options: tuple[Options, ...], file: FileOptions) -> None:
+def _check_source(model: Path | None, model_options: tuple[Options, ...], file: _File) -> None:
     """Raise ItuneError unless the captions come from either a model or files, with the options of that."""
     of_model = [] if model is None else ["CHECKPOINT_OR_BUNDLE"]
     of_model += [flag(name) for options in model_options for name in sorted(options.model_fields_set)]
@@ -149,7 +152,7 @@ def _check_source(model: Path | None, model_options: tuple[Options, ...], file: 
         raise ItuneError(wrong)
 
 
-def _inputs(data: Path | None, file: FileOptions) -> Iterator[tuple[str, Path]]:
+def _inputs(data: Path | None, file: _File) -> Iterator[tuple[str, Path]]:
     """The files that are read, with a description."""
     from ..data.formats import find_caption_file, holds
 
@@ -160,7 +163,7 @@ def _inputs(data: Path | None, file: FileOptions) -> Iterator[tuple[str, Path]]:
 
 
 def _captioned(
-    model: str, records: list[Record], options: ModelOptions, search: dict[str, object]
+    model: str, records: list[Record], options: _Model, search: dict[str, object]
 ) -> tuple[list[Captioned], int]:
     """The model's captions, and how many photos could not be read."""
     from ..evaluate import caption_records
@@ -193,22 +196,8 @@ def _captioned(
 
 
 def main() -> None:
-    """Entry point; `--json` may stand alone, which cyclopts does not allow for an option with a value."""
-    following = [*sys.argv[2:], "--"]
-    arguments = []
-    for argument, after in zip(sys.argv[1:], following, strict=False):
-        alone = argument == "--json" and after != "-" and after.startswith("-")
-        arguments += [argument, "-"] if alone else [argument]
-    sys.argv[1:] = arguments
-    program.run(
-        "itune-eval",
-        evaluate,
-        examples=[
-            "itune-eval runs/flickr8k --data Flickr8k.token.txt --split test",
-            "itune-eval my-bundle --data dataset_coco.json --split test --json scores.json",
-            "itune-eval --captions ours.json --captions theirs.json --references captions_val2014.json",
-        ],
-    )
+    """Entry point."""
+    program.run("itune-eval", evaluate)
 
 
 if __name__ == "__main__":

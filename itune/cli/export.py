@@ -11,17 +11,14 @@ from cyclopts import Parameter
 from ..export.options import ExportOptions, ImportOptions
 from ..flags import flag
 from ..runtime.errors import ItuneError
-from ..runtime.search.config import SearchConfig
 from . import common, program
-from .program import Flags, Options, Switch, chosen
+from .program import BeamSearch, Flags, Options, Switch, chosen
 
 if TYPE_CHECKING:
     from ..export.verify.checks import Check
 
 
-class OutputOptions(Options, title="What to write"):
-    """Which of the program's tasks to do."""
-
+class _Task(Options, title="What to write"):
     output: Annotated[Path, Parameter(name=["--output", "-o"])]
     """Folder to write: bundle, restored parts or checkpoint."""
     restore: Path | None = None
@@ -38,17 +35,20 @@ def export(
     ] = None,
     /,
     *,
-    task: OutputOptions,
+    task: _Task,
     export: Annotated[Options, Flags(ExportOptions)],
-    search: Annotated[
-        Options,
-        Flags(SearchConfig, "Search (default: the training's)", only=("num_beams", "max_new_tokens", "length_penalty")),
-    ],
+    search: BeamSearch,
     published: Annotated[Options, Flags(ImportOptions)],
 ) -> None:
     """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch.
 
     With --restore, write a bundle's parts; with --import, convert a published checkpoint.
+
+    Examples:
+        itune-export runs/flickr8k --precision int8 -o my-bundle
+        itune-export runs/flickr8k --target tensorrt -o my-plans
+        itune-export --restore default -o parts
+
     """
     _check_task(checkpoint, task, chosen(export) | chosen(search), chosen(published))
     options = ExportOptions(**chosen(export))
@@ -76,9 +76,7 @@ def export(
         common.say(f"{output}: {size / 1e6:.1f} MB; try itune-run PHOTO --bundle {output}{where}")
 
 
-def _check_task(
-    checkpoint: Path | None, task: OutputOptions, export: dict[str, object], published: dict[str, object]
-) -> None:
+def _check_task(checkpoint: Path | None, task: _Task, export: dict[str, object], published: dict[str, object]) -> None:
     """Raise ItuneError for options that do not belong to the task."""
     others = [] if checkpoint is None else ["CHECKPOINT"]
     others += ["--no-verify" if name == "verify" else flag(name) for name in export if name != "force"]
@@ -159,20 +157,8 @@ def main() -> None:
     if "--compare" in sys.argv[1:]:
         from .compare import compare
 
-        program.run(
-            "itune-export",
-            compare,
-            examples=["itune-export runs/flickr8k --compare --data Flickr8k.token.txt -o comparison"],
-        )
-    program.run(
-        "itune-export",
-        export,
-        examples=[
-            "itune-export runs/flickr8k --precision int8 -o my-bundle",
-            "itune-export runs/flickr8k --target tensorrt -o my-plans",
-            "itune-export --restore default -o parts",
-        ],
-    )
+        program.run("itune-export", compare)
+    program.run("itune-export", export)
 
 
 if __name__ == "__main__":

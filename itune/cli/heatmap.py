@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ..files import atomic_path
-from ..runtime.errors import ItuneError
+from ..runtime.errors import ItuneError, reading
 from . import common
 from .program import Options
 
@@ -49,13 +49,13 @@ class Heatmaps:
         self._lines: TextIO | None = None
         if not self and options.heatmap_layer is not None:
             raise ItuneError("--heatmap-layer needs --heatmap or --heatmap-json")
-        self._paths = [] if figures is None else _figure_paths(figures, images)
-        outputs = [("--heatmap", path) for path in self._paths]
         if numbers == Path("-"):
             raise ItuneError("--heatmap-json -: standard output is for the captions; name a file")
-        if numbers is not None:
-            _check_writable("--heatmap-json", numbers)
-            outputs.append(("--heatmap-json", numbers))
+        self._paths = [] if figures is None else _figure_paths(figures, images)
+        outputs = [("--heatmap", path) for path in self._paths]
+        outputs += [] if numbers is None else [("--heatmap-json", numbers)]
+        for option, path in outputs:
+            common.check_writable(option, path, parents=False)
         common.check_apart(outputs, (("the photo", Path(image)) for image in images if image != "-"))
 
     def __bool__(self) -> bool:
@@ -90,11 +90,8 @@ class Heatmaps:
         if self.figures is not None:
             path = self._paths[number]
             figure = draw_heatmap(explanation)
-            try:
-                with atomic_path(path) as temporary:
-                    figure.save(temporary, FORMATS[path.suffix.lower()], quality=92)
-            except OSError as error:
-                raise FigureError(f"{path} cannot be written ({error.strerror})") from None
+            with reading(path, FigureError), atomic_path(path) as temporary:
+                figure.save(temporary, FORMATS[path.suffix.lower()], quality=92)
 
 
 def _figure_paths(figures: Path, images: Sequence[str]) -> list[Path]:
@@ -105,12 +102,9 @@ def _figure_paths(figures: Path, images: Sequence[str]) -> list[Path]:
                 f"--heatmap {figures}: a figure's name ends in {', '.join(FORMATS)}, and holds one image, not "
                 f"{len(images)}: name a folder for several"
             )
-        _check_writable("--heatmap", figures)
         return [figures]
-    try:
+    with reading(f"--heatmap {figures}", mend="name another folder"):
         figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ItuneError(f"--heatmap {figures}: cannot make the folder ({error.strerror}): name another") from None
     names: dict[str, None] = {}
     for image in images:
         stem = name = "stdin" if image == "-" else Path(image).stem
@@ -119,13 +113,4 @@ def _figure_paths(figures: Path, images: Sequence[str]) -> list[Path]:
             number += 1
             name = f"{stem}-{number}"
         names[name] = None
-    paths = [figures / f"{name}.png" for name in names]
-    for path in paths:
-        common.check_writable("--heatmap", path)
-    return paths
-
-
-def _check_writable(option: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ItuneError(f"{option} {path}: the folder {path.parent} does not exist: make it, or name another")
-    common.check_writable(option, path)
+    return [figures / f"{name}.png" for name in names]

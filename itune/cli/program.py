@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,11 +16,11 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
-from pydantic.fields import FieldInfo
 
 from .. import __version__
 from ..flags import flag, refusal
 from ..runtime.errors import ItuneError
+from ..runtime.search.config import SearchConfig
 from ..runtime.settings import Settings
 from . import common
 
@@ -60,7 +61,6 @@ class Flags:
     only: Collection[str] = ()
     omit: Collection[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
-    show_defaults: bool = False
 
     def build(self) -> Any:
         """The annotation for cyclopts."""
@@ -74,12 +74,8 @@ class Flags:
                 name=self.names.get(name, flag(name)), group=groups[titles[name]], negative_bool="no-"
             )
             hint: Any = info.rebuild_annotation() | None
-            fields[name] = (Annotated[hint, parameter], Field(None, description=self._help(info)))
+            fields[name] = (Annotated[hint, parameter], Field(None, description=info.description))
         return create_model(self.model.__name__, __base__=Options, **fields)
-
-    def _help(self, info: FieldInfo) -> str | None:
-        shown = self.show_defaults and not isinstance(info.default, bool | None)
-        return f"{info.description} [default: {info.default}]" if shown else info.description
 
     def _titles(self) -> dict[str, str]:
         """The fields that become flags, each with its group."""
@@ -91,6 +87,9 @@ class Flags:
         return {
             name: title for name, title in titles.items() if name in (self.only or titles) and name not in self.omit
         }
+
+
+BeamSearch = Annotated[Options, Flags(SearchConfig, "Search", only=("num_beams", "max_new_tokens", "length_penalty"))]
 
 
 def chosen(options: Options) -> dict[str, Any]:
@@ -132,10 +131,11 @@ def _version() -> str:
     return ", ".join(parts)
 
 
-def run(name: str, *commands: Callable[..., int | None], examples: Sequence[str], help: str | None = None) -> NoReturn:
+def run(name: str, *commands: Callable[..., int | None], help: str | None = None) -> NoReturn:
     """Run the program `name` and exit: one command, or several that its first argument chooses from.
 
-    The exit status is what the command returns, 2 after an error of the user's and 130 after Ctrl-C.
+    A command's docstring is its help; what follows "Examples:" comes last. The exit status is what the command returns,
+    2 after an error of the user's and 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the locale may lack characters of a file name or a caption
@@ -145,7 +145,6 @@ def run(name: str, *commands: Callable[..., int | None], examples: Sequence[str]
         version=_version,
         help=help,
         help_format="markdown",
-        help_epilogue="Examples:\n\n" + "".join(f"    {line}\n" for line in examples),
         default_parameter=Parameter(
             allow_leading_hyphen=True,
             allow_repeating=True,
@@ -158,20 +157,28 @@ def run(name: str, *commands: Callable[..., int | None], examples: Sequence[str]
         suppress_keyboard_interrupt=False,
     )
     for command in commands:
-        (app.default if len(commands) == 1 else app.command)(_with_flags(command))
+        text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
+        epilogue = f"Examples:\n\n{examples}"
+        if len(commands) == 1:
+            app.help, app.help_epilogue = text, epilogue
+            app.default(_with_flags(command))
+        else:
+            app.command(_with_flags(command), help=text, help_epilogue=epilogue)
+    arguments = [_Dash(each) if each == "-" else each for each in sys.argv[1:]]
+    error: Exception
     try:
-        if len(commands) > 1 and not sys.argv[1:]:
-            raise ItuneError(f"COMMAND is missing: choose one of {', '.join(each.__name__ for each in commands)}")
-        arguments = [_Dash(each) if each == "-" else each for each in sys.argv[1:]]
-        sys.exit(app(arguments, exit_on_error=False, print_error=False, verbose=False))
+        if arguments or len(commands) == 1:
+            sys.exit(app(arguments, exit_on_error=False, print_error=False, verbose=False))
+        error = ItuneError(f"COMMAND is missing: choose one of {', '.join(each.__name__ for each in commands)}")
     except KeyboardInterrupt:
         sys.exit(common.INTERRUPTED)
     except BrokenPipeError:  # the reader of stdout left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (CycloptsError, ValidationError, ItuneError, OSError) as error:
-        print(f"{name}: error: {_sentence(error, name)}", file=sys.stderr)
-        sys.exit(2)
+    except (CycloptsError, ValidationError, ItuneError, OSError) as caught:
+        error = caught
+    print(f"{name}: error: {_sentence(error, name)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _sentence(error: Exception, name: str) -> str:

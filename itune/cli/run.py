@@ -21,9 +21,7 @@ from .program import Flags, Options, Switch, chosen
 STDIN = "-"
 
 
-class ModelOptions(Options, title="Model"):
-    """The captioner, and how it runs."""
-
+class _Model(Options, title="Model"):
     bundle: Path | None = None
     """Folder that itune-export wrote. Default: the model inside the package."""
     datastore: Path | None = None
@@ -53,7 +51,7 @@ def run(
     ],
     /,
     *,
-    model: ModelOptions,
+    model: _Model,
     search: Annotated[
         Options,
         Flags(SearchConfig, "Search (default: the bundle's)", omit=("bad_words",), names={"do_sample": "--sample"}),
@@ -66,6 +64,12 @@ def run(
     score (length-normalised log-probability), tokens, candidates, milliseconds and, with a datastore, the captions
     retrieved from it; or image and error. The exit status is 1 if an image could not be read, after all others were
     captioned.
+
+    Examples:
+        itune-run photo.jpg
+        itune-run photos/ --bundle my-bundle --json > captions.jsonl
+        itune-run photo.jpg --heatmap heatmap.png
+
     """
     sources = expand(images)
     from .heatmap import FigureError, Heatmaps
@@ -145,15 +149,7 @@ def _blocks(path: Path) -> bool:
 
 def main() -> None:
     """Entry point."""
-    program.run(
-        "itune-run",
-        run,
-        examples=[
-            "itune-run photo.jpg",
-            "itune-run photos/ --bundle my-bundle --json > captions.jsonl",
-            "itune-run photo.jpg --heatmap heatmap.png",
-        ],
-    )
+    program.run("itune-run", run)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def report(
     comparison = compare_groups(scored[0].groups, scored[1].groups) if len(scored) == 2 else None
     if options.per_image:
         _write_per_image(scored, found, domains, options.per_image)
-    if options.json_ is not None:
+    if options.json_:
         content = _as_json(scored[0]) | {"failed": failed, "uncaptioned": uncaptioned, "missing": overall.missing}
         if comparison is not None:
             content |= {"captions": scored[0].name, "against": _as_json(scored[1]) | {"captions": scored[1].name}}
@@ -83,10 +83,10 @@ def report(
                 for group, differences in comparison.items()
             }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        if options.json_ == "-":
+        if options.json_file is None:
             print(text)
             return
-        _write(Path(options.json_), text)
+        _write(options.json_file, text)
     _print_tables(scored, comparison, what)
 
 
@@ -164,9 +164,6 @@ def _write(path: Path, text: str) -> None:
 def _print_tables(
     scored: Sequence[_Scored], comparison: Mapping[str, Mapping[str, Difference]] | None, what: str
 ) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     overall = scored[0].overall
@@ -175,14 +172,11 @@ def _print_tables(
     if len(set(labels)) < len(labels):
         labels = [own.name for own in scored]
     title = " against ".join(labels)
-    table = Table(
-        title=Text(f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)"),
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
     several = len(scored) > 1 or len(scored[0].groups) > 1
-    for heading in [*([""] if several else []), *(HEADINGS[name] for name in names)]:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    table = common.score_table(
+        f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)",
+        [*([""] if several else []), *(HEADINGS[name] for name in names)],
+    )
     for group, evaluation in scored[0].groups.items():
         label = f"{group} ({len(evaluation.images)})" if len(scored[0].groups) > 1 else ""
         for own, name in zip(scored, labels, strict=True):
@@ -192,16 +186,12 @@ def _print_tables(
         if comparison is not None:
             table.add_row("difference", *(_difference_cell(comparison[group][name]) for name in names), style="bold")
             table.add_section()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # the columns need more than the 80 that rich takes for files
-    console.print(table)
+    common.print_result(table)
     if comparison is not None:
         tests = sum(len(differences) for differences in comparison.values())
-        console.print(
+        common.print_result(
             f"difference: second minus first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
-            f"Holm's correction for {tests} scores)",
-            markup=False,
+            f"Holm's correction for {tests} scores)"
         )
     for name, reason in {**scored[-1].overall.missing, **overall.missing}.items():
         common.warn(f"{HEADINGS[name]}: {reason}")

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from ..training.loop import Trainer
 
 
-class DataOptions(Options, title="Data"):
-    """The captions and photos of the training and the dev split."""
-
+class _Data(Options, title="Data"):
     data: Path
     """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL."""
     images: Path | None = None
@@ -57,9 +55,7 @@ class DataOptions(Options, title="Data"):
         return train, dev[: self.dev_images]
 
 
-class RunOptions(Options, title="Run"):
-    """Where the run starts and what it writes."""
-
+class _Run(Options, title="Run"):
     output: Annotated[Path, Parameter(name=["--output", "-o"])]
     """Folder for best/, last/ and logs."""
     preset: str = Field("base", description=f"Starting point of all other settings: {', '.join(PRESETS)}.")
@@ -71,13 +67,19 @@ class RunOptions(Options, title="Run"):
 
 def train(
     *,
-    data: DataOptions,
-    run: RunOptions,
+    data: _Data,
+    run: _Run,
     settings: Annotated[Options, Flags(TrainConfig, omit=("preset", "begin"))],
 ) -> int:
     """Train a captioner's adapters between a frozen vision tower and a frozen GPT-2.
 
     Settings without a flag come from the preset.
+
+    Examples:
+        itune-train --data Flickr8k.token.txt --preset small-data -o runs/flickr8k
+        itune-train --data dataset_coco.json --method clipcap --preset clipcap -o runs/clipcap
+        itune-train --data Flickr8k.token.txt -o runs/flickr8k --resume
+
     """
     common.require("train", "torch", "transformers", "safetensors", "tensorboard")
     overrides = chosen(settings)
@@ -99,10 +101,10 @@ def train(
             trainer.init_from(init_from)
         if run.resume:
             trainer.resume()
-        return _run(trainer)
+        return _train(trainer)
 
 
-def _configuration(run: RunOptions, overrides: dict[str, Any], init_from: Path | None) -> TrainConfig:
+def _configuration(run: _Run, overrides: dict[str, Any], init_from: Path | None) -> TrainConfig:
     from ..training.run_folder import holds_run
 
     if run.resume:
@@ -150,7 +152,7 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return defaults | overrides | shape
 
 
-def _prepare(config: TrainConfig, data: DataOptions, output: Path, base: CheckpointConfig | None) -> Trainer:
+def _prepare(config: TrainConfig, data: _Data, output: Path, base: CheckpointConfig | None) -> Trainer:
     """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps."""
     from ..backbones import load_language_model, load_vision_tower
     from ..data.features import FeatureCache, LiveFeatures
@@ -203,7 +205,7 @@ def _prepare(config: TrainConfig, data: DataOptions, output: Path, base: Checkpo
     return trainer
 
 
-def _run(trainer: Trainer) -> int:
+def _train(trainer: Trainer) -> int:
     from ..training.loop import Interrupted
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -229,15 +231,7 @@ def _run(trainer: Trainer) -> int:
 
 def main() -> None:
     """Entry point."""
-    program.run(
-        "itune-train",
-        train,
-        examples=[
-            "itune-train --data Flickr8k.token.txt --preset small-data -o runs/flickr8k",
-            "itune-train --data dataset_coco.json --method clipcap --preset clipcap -o runs/clipcap",
-            "itune-train --data Flickr8k.token.txt -o runs/flickr8k --resume",
-        ],
-    )
+    program.run("itune-train", train)
 
 
 if __name__ == "__main__":

@@ -223,20 +223,21 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     overrides = {name: value for name, value in overrides.items() if value is not None}
     values = PRESETS[preset].to_json()
     method = overrides.get("method", values["method"])
-    if method != values["method"] and (own := SETTINGS.get(method)):
-        values |= {name: field.default for name, field in own.model_fields.items()} | own.other_defaults
+    if method != values["method"] and (settings := SETTINGS.get(method)):
+        values |= {name: field.default for name, field in settings.model_fields.items()} | settings.other_defaults
     if "retrieve" not in overrides:
         values["retrieve"] = None
     try:
         config = from_json(values | overrides)
     except ValidationError as error:
         raise ConfigError(refusal(error)) from None
-    own = SETTINGS[config.method]
-    for other, settings in SETTINGS.items():
-        if foreign := (settings.model_fields.keys() - own.model_fields.keys()) & overrides.keys():
-            raise ConfigError(f"{flag(min(foreign))} belongs to --method {other}, not to {config.method}: leave it out")
-    if config.mapper == "mlp" and (foreign := overrides.keys() & TRANSFORMER_FIELDS):
-        raise ConfigError(f"{flag(min(foreign))} belongs to --mapper transformer, not to mlp: leave it out")
+    # The fields that do not apply, with what they belong to.
+    foreign = {name: f"--method {other}" for other, settings in SETTINGS.items() for name in settings.model_fields}
+    foreign = {name: owner for name, owner in foreign.items() if name not in SETTINGS[config.method].model_fields}
+    if config.mapper == "mlp":
+        foreign |= dict.fromkeys(TRANSFORMER_FIELDS, "--mapper transformer")
+    if wrong := sorted(overrides.keys() & foreign.keys()):
+        raise ConfigError(f"{flag(wrong[0])} belongs to {foreign[wrong[0]]}: leave it out")
     return config
 
 

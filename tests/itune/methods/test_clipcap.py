@@ -182,9 +182,9 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     mlp = {"method": "clipcap", "mapper": "mlp"}
     for named, overrides in (
-        (["--bottleneck", "i-tuning", "clipcap"], {"method": "clipcap", "bottleneck": 8}),
-        (["--mapper", "clipcap", "i-tuning"], {"mapper": "mlp"}),
-        (["--clip-length", "--mapper", "mlp"], mlp | {"clip_length": 3}),
+        (["--bottleneck", "--method i-tuning"], {"method": "clipcap", "bottleneck": 8}),
+        (["--mapper", "--method clipcap"], {"mapper": "mlp"}),
+        (["--clip-length", "--mapper transformer"], mlp | {"clip_length": 3}),
         (["--mapper", "rnn", "'transformer'"], {"method": "clipcap", "mapper": "rnn"}),
         (["--pooling", "max", "'projected'"], {"method": "clipcap", "pooling": "max"}),
         (["--prefix-length", "0"], {"method": "clipcap", "prefix_length": 0}),
