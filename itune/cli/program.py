@@ -156,6 +156,7 @@ def run(name: str, *commands: Callable[..., int | None], help: str | None = None
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
+    group.cache_clear()
     for command in commands:
         text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
         epilogue = f"Examples:\n\n{examples}"

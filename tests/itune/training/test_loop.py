@@ -341,7 +341,7 @@ def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], 
         assert re.search(message, done.stderr), done.stderr
         assert "Traceback" not in done.stderr
 
-    expect("--resume: .* holds no run to resume", "-o", tmp_path / "none", "--resume")
+    expect(f"{tmp_path / 'none' / 'config.json'}.*--resume", "-o", tmp_path / "none", "--resume")
     expect(
         "cannot be fetched from the hub .* give the path of its folder",
         "-o",
@@ -350,4 +350,4 @@ def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], 
         "somebody/gpt2",
     )
     expect("absent.jsonl", "-o", tmp_path / "x", "--data", tmp_path / "absent.jsonl")
-    expect("--dev-data and --dev-fraction exclude", "-o", tmp_path / "x", "--dev-data", arguments[3])
+    expect("--dev-data contradicts --dev-fraction", "-o", tmp_path / "x", "--dev-data", arguments[3])

@@ -193,46 +193,24 @@ def test_what_cannot_be_written_or_shown(run: Run, tmp_path: Path) -> None:
     photo_bytes = (tmp_path / "mine.png").read_bytes()
     os.mkfifo(tmp_path / "fifo.json")
     (tmp_path / "taken" / "coffee.png").mkdir(parents=True)
-    for arguments, reason in (
-        (["--heatmap-layer", "mean"], "--heatmap-layer is for --heatmap or --heatmap-json: give one of them, too"),
-        (["--heatmap", file], f"--heatmap {file}: the name of a figure ends in .png, .jpg, .jpeg, .webp"),
-        (
-            [EXAMPLES, "--heatmap", tmp_path / "x.png"],
-            f"--heatmap {tmp_path / 'x.png'} is one figure, but there are 5 images: name a folder",
-        ),
-        (
-            ["--heatmap", tmp_path / "no" / "x.png"],
-            f"--heatmap {tmp_path / 'no' / 'x.png'}: there is no folder {tmp_path / 'no'}: make it, or name another",
-        ),
-        (
-            ["--heatmap", file / "x"],
-            f"--heatmap {file / 'x'} cannot be made a folder (Not a directory): name another",
-        ),
-        (["--heatmap-json", tmp_path], f"--heatmap-json {tmp_path} is no file: name one"),
-        (["--heatmap-json", tmp_path / "fifo.json"], f"--heatmap-json {tmp_path / 'fifo.json'} is no file: name one"),
-        (
-            ["--heatmap", tmp_path / "x.png", "--heatmap-layer", "6"],
-            "layer 6 carries no adapter: choose last, mean or one of 0, 1, 2, 3, 4, 5",
-        ),
-        (
-            [tmp_path / "mine.png", "--heatmap", tmp_path],
-            f"--heatmap would replace the photo {tmp_path / 'mine.png'}: name another place",
-        ),
-        (
-            [tmp_path / "mine.png", "--heatmap-json", tmp_path / "mine.png"],
-            f"--heatmap-json would replace the photo {tmp_path / 'mine.png'}: name another place",
-        ),
-        (
-            ["--heatmap", tmp_path / "x.png", "--heatmap-json", tmp_path / "." / "x.png"],
-            f"--heatmap and --heatmap-json would both be written to {tmp_path / 'x.png'}: name another place",
-        ),
-        (
-            ["--heatmap", tmp_path / "taken"],
-            f"--heatmap {tmp_path / 'taken'}: {tmp_path / 'taken' / 'coffee.png'} is a folder, where a figure would "
-            "be: name another folder",
-        ),
+    figure, mine = tmp_path / "x.png", tmp_path / "mine.png"
+    for arguments, named in (
+        (["--heatmap-layer", "mean"], ["--heatmap-layer", "--heatmap-json"]),
+        (["--heatmap", file], ["--heatmap", file, ".webp"]),
+        ([EXAMPLES, "--heatmap", figure], ["--heatmap", figure, "5"]),
+        (["--heatmap", tmp_path / "no" / "x.png"], ["--heatmap", tmp_path / "no" / "x.png"]),
+        (["--heatmap", file / "x"], ["--heatmap", file / "x"]),
+        (["--heatmap-json", tmp_path], ["--heatmap-json", tmp_path]),
+        (["--heatmap-json", tmp_path / "fifo.json"], ["--heatmap-json", tmp_path / "fifo.json"]),
+        (["--heatmap", figure, "--heatmap-layer", "6"], ["layer 6", "0, 1, 2, 3, 4, 5"]),
+        ([mine, "--heatmap", tmp_path], ["--heatmap", mine, "the photo"]),
+        ([mine, "--heatmap-json", mine], ["--heatmap-json", mine, "the photo"]),
+        (["--heatmap", figure, "--heatmap-json", tmp_path / "." / "x.png"], ["--heatmap-json", figure, "of --heatmap"]),
+        (["--heatmap", tmp_path / "taken"], ["--heatmap", tmp_path / "taken" / "coffee.png"]),
     ):
-        assert run(photo, *arguments) == (2, "", f"itune-run: error: {reason}\n")
+        status, out, err = run(photo, *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert all(str(part) in err for part in named), err
     assert file.read_text() == "mine"
     assert (tmp_path / "mine.png").read_bytes() == photo_bytes
     assert not (tmp_path / "x.png").exists()
@@ -248,7 +226,7 @@ def test_a_figure_that_cannot_be_written_stops_nothing(run: Run, tmp_path: Path)
     status, out, err = run(photos, "--heatmap", tmp_path / "figures", "--heatmap-json", numbers, "--num-beams", 1)
     assert status == 1
     assert len(out.splitlines()) == 3
-    assert f"no heatmap: {tmp_path / 'figures' / ('a' * 251)}-2.png cannot be written (File name too long)" in err
+    assert f"no heatmap: {tmp_path / 'figures' / ('a' * 251)}-2.png: File name too long" in err
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [f"{'a' * 251}.png", "b.png"]
     assert len(numbers.read_text().splitlines()) == 3
 
@@ -259,4 +237,4 @@ def test_a_folder_that_may_not_be_written_to(run: Run, tmp_path: Path) -> None:
     for arguments in (["--heatmap", tmp_path], ["--heatmap-json", tmp_path / "x.json"]):
         status, out, err = run(EXAMPLES / "coffee.jpg", *arguments)
         assert (status, out) == (2, "")
-        assert "cannot be written to" in err
+        assert arguments[0] in err
