@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..data.formats import holds
 from ..runtime.errors import ItuneError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def check_writable(option: str, path: Path, *, parents: bool = True) -> None:
     `parents`: its folder may be missing, since it will be made.
     """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if holds(path.exists) and not path.is_file():
+    if os.access(path, os.F_OK) and not path.is_file():
         reason = "is not a file"
     elif not folder.is_dir() or not (parents or folder == path.absolute().parent):
         reason = f"cannot be written: {path.parent} is not a folder"

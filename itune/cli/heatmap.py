@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from ..files import atomic_path
 from ..runtime.errors import ItuneError, reading
 from . import common
 from .program import Options
@@ -64,6 +63,8 @@ class Heatmaps:
 
     def __enter__(self) -> Self:
         if self.numbers is not None:
+            from ..files import atomic_path
+
             temporary = self._stack.enter_context(atomic_path(self.numbers))
             self._lines = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
         return self
@@ -82,6 +83,7 @@ class Heatmaps:
             ImageError: the image can no longer be read.
             FigureError: its figure cannot be written.
         """
+        from ..files import atomic_path
         from ..runtime.attention.heatmap import draw_heatmap
 
         explanation = captioner.explain(image, caption, layer=self.layer, **options)

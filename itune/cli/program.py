@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from .. import __version__
 from ..flags import flag, refusal
@@ -32,6 +32,8 @@ group = cache(Group.create_ordered)
 
 class Options(Settings):
     """Base of the models whose fields are flags."""
+
+    model_config = ConfigDict(defer_build=True)  # most runs set few flags: building all models would cost 10 ms
 
     @field_validator("*", mode="before")
     @classmethod
@@ -94,7 +96,7 @@ BeamSearch = Annotated[Options, Flags(SearchConfig, "Search", only=("num_beams",
 
 def chosen(options: Options) -> dict[str, Any]:
     """The options that the user set, by name."""
-    return options.model_dump(exclude_none=True)
+    return {name: value for name, value in options if value is not None}
 
 
 def _with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -108,7 +110,7 @@ def _with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]
             title = None if flags else group(str(model.model_config.get("title", "Options")))
             hints[name] = Annotated[model, Parameter(name="*", group=title, show_default=False if flags else None)]
             if not any(field.is_required() for field in model.model_fields.values()):
-                command.__kwdefaults__[name] = model()
+                command.__kwdefaults__[name] = model.model_construct()
     command.__annotations__ = hints
     return command
 
