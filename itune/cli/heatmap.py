@@ -46,10 +46,9 @@ class Heatmaps:
         self.figures, self.numbers, self.layer = figures, numbers, options.heatmap_layer or "last"
         self._stack = ExitStack()
         self._lines: TextIO | None = None
-        if not self and options.heatmap_layer is not None:
-            raise ItuneError("--heatmap-layer needs --heatmap or --heatmap-json")
-        if numbers == Path("-"):
-            raise ItuneError("--heatmap-json -: standard output is for the captions; name a file")
+        if numbers == Path("-") or (not self and options.heatmap_layer is not None):
+            needed = "--heatmap-layer needs --heatmap or --heatmap-json"
+            raise ItuneError("--heatmap-json - must be a file: the captions go to standard output" if self else needed)
         self._paths = [] if figures is None else _figure_paths(figures, images)
         outputs = [("--heatmap", path) for path in self._paths]
         outputs += [] if numbers is None else [("--heatmap-json", numbers)]

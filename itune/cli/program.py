@@ -159,14 +159,16 @@ def run(name: str, *commands: Callable[..., int | None], help: str | None = None
         suppress_keyboard_interrupt=False,
     )
     group.cache_clear()
+    shown = []
     for command in commands:
         text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
-        epilogue = f"Examples:\n\n{examples}"
+        shown.append(examples)
         if len(commands) == 1:
-            app.help, app.help_epilogue = text, epilogue
+            app.help = text
             app.default(_with_flags(command))
         else:
-            app.command(_with_flags(command), help=text, help_epilogue=epilogue)
+            app.command(_with_flags(command), help=text, help_epilogue=f"Examples:\n\n{examples}")
+    app.help_epilogue = "Examples:\n\n" + "\n".join(shown)
     arguments = [_Dash(each) if each == "-" else each for each in sys.argv[1:]]
     error: Exception
     try:

@@ -62,7 +62,7 @@ def report(
     """
     references = {record.id: record.captions for record in records}
     domains = {record.id: record.domain for record in records}
-    _check_images(found, references)
+    _check_images(found, records)
     scored = [_score(captioner, references, domains, java=not options.no_java) for captioner in found]
     overall = scored[0].overall
     uncaptioned = len(references) - len(overall.images)
@@ -90,19 +90,24 @@ def report(
     _print_tables(scored, comparison, what)
 
 
-def _check_images(found: Sequence[Captioned], references: Mapping[str, Sequence[str]]) -> None:
-    for captioner in found:
-        if unknown := [image for image in captioner.captions if image not in references]:
-            raise ItuneError(
-                f"{captioner.name}: {len(unknown)} of its {len(captioner.captions)} images have no reference captions "
-                f"(the first: {unknown[0]!r}); give the references and the --split that they belong to"
-            )
+def _check_images(found: Sequence[Captioned], records: Sequence[Record]) -> None:
+    references = {record.id for record in records}
+    wrong = None
+    if any(record.domain == OVERALL for record in records):
+        wrong = f"the references have a domain {OVERALL!r}, the name of the whole set: rename it"
     for here, there in zip(found, reversed(found), strict=True):
-        if alone := [image for image in here.captions if image not in there.captions]:
-            raise ItuneError(
-                f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); "
-                "only captions of the same images can be compared"
+        if unknown := [image for image in here.captions if image not in references]:
+            wrong = (
+                f"{here.name}: {len(unknown)} of its {len(here.captions)} images have no reference captions (the "
+                f"first: {unknown[0]!r}); give the references and the --split that they belong to"
             )
+        elif alone := [image for image in here.captions if image not in there.captions]:
+            wrong = (
+                f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); only "
+                "captions of the same images can be compared"
+            )
+        if wrong:
+            raise ItuneError(wrong)
 
 
 def _score(
@@ -114,8 +119,6 @@ def _score(
     present = {domains[image] for image in captions} - {None}
     names = [name for name in _DOMAINS if name in present] + sorted(str(name) for name in present - set(_DOMAINS))
     groups = {name: overall.select([image for image in captions if domains[image] == name]) for name in names}
-    if OVERALL in groups:
-        raise ItuneError(f"the references have a domain {OVERALL!r}, the name of the whole set: rename it")
     groups[OVERALL] = overall
     return _Scored(captioner.name, groups, {name: group.intervals() for name, group in groups.items()})
 

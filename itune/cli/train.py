@@ -118,21 +118,22 @@ def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig
     path = output / "config.json"
     with reading(path, mend="--resume needs the folder of an earlier run"):
         config = from_json(json.loads(path.read_text(encoding="utf-8")))
-    for name, value in overrides.items():
-        if value != getattr(config, name):
-            raise ItuneError(
-                f"{flag(name)} {value} contradicts --resume: the run was started with {getattr(config, name)}"
-            )
+    _check_kept(overrides, config.to_json(), "the run that --resume continues")
     return config
+
+
+def _check_kept(overrides: dict[str, Any], kept: dict[str, Any], origin: str) -> None:
+    """Raise ItuneError if an override contradicts a value that `origin` keeps."""
+    for name, value in overrides.items():
+        if value != kept.get(name, value):
+            raise ItuneError(f"{flag(name)} {value} contradicts {origin}, which has {kept[name]}")
 
 
 def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """The overrides with what `--init-from` decides: the adapters' shape always, backbones and text unless set."""
     found = load_config(checkpoint)
     shape = {name: getattr(found, name) for name in ("method", *SETTINGS[found.method].model_fields)}
-    for name, value in shape.items():
-        if overrides.get(name) not in (None, value):
-            raise ItuneError(f"{flag(name)} {overrides[name]} contradicts --init-from {checkpoint}, which has {value}")
+    _check_kept(overrides, shape, f"--init-from {checkpoint}")
     defaults = {
         "language_model": resolve_source(found.language_model.source, checkpoint),
         "vision": resolve_source(found.vision.source, checkpoint),

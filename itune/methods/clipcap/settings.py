@@ -53,8 +53,11 @@ class ClipCapCheckpoint(CheckpointConfig):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        wrong = None
         if self.mapper == "transformer" and None in (self.clip_length, self.mapper_layers, self.mapper_heads):
-            raise ValueError("mapper transformer needs clip_length, mapper_layers and mapper_heads")
-        if (self.pooling == "projected") != (self.projected_width is not None):
-            raise ValueError("pooling projected and projected_width: give both or neither")
+            wrong = "mapper transformer needs clip_length, mapper_layers and mapper_heads"
+        elif (self.pooling == "projected") != (self.projected_width is not None):
+            wrong = "pooling projected and projected_width: give both or neither"
+        if wrong:
+            raise ValueError(wrong)
         return self
