@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, DirectoryPath, Field, FilePath, model_validator
 
 from ..runtime.settings import Settings
 
@@ -13,44 +13,126 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 _Count = Annotated[int, Field(ge=1)]
 
 
-class ExportOptions(Settings):
-    """How a checkpoint becomes a bundle."""
+class VerifyOptions(Settings):
+    """How the graphs are compared with PyTorch before the bundle is written."""
 
-    target: Literal["onnx", "tensorrt"] = "onnx"
-    """ONNX graphs alone, or TensorRT plans for NVIDIA GPUs beside the ONNX graphs they are built from."""
-    precision: Precision | None = None
-    """Precision of the decoder. Default: fp32; fp16 for TensorRT."""
-    vision_precision: Precision | None = None
-    """Precision of the vision tower. Default: the decoder's; int8 for int4; fp32 for an ONNX tower in fp16 plans."""
-    name: str | None = None
-    """Name of the model. Default: the output folder's."""
-    license: str | None = None
-    """Licence of the weights, for the model card."""
-    model_card: Path | None = None
-    """Use this file as the model card."""
-    vocabulary: str | None = None
-    """N or FILE: keep only the N most frequent tokens of the training captions (`--data`), or those of a text file."""
-    data: Path | None = None
-    """Captions whose train split `--vocabulary N` counts."""
-    retrieve: Annotated[int | None, Field(ge=0)] = None
-    """Make a bundle that retrieves this many captions of similar images; 0: only when itune-run asks for it."""
-    patch_grid: str | None = None
-    """ROWSxCOLUMNS: how an ONNX tower's last embeddings lie in the image, for heatmaps."""
-    images: Path | None = None
-    """Folder of photos to verify the graphs on; those of `--dev-data` if not beside it."""
+    model_config = ConfigDict(title="Verification")
+
+    images: DirectoryPath | None = None
+    """Folder of photos to verify the graphs on, too; also the photos of `--dev-data`. Default: beside that file."""
     dev_data: Path | None = None
-    """Captions whose dev split the graphs are scored on, beside PyTorch, before the bundle is written."""
+    """Captions whose dev split (all of a file without splits) is captioned and scored by the graphs and by PyTorch:
+    CIDEr-D, equal captions."""
     dev_images: _Count | None = None
     """At most this many photos of `--dev-data`. Default: 200."""
     verify: bool = True
     """Compare the graphs with PyTorch."""
+
+
+class TensorRTOptions(Settings):
+    """What TensorRT plans are built for."""
+
+    model_config = ConfigDict(title="TensorRT plans")
+
+    gpu: str | None = None
+    """Compute capabilities, such as sm86,sm89. Default: all that the library can build for."""
+    max_beams: _Count | None = None
+    """Most beams that the plans have room for. Default: 8."""
+    max_batch: _Count | None = None
+    """Most images at once. Default: 8."""
+    calibration_data: Path | None = None
+    """Folder of photos like those to caption; 64 of them give the ranges of int8 activations. `random` is noise, which
+    costs quality."""
+
+
+class ExportOptions(VerifyOptions, TensorRTOptions):
+    """How a checkpoint becomes a bundle."""
+
+    model_config = ConfigDict(title="Bundle")
+
+    target: Literal["onnx", "tensorrt"] = "onnx"
+    """ONNX graphs, or TensorRT plans for NVIDIA GPUs beside the ONNX graphs they are built from; with TensorRT-RTX no
+    GPU is needed to build them."""
+    precision: Precision | None = None
+    """Precision of the decoder. fp16: half the size, the speed of fp32. int8: a quarter; weights and activations are
+    rounded. int4: an eighth, except the language-model head. In plans: fp16 or int8 products, fp32 where it matters.
+    Default: fp32; fp16 for TensorRT."""
+    vision_precision: Precision | None = None
+    """Precision of the vision tower. Default: the decoder's; int8 for int4; fp32 for an ONNX tower in fp16 plans, whose
+    convolutions lose too much."""
+    name: str | None = None
+    """Name of the model. Default: the output folder's."""
+    license: str | None = None
+    """Licence of the weights, for the model card."""
+    model_card: FilePath | None = None
+    """Use this file as the model card."""
+    vocabulary: str | None = None
+    """N or FILE: keep only the N most frequent tokens of the training captions (`--data`), or those of a text file with
+    a word, phrase or caption per line. Smaller and faster, but the words differ, and the bundle cannot be restored."""
+    data: Path | None = None
+    """Captions whose train split `--vocabulary N` counts."""
+    retrieve: Annotated[int, Field(ge=0)] | None = None
+    """Make a bundle that retrieves this many captions of similar images from a datastore of its vision tower
+    (itune-datastore); 0: only when itune-run asks for it."""
+    patch_grid: str | None = None
+    """ROWSxCOLUMNS: how an ONNX tower's last embeddings lie in the image, row by row, for heatmaps. Default: a CLIP
+    tower's own; else the square that all of them make, or all but a CLS."""
     force: bool = False
     """Replace the output of an earlier run."""
-    gpu: str | None = None
-    """Compute capabilities of the TensorRT plans, such as sm86,sm89. Default: all that it can build for."""
-    max_beams: _Count | None = None
-    """Most beams that the TensorRT plans have room for. Default: 8."""
-    max_batch: _Count | None = None
-    """Most images at once in the TensorRT plans. Default: 8."""
-    calibration_data: Path | None = None
-    """Folder of photos to find the ranges of int8 activations in TensorRT plans; `random` is noise."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        def first(*names: str) -> str | None:
+            return next((f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None), None)
+
+        wrong = None
+        if not self.verify and (photos := first("images", "dev_data")):
+            wrong = f"{photos} contradicts --no-verify: the photos are for the verification"
+        elif self.dev_images is not None and self.dev_data is None:
+            wrong = "--dev-images needs --dev-data"
+        elif self.data is not None and self.vocabulary is None:
+            wrong = "--data needs --vocabulary N, which counts the tokens of the captions"
+        elif self.target != "tensorrt" and (plans := first(*TensorRTOptions.model_fields)):
+            wrong = f"{plans} needs --target tensorrt"
+        if wrong:
+            raise ValueError(wrong)
+        return self
+
+
+class ImportOptions(Settings):
+    """What a published checkpoint (a state dict of ClipCap's or SmallCap's code) does not say itself."""
+
+    model_config = ConfigDict(title="Import a published checkpoint")
+
+    language_model: str | None = None
+    """GPT-2 that it was trained on, hub id or folder. Default: gpt2."""
+    vision: str | None = None
+    """Its vision tower, hub id or folder. Default: CLIP ViT-B/32."""
+    normalize: bool = False
+    """ClipCap: it was trained with --normalize_prefix."""
+
+
+class CompareOptions(Settings):
+    """What `itune-export --compare` measures."""
+
+    model_config = ConfigDict(title="Comparison")
+
+    precisions: str = "fp32,fp16,int8,int4"
+    """LIST of DECODER[+VISION][@N|FILE], separated by commas: precisions, and a shortlist as in `--vocabulary`. fp32 is
+    always included. Default: fp32,fp16,int8,int4."""
+    data: Path | None = None
+    """Captions to score against; a shortlist @N counts their train split. Default: only caption `--images`."""
+    images: Path | None = None
+    """Folder of the photos. Default: beside the captions."""
+    split: str = "dev"
+    """Split to caption: train, dev, test, or all. Default: dev."""
+    limit: _Count | None = None
+    """Only the first photos, this many."""
+    batch_size: _Count = 16
+    """Photos at once, except while latency is measured. Default: 16."""
+    latency_photos: _Count = 40
+    """Photos for the latency, one at a time. Default: 40."""
+    threads: _Count | None = None
+    """CPU threads. Default: all."""
+    verify: bool = True
+    """Compare the graphs with PyTorch."""

@@ -20,10 +20,9 @@ RUNTIME_LIBRARIES = {
     "pydantic_core",
     "rich",
     "tokenizers",
-    "typer",
     "_itune_native",
+    "faiss",  # for datastores that are too large for NumPy
 }
-RUNTIME_LIBRARIES |= {"_itune_native", "faiss"}  # where a datastore is too large for NumPy alone
 
 
 def imported(path: Path) -> set[str]:
@@ -91,11 +90,28 @@ def test_captioning_needs_no_training_library(bundle: Path) -> None:
         "assert caption"
     )
     assert "onnxruntime" in modules
-    assert not modules & {"torch", "transformers", "onnx", "typer", "rich"}
+    assert not modules & {"torch", "transformers", "onnx", "cyclopts", "rich"}
     assert not modules & {"cuda.bindings.runtime", "tensorrt", "tensorrt_rtx", "itune.runtime.engines.tensorrt"}
 
 
 def test_help_and_a_plain_import_are_quick() -> None:
     slow = {"numpy", "onnxruntime", "PIL", "tokenizers", "torch", "transformers", "onnx"}
-    assert not modules_after("import itune") & (slow | {"pydantic", "typer"})
-    assert not modules_after("import itune.cli.run") & slow
+    assert not modules_after("import itune") & (slow | {"pydantic", "cyclopts"})
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        *((program, ["--help"]) for program in ("run", "train", "evaluate", "export", "datastore")),
+        ("export", ["--compare", "--help"]),
+        ("datastore", ["build", "--help"]),
+    ],
+)
+def test_help_needs_no_numpy(program: str, arguments: list[str]) -> None:
+    modules = modules_after(
+        f"import contextlib, io\nfrom itune.cli.{program} import main\nsys.argv[1:] = {arguments!r}\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n    main()\n"
+        "assert 'Examples' in out.getvalue()"
+    )
+    assert "cyclopts" in modules
+    assert not modules & {"numpy", "onnxruntime", "PIL", "tokenizers", "torch", "transformers", "onnx"}

@@ -1,159 +1,120 @@
-"""What the four command lines share: errors as one sentence, exit statuses, a console and progress on stderr."""
+"""What the programs share: signals, checks of output paths, and a console with progress on stderr."""
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
-import typer
-
-from .. import __version__
 from ..runtime.errors import ItuneError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it."""
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""The signals that a program is asked to end with, or whose terminal was closed."""
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from ..runtime.search import NATIVE
-
-        parts = [f"itune {__version__}", "native search" if NATIVE else "NumPy search"]
-        with suppress(PackageNotFoundError):  # it comes in wheels of several names
-            parts.append(f"onnxruntime {version('onnxruntime')}")
-        print(", ".join(parts))
-        raise typer.Exit
-
-
-Version = Annotated[
-    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-]
-
-
-def run(command: Callable[..., int | None], name: str | None = None) -> NoReturn:
-    """Run `command` as the program `name` (default: "itune-" and the function's name), and exit.
-
-    The exit status is what the command returns, 2 after an error of the user's and 130 after Ctrl-C.
-    """
-    name = name or f"itune-{command.__name__}"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name or a caption may be more than the locale can spell
-            stream.reconfigure(errors="backslashreplace")
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
-    try:
-        _refuse_empty_paths(command, app)
-        sys.exit(app(prog_name=name, standalone_mode=False))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
-    except (ItuneError, OSError) as error:
-        _fail(name, str(error))
-    except Exception as error:
-        # Usage errors: click's ClickException, which Typer keeps under another name in every few releases.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(name, f"{error.format_message().rstrip('.')}; see {name} --help")
-
-
-def _refuse_empty_paths(command: Callable[..., int | None], app: typer.Typer) -> None:
-    """Raise ItuneError for an option "", as of a shell variable without a value, that means the current folder to Path.
-
-    To be called before the options are parsed, after which it is "." as that is.
-    """
-    arguments = sys.argv[1:]
-    empty = {argument for argument, after in pairwise(arguments) if after == ""}
-    empty |= {argument.removesuffix("=") for argument in arguments if argument.endswith("=")}
-    if not empty:
-        return
-    hints = get_type_hints(command)
-    for parameter in typer.main.get_command(app).params:
-        if _takes_path(hints.get(parameter.name or "")) and (flags := empty.intersection(parameter.opts)):
-            raise ItuneError(f"{min(flags)} is empty: give a path")
-
-
-def _takes_path(hint: Any) -> bool:
-    """Whether an annotation is Path, or has it inside."""
-    return hint is Path or any(map(_takes_path, get_args(hint)))
-
-
-def _fail(name: str, message: str) -> NoReturn:
-    print(f"{name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+"""The signals that ask a program to end, or say that its terminal was closed."""
 
 
 def on_ending(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Handle the signals `ENDING`, but for those that are ignored, as under nohup."""
+    """Handle the signals `ENDING`, except those that are ignored, as under nohup."""
     for each in ENDING:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, handler)
 
 
 def exit_when_asked() -> None:
-    """Exit by an exception at the signals `ENDING`, so that what is half-written is cleared away."""
+    """Exit with an exception at the signals `ENDING`, so that temporary files are removed."""
     on_ending(lambda number, _frame: sys.exit(128 + number))
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raise ItuneError, before hours of work, where the file that an option names cannot be written."""
-    if path.exists() and not path.is_file():
-        raise ItuneError(f"{option} {path} is no file: name one")
+def check_writable(option: str, path: Path, *, parents: bool = True) -> None:
+    """Raise ItuneError, before hours of work, if the file that an option names cannot be written.
+
+    `parents`: its folder may be missing, since it will be made.
+    """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise ItuneError(f"{option} {path}: {folder} is no folder: name another")
-    if not os.access(folder, os.W_OK):
-        raise ItuneError(f"{option} {path}: the folder {folder} cannot be written to: name another")
+    if os.access(path, os.F_OK) and not path.is_file():
+        reason = "is not a file"
+    elif not folder.is_dir() or not (parents or folder == path.absolute().parent):
+        reason = f"cannot be written: {path.parent} is not a folder"
+    elif not os.access(folder, os.W_OK):
+        reason = f"cannot be written: the folder {folder} is read-only"
+    else:
+        return
+    raise ItuneError(f"{option} {path} {reason}; name another file")
 
 
 def check_apart(outputs: Iterable[tuple[str, Path]], inputs: Iterable[tuple[str, Path]]) -> None:
-    """Raise ItuneError where one of the `outputs` (option, file) is one of the `inputs` (what it is, file), or another.
+    """Raise ItuneError if an output (option, file) is also an input (description, file) or another output.
 
-    Files are replaced as a whole: what is read would be lost, and of two outputs the first.
+    Files are replaced as a whole, so the input or the first output would be lost.
     """
-    read = {os.path.realpath(path): what for what, path in inputs}
-    written: dict[str, str] = {}
+    taken = {os.path.realpath(path): f"is also {what}" for what, path in inputs}
     for option, path in outputs:
-        place = os.path.realpath(path)
-        if place in read:
-            raise ItuneError(f"{option} would replace {read[place]} {path}: name another place")
-        if place in written:
-            raise ItuneError(f"{written[place]} and {option} would both be written to {path}: name another place")
-        written[place] = option
+        if clash := taken.get(place := os.path.realpath(path)):
+            raise ItuneError(f"{option} {path} {clash}: name another file")
+        taken[place] = f"is also the file of {option}"
 
 
 def require(extra: str, *modules: str) -> None:
     """Raise ItuneError unless the modules of an optional part of itune are installed."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
+    if missing := [module for module in modules if find_spec(module) is None]:
         raise ItuneError(f"{', '.join(missing)} not installed; this command needs: pip install 'itune[{extra}]'")
 
 
 @cache
 def console() -> Console:
-    """Rich's console on stderr, where everything goes that is not a result."""
+    """Rich's console on stderr, for everything that is not a result."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
+def score_table(title: str, headings: Sequence[str]) -> Table:
+    """An empty table, with the row's name under the heading ""."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    return table
+
+
+def print_result(result: Table | str) -> None:
+    """Print a table or a text on stdout."""
+    from rich.console import Console
+
+    out = Console(highlight=False, markup=False)
+    if not out.is_terminal:
+        out.width = 120  # the columns need more than the 80 that rich takes for files
+    out.print(result)
+
+
+def warn(message: str) -> None:
+    """Print a warning on stderr."""
+    console().print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print a message on stderr."""
+    console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress(description: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while the block runs, on a terminal only: call what it yields with (done, total)."""
+    """Show a bar on stderr while the block runs, on a terminal only; yields a function of (done, total)."""
     if not (enabled and sys.stderr.isatty()):
         yield lambda _done, _total: None
         return
@@ -178,13 +139,13 @@ def progress(description: str, *, enabled: bool = True) -> Iterator[Callable[[in
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def emit(line: str, *, beside_progress: bool) -> None:
-    """Print a result at once; where it shares a terminal with a running `progress`, above the bar."""
-    if sys.stdout is None:  # closed by who started the program
+def emit(line: str, *, beside_progress: bool = False) -> None:
+    """Print a result at once; above the bar if it shares a terminal with a running `progress`."""
+    if sys.stdout is None:  # closed by the parent process
         raise ItuneError("there is no standard output to print results to")
     if beside_progress and sys.stdout.isatty() and sys.stderr.isatty():
         console().print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
-        # In one piece: unbuffered, `print` would write the line's end apart, and Ctrl-C come between the two.
+        # One write: unbuffered, `print` would write the newline separately, and Ctrl-C could come in between.
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()

@@ -2,196 +2,203 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from cyclopts import Parameter
+from pydantic import Field
 
+from ..flags import flag
 from ..runtime.errors import ItuneError
-from . import common
+from . import common, program
+from .program import BeamSearch, Options, Switch, chosen
 
 if TYPE_CHECKING:
     from ..data.records import Record
-    from ..runtime import Captioner
+    from .scores import Captioned
 
-_ONLY_CAPTIONS = {"references"}
-_ONLY_MODEL = {"model", "data", "images", "limit", "num_beams", "max_new_tokens", "length_penalty", "batch_size"}
-_ONLY_MODEL |= {"engine", "threads", "datastore", "retrieve", "output"}
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Data(Options, title="Data"):
+    data: Path | None = None
+    """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, COCO or NoCaps annotations, or JSONL."""
+    images: Path | None = None
+    """Folder of the photos. Default: beside the captions."""
+    limit: Count | None = None
+    """Only the first photos, this many."""
+
+
+class _Model(Options, title="Model"):
+    batch_size: Count = 8
+    """Photos at once."""
+    engine: str = "auto"
+    """Of a bundle: auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU)."""
+    threads: Count | None = None
+    """CPU threads. Default: all."""
+    datastore: Path | None = None
+    """Folder of itune-datastore to retrieve captions from. Default: the bundle's."""
+    retrieve: Annotated[int, Field(ge=0)] | None = None
+    """Captions of similar images in the prompt. Default: the model's."""
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+    """Write the captions to this file in COCO's results format, which EvalAI takes."""
+
+
+class _File(Options, title="Captions from a file"):
+    captions: Annotated[tuple[Path, ...], Parameter(show_default=False)] = ()
+    """Score these captions, in COCO's results format; give it twice to compare two captioners."""
+    references: Path | None = None
+    """What to score `--captions` against: any file that `--data` takes."""
+
+
+class ScoreOptions(Options, title="Scores"):
+    """What is scored, and where the scores go."""
+
+    split: str | None = None
+    """Split to caption: train, dev, test, or all. Default: dev; all of `--references`."""
+    json_: Annotated[bool | str, Parameter(allow_leading_hyphen=False, show_default=False)] = False
+    """Write the scores to this file as JSON; without a file, or with -, print them."""
+    per_image: Path | None = None
+    """Write each caption's own scores to this file, as JSON Lines."""
+    no_java: Switch = False
+    """Leave out METEOR and SPICE, which need Java."""
+
+    @property
+    def json_file(self) -> Path | None:
+        """The file of `--json`; None prints the scores, or writes none."""
+        return None if isinstance(self.json_, bool) or self.json_ == "-" else Path(self.json_)
 
 
 def evaluate(
-    context: typer.Context,
     model: Annotated[
-        Path | None, typer.Argument(metavar="CHECKPOINT_OR_BUNDLE", help="Adapter checkpoint, bundle, or `default`.")
+        Path | None, Parameter(name="CHECKPOINT_OR_BUNDLE", help="Adapter checkpoint, bundle, or `default`.")
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Captions: Flickr8k/30k token file or its folder, Karpathy JSON, COCO or NoCaps annotations, or JSONL."
-        ),
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the photos, if not beside the captions.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to caption: train, dev, test, or all. Default: dev; of --references, all.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 5,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest caption, in tokens.")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="> 0 favours long captions, < 0 short ones.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Photos at once.")] = 8,
-    engine: Annotated[
-        str, typer.Option(help="Of a bundle: auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU).")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
-    datastore: Annotated[
-        Path | None, typer.Option(help="Folder of itune-datastore to retrieve captions from. Default: the bundle's.")
-    ] = None,
-    retrieve: Annotated[
-        int | None, typer.Option(min=0, help="Captions of similar images in the prompt. Default: the model's.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write the captions here, in COCO's results format (which EvalAI takes)."),
-    ] = None,
-    captions: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="RESULTS",
-            help="Score these captions, in COCO's results format, instead of a model's; twice: compare two captioners.",
-        ),
-    ] = None,
-    references: Annotated[
-        Path | None, typer.Option(help="What --captions are scored against: any file that --data takes.")
-    ] = None,
-    json_output: Annotated[
-        str | None,
-        typer.Option("--json", metavar="[FILE]", help="Write the scores here as JSON; without FILE, or -, print them."),
-    ] = None,
-    per_image: Annotated[Path | None, typer.Option(help="Write each caption's own scores here, as JSON Lines.")] = None,
-    no_java: Annotated[bool, typer.Option("--no-java", help="Leave METEOR and SPICE out, which take Java.")] = False,
-    _version: common.Version = False,
+    /,
+    *,
+    data: _Data,
+    options: _Model,
+    search: BeamSearch,
+    file: _File,
+    scores: ScoreOptions,
 ) -> None:
-    """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals."""
-    wrong = _ONLY_MODEL if captions else _ONLY_CAPTIONS
-    for parameter in context.command.params:
-        if parameter.name in wrong and context.get_parameter_source(parameter.name).name == "COMMANDLINE":  # type: ignore[union-attr]
-            flag = "CHECKPOINT_OR_BUNDLE" if parameter.name == "model" else parameter.opts[0]
-            reason = "contradicts --captions, which come from a file" if captions else "is for --captions: give both"
-            raise ItuneError(f"{flag} {reason}")
-    json_file = None if json_output in (None, "-") else Path(json_output)
-    outputs = {"--output": output, "--per-image": per_image, "--json": json_file}
+    """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals.
+
+    Examples:
+        itune-eval runs/flickr8k --data Flickr8k.token.txt --split test
+        itune-eval my-bundle --data dataset_coco.json --split test --json scores.json
+        itune-eval --captions ours.json --captions theirs.json --references captions_val2014.json
+
+    """
+    _check_source(model, (data, options, search), file)
+    outputs = {"--output": options.output, "--per-image": scores.per_image, "--json": scores.json_file}
     written = [(option, path) for option, path in outputs.items() if path is not None]
     for option, path in written:
         common.check_writable(option, path)
-    common.check_apart(written, _inputs(data, references, captions or []))
+    common.check_apart(written, _inputs(data.data, file))
     from ..data.formats import read_results
     from ..data.records import load_records
     from .scores import Captioned, report
 
-    wanted = None if split == "all" else split
     failed = 0
-    if captions:
-        if references is None:
-            raise ItuneError("--captions needs --references, the captions to score against")
-        if len(captions) > 2:
-            raise ItuneError(f"--captions is there {len(captions)} times; two captioners at a time can be compared")
-        records = load_records(references, split=wanted, check_images=False)
-        found = [Captioned(str(path), read_results(path)) for path in captions]
-        what = f"{references.name}{f', {split}' if split else ''}"
+    if file.captions:
+        assert file.references is not None
+        split = None if scores.split == "all" else scores.split
+        records = load_records(file.references, split=split, check_images=False)
+        found = [Captioned(str(path), read_results(path)) for path in file.captions]
+        what = f"{file.references.name}{f', {scores.split}' if scores.split else ''}"
     else:
-        if model is None or data is None:
-            lacking = "CHECKPOINT_OR_BUNDLE" if model is None else "--data"
-            raise ItuneError(f"{lacking} is missing: give a model and --data, or --captions and --references")
+        assert data.data is not None
         common.require("train", "torch", "transformers", "safetensors")
-        from ..loading import load_captioner
-        from ..retrieval.build import photos_in
-
-        wanted = wanted or (None if split else "dev")
-        records = load_records(data, images=images, split=wanted, captioned=False)[:limit]
+        split = None if scores.split == "all" else scores.split or "dev"
+        records = load_records(data.data, images=data.images, split=split, captioned=False)[: data.limit]
         scored = any(record.captions for record in records)
-        if not scored and (json_output or per_image):
-            raise ItuneError(f"{data}: has no captions to score against, which --json and --per-image need")
-        if not scored and not output:
+        if not scored and (scores.json_ or scores.per_image or not options.output):
             raise ItuneError(
-                f"{data}: has no captions to score against; --output FILE writes the file that EvalAI takes"
+                f"{data.data}: has no captions to score against; only --output FILE works without: the file for EvalAI"
             )
-        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
-        captioner = load_captioner(model, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
-        store = None if captioner.retriever is None else captioner.retriever.datastore
-        if scored and store and (shown := photos_in(store, records)):
-            common.console().print(
-                f"{shown} of these {len(records)} photos are in {store.folder} with their own captions, which prompts "
-                "may hold: these are not the scores of new photos",
-                style="yellow",
-                markup=False,
-                highlight=False,
-            )
-        captioned, reasons = _caption(captioner, records, {**options, "batch_size": batch_size})
-        failed = len(reasons)
-        for reason in reasons:
-            common.console().print(f"left out: {reason}", style="yellow", markup=False)
-        if not captioned:
-            raise ItuneError(f"{data}: no photo of the {wanted or 'whole'} split can be read")
-        if output:
+        found, failed = _captioned(str(model), records, options, {"num_beams": 5} | chosen(search))
+        if not found[0].captions:
+            raise ItuneError(f"{data.data}: no photo of the {split or 'whole'} split can be read")
+        if options.output:
             from ..evaluate import write_results
 
-            write_results(captioned, output)
+            write_results(dict(found[0].captions), options.output)
         if not scored:
-            _say_unscored(output, len(captioned), failed)
+            common.say(f"{options.output}: {len(found[0].captions)} captions; no references to score against")
+            if failed:
+                common.warn(f"EvalAI needs a caption of every photo, but {failed} could not be read")
             return
-        found = [Captioned(str(model), captioned)]
-        what = f"{split or 'dev'}, beam {num_beams}"
-    report(found, records, what, failed=failed, java=not no_java, json_output=json_output, per_image=per_image)
+        what = f"{scores.split or 'dev'}, beam {chosen(search).get('num_beams', 5)}"
+    report(found, records, what, failed=failed, options=scores)
 
 
-def _inputs(data: Path | None, references: Path | None, captions: list[Path]) -> Iterator[tuple[str, Path]]:
-    """What is read, and where."""
+def _check_source(model: Path | None, model_options: tuple[Options, ...], file: _File) -> None:
+    """Raise ItuneError unless the captions come from either a model or files, with the options of that."""
+    of_model = [] if model is None else ["CHECKPOINT_OR_BUNDLE"]
+    of_model += [flag(name) for options in model_options for name in sorted(options.model_fields_set)]
+    if file.captions:
+        wrong = f"{of_model[0]} contradicts --captions, which come from a file" if of_model else None
+        if file.references is None:
+            wrong = "--captions needs --references, the captions to score against"
+        elif len(file.captions) > 2:
+            wrong = f"--captions appears {len(file.captions)} times, but at most two captioners can be compared"
+    else:
+        missing = "CHECKPOINT_OR_BUNDLE" if model is None else None if "--data" in of_model else "--data"
+        wrong = f"{missing} is missing: give a model and --data, or --captions and --references" if missing else None
+        if file.references is not None:
+            wrong = "--references needs --captions"
+    if wrong:
+        raise ItuneError(wrong)
+
+
+def _inputs(data: Path | None, file: _File) -> Iterator[tuple[str, Path]]:
+    """The files that are read, with a description."""
     from ..data.formats import find_caption_file
     from ..files import holds
 
-    for what, path in (("the captions of --data", data), ("the references", references)):
+    for what, path in (("the captions of --data", data), ("the file of --references", file.references)):
         if path is not None:
             yield what, find_caption_file(path) if holds(path.is_dir) else path
-    yield from (("the captions", path) for path in captions)
+    yield from (("a file of --captions", path) for path in file.captions)
 
 
-def _caption(
-    captioner: Captioner, records: list[Record], options: dict[str, object]
-) -> tuple[dict[str, str], list[str]]:
+def _captioned(
+    model: str, records: list[Record], options: _Model, search: dict[str, object]
+) -> tuple[list[Captioned], int]:
+    """The model's captions, and how many photos could not be read."""
     from ..evaluate import caption_records
+    from ..loading import load_captioner
+    from ..retrieval.build import photos_in
+    from .scores import Captioned
 
-    if captioner.engine_notice:
-        common.console().print(captioner.engine_notice, markup=False, highlight=False)
-    with common.progress("photos") as update:
-        captions, failed = caption_records(captioner, records, progress=update, **options)
-    return captions, list(failed.values())
+    threads = options.threads
+    if threads:
+        import torch
 
-
-def _say_unscored(output: Path | None, count: int, failed: int) -> None:
-    common.console().print(
-        f"{output}: {count} captions; there are no references to score against", markup=False, highlight=False
+        torch.set_num_threads(threads)
+    captioner = load_captioner(
+        Path(model), engine=options.engine, threads=threads, datastore=options.datastore, retrieve=options.retrieve
     )
-    if failed:
-        common.console().print(
-            f"EvalAI wants a caption of every photo: {failed} could not be read", style="yellow", highlight=False
+    store = None if captioner.retriever is None else captioner.retriever.datastore
+    captioned = any(record.captions for record in records)
+    if captioned and store and (shown := photos_in(store, records)):
+        common.warn(
+            f"{shown} of these {len(records)} photos are in {store.folder} with their own captions, which the prompts "
+            "may contain: these are not the scores of new photos"
         )
+    if captioner.engine_notice:
+        common.say(captioner.engine_notice)
+    with common.progress("photos") as update:
+        captions, failed = caption_records(captioner, records, progress=update, batch_size=options.batch_size, **search)
+    for reason in failed.values():
+        common.warn(f"left out: {reason}")
+    return [Captioned(model, captions)], len(failed)
 
 
 def main() -> None:
-    """Entry point; `--json` may stand alone, which no option with a value can."""
-    following = [*sys.argv[2:], "--"]
-    arguments = []
-    for argument, after in zip(sys.argv[1:], following, strict=False):
-        alone = argument == "--json" and after != "-" and after.startswith("-")
-        arguments += [argument, "-"] if alone else [argument]
-    sys.argv[1:] = arguments
-    common.run(evaluate, "itune-eval")
+    """Entry point."""
+    program.run("itune-eval", evaluate)
 
 
 if __name__ == "__main__":

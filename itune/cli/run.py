@@ -9,125 +9,97 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from . import common
+from ..runtime.search.config import SearchConfig
+from . import common, program
+from .heatmap import HeatmapOptions
+from .program import Flags, Options, Switch, chosen
 
 STDIN = "-"
+
+
+class _Model(Options, title="Model"):
+    bundle: Path | None = None
+    """Folder that itune-export wrote. Default: the model inside the package."""
+    datastore: Path | None = None
+    """Folder of itune-datastore, for a bundle that retrieves. Default: datastore/ in the bundle."""
+    retrieve: int | None = None
+    """Captions of similar images in the prompt; 0 is none. Default: the bundle's."""
+    engine: str = "auto"
+    """auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU)."""
+    threads: int | None = None
+    """CPU threads. Default: the engine's choice."""
+    batch_size: int = 8
+    """Images at once through the model."""
+    workers: int | None = None
+    """Threads that read images ahead. Default: threads less one, at most 4."""
+    json_: Switch = False
+    """One JSON object per line instead of text."""
 
 
 def run(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE", help="Files, folders, quoted globs, or - for one image on stdin."),
-    ],
-    bundle: Annotated[
-        Path | None, typer.Option(help="Folder that itune-export wrote; default: the model inside the package.")
-    ] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy. Default: the bundle's, 5.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest caption, in tokens.")] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="Shortest caption, in tokens.")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="Above 0 favours longer captions.")] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None, typer.Option(help="No n-gram of this size occurs twice; 0 is off.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1, tokens of the caption so far become less likely.")
-    ] = None,
-    num_return: Annotated[
-        int | None, typer.Option(help="Candidates per image in --json; default: all beams, or one sample.")
-    ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw captions at random instead of the best.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="With --sample: below 1 keeps to likely words; default 1.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="With --sample: draw from so many best tokens; default 50, 0 is all.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="With --sample: draw from the best tokens of this total probability.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="With --sample: another seed draws other captions.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU).")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: the engine's choice.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once through the model.")] = 8,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read images ahead; default: threads less one, at most 4.")
-    ] = None,
-    heatmap: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PNG|FOLDER", help="Draw what the adapters look at for each token; several images take a folder."
+        Parameter(
+            name="IMAGE",
+            help="Files, folders, quoted globs, or - for one image on stdin.",
+            allow_leading_hyphen=False,
         ),
-    ] = None,
-    heatmap_layer: Annotated[
-        str | None,
-        typer.Option(metavar="last|mean|N", help="Decoder layer of the heatmap, or the mean of all. [default: last]"),
-    ] = None,
-    heatmap_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the heatmap's numbers, one JSON object a line and image.")
-    ] = None,
-    datastore: Annotated[
-        Path | None,
-        typer.Option(help="Folder of itune-datastore, for a bundle that retrieves. Default: datastore/ in the bundle."),
-    ] = None,
-    retrieve: Annotated[
-        int | None, typer.Option(help="Captions of similar images in the prompt; 0 is none. Default: the bundle's.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    _version: common.Version = False,
+    ],
+    /,
+    *,
+    model: _Model,
+    search: Annotated[
+        Options,
+        Flags(SearchConfig, "Search (default: the bundle's)", omit=("bad_words",), names={"do_sample": "--sample"}),
+    ],
+    heatmap: HeatmapOptions,
 ) -> int:
     """Caption images.
 
-    Prints the caption of a single image, and "path TAB caption" a line for several. With --json: image, caption,
+    Prints the caption of a single image, and "path TAB caption" per line for several. With --json: image, caption,
     score (length-normalised log-probability), tokens, candidates, milliseconds and, with a datastore, the captions
     retrieved from it; or image and error. The exit status is 1 if an image could not be read, after all others were
     captioned.
+
+    Examples:
+        itune-run photo.jpg
+        itune-run photos/ --bundle my-bundle --json > captions.jsonl
+        itune-run photo.jpg --heatmap heatmap.png
+
     """
     sources = expand(images)
     from .heatmap import FigureError, Heatmaps
 
-    heatmaps = Heatmaps(heatmap, heatmap_json, heatmap_layer, sources)
+    heatmaps = Heatmaps(heatmap, sources)
     from ..runtime.captioner import Captioner
     from ..runtime.errors import ImageError
 
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of its complaints is in the ImageErrors
-    captioner = Captioner.load(bundle, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # ImageErrors carry what matters of its complaints
+    captioner = Captioner.load(
+        model.bundle, engine=model.engine, threads=model.threads, datastore=model.datastore, retrieve=model.retrieve
+    )
     if captioner.engine_notice:
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if heatmaps:
-        captioner.explainer.reader.choose(heatmaps.layer)  # what cannot be shown is told before anything is captioned
-    if STDIN in sources:
-        workers = 0  # reading ahead would wait for stdin before it captions what comes first
-    options: dict[str, Any] = {
-        "num_beams": num_beams,
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "length_penalty": length_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "repetition_penalty": repetition_penalty,
-        "num_return": num_return,
-        "do_sample": sample,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
+        captioner.explainer.reader.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
+    options = chosen(search)
     results = captioner.stream(
         (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
-        batch_size=batch_size,
-        workers=workers,
+        batch_size=model.batch_size,
+        workers=0 if STDIN in sources else model.workers,  # workers would wait for stdin before the first caption
         **options,
     )
     several = len(sources) > 1
-    named = several or sources != images  # even the only file of a folder has its name printed
+    named = several or sources != images  # print the name even of a folder's only file
     failures = 0
     with heatmaps, common.progress("images", enabled=several) as update:
         for done, (name, (image, result)) in enumerate(zip(sources, results, strict=True), 1):
             failures += isinstance(result, ImageError)
-            if as_json:
+            if model.json_:
                 record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
                 if record.get("retrieved") is None:
                     record.pop("retrieved", None)
@@ -139,7 +111,7 @@ def run(
             if heatmaps and not isinstance(result, ImageError):
                 try:
                     heatmaps.add(captioner, done - 1, name, image, result, **options)
-                except (ImageError, FigureError) as error:  # it has changed since it was captioned, or the disk is full
+                except (ImageError, FigureError) as error:  # the image has changed since, or the disk is full
                     failures += 1
                     print(f"itune-run: no heatmap: {error}", file=sys.stderr)
             update(done, len(sources))
@@ -149,7 +121,7 @@ def run(
 def expand(arguments: Iterable[str]) -> list[str]:
     """Replace folders by the images directly inside, sorted by name, and globs by the files that match.
 
-    What is neither, or has none, stays as it is, so that its error names it.
+    An argument that is neither, or that matches nothing, stays, so that its error names it.
     """
     return [source for argument in arguments for source in _inside(argument) or [argument]]
 
@@ -167,17 +139,17 @@ def _inside(argument: str) -> list[str]:
         matches = glob.glob(argument, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         return sorted(match for match in matches if Path(match).is_file())
     except OSError:
-        return []  # to be told when it is opened
+        return []  # opening it reports the error
 
 
 def _blocks(path: Path) -> bool:
-    """Whether reading it may wait for ever, as a named pipe."""
+    """Whether reading it may wait forever, as from a named pipe."""
     return path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device()
 
 
 def main() -> None:
     """Entry point."""
-    common.run(run)
+    program.run("itune-run", run)
 
 
 if __name__ == "__main__":

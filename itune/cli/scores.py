@@ -1,4 +1,4 @@
-"""What itune-eval shows and writes: tables of scores with their intervals, comparisons, JSON, scores per image."""
+"""The output of itune-eval: tables of scores with their intervals, comparisons, JSON, scores per image."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from . import common
 
 if TYPE_CHECKING:
     from ..data.records import Record
+    from .evaluate import ScoreOptions
 
 HEADINGS = dict(
     zip(SCORES, ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "SPICE"), strict=True)
@@ -28,7 +29,7 @@ Intervals = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Captioned:
-    """One captioner's captions by image id, and what to call it."""
+    """One captioner's name, and its captions by image id."""
 
     name: str
     captions: Mapping[str, str]
@@ -36,7 +37,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class _Scored:
-    """One captioner's scores: of everything, and of each domain."""
+    """One captioner's scores, overall and per domain."""
 
     name: str
     groups: Mapping[str, Evaluation]
@@ -53,74 +54,71 @@ def report(
     what: str,
     *,
     failed: int,
-    java: bool,
-    json_output: str | None,
-    per_image: Path | None,
+    options: ScoreOptions,
 ) -> None:
-    """Score one captioner, or compare two, against the records' captions; print and write what was asked for.
+    """Score one captioner, or compare two, against the records' captions; print and write what the options ask for.
 
     Raises ItuneError for captions of images without references, and for two captioners of different images.
     """
     references = {record.id: record.captions for record in records}
     domains = {record.id: record.domain for record in records}
-    _check_images(found, references)
-    scored = [_score(captioner, references, domains, java=java) for captioner in found]
+    _check_images(found, records)
+    scored = [_score(captioner, references, domains, java=not options.no_java) for captioner in found]
     overall = scored[0].overall
     uncaptioned = len(references) - len(overall.images)
     if uncaptioned > failed:
-        common.console().print(
+        common.warn(
             f"{uncaptioned} of {len(references)} images have no caption and do not count: these are not the scores of "
-            "the whole split",
-            style="yellow",
-            highlight=False,
+            "the whole split"
         )
     comparison = compare_groups(scored[0].groups, scored[1].groups) if len(scored) == 2 else None
-    if per_image:
-        _write_per_image(scored, found, domains, per_image)
-    if json_output is not None:
+    if options.per_image:
+        _write_per_image(scored, found, domains, options.per_image)
+    if options.json_:
         content = _as_json(scored[0]) | {"failed": failed, "uncaptioned": uncaptioned, "missing": overall.missing}
         if comparison is not None:
             content |= {"captions": scored[0].name, "against": _as_json(scored[1]) | {"captions": scored[1].name}}
             content["comparison"] = {
-                group: {name: _difference(value) for name, value in differences.items()}
+                group: {name: _difference_json(value) for name, value in differences.items()}
                 for group, differences in comparison.items()
             }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        if json_output == "-":
+        if options.json_file is None:
             print(text)
             return
-        _write(Path(json_output), text)
+        _write(options.json_file, text)
     _print_tables(scored, comparison, what)
 
 
-def _check_images(found: Sequence[Captioned], references: Mapping[str, Sequence[str]]) -> None:
-    for captioner in found:
-        if unknown := [image for image in captioner.captions if image not in references]:
-            raise ItuneError(
-                f"{captioner.name}: {len(unknown)} of its {len(captioner.captions)} images have no reference captions "
-                f"(the first: {unknown[0]!r}); give the references, and the --split, that they belong to"
+def _check_images(found: Sequence[Captioned], records: Sequence[Record]) -> None:
+    references = {record.id for record in records}
+    wrong = None
+    if any(record.domain == OVERALL for record in records):
+        wrong = f"the references have a domain {OVERALL!r}, the name of the whole set: rename it"
+    for here, there in zip(found, reversed(found), strict=True):
+        if unknown := [image for image in here.captions if image not in references]:
+            wrong = (
+                f"{here.name}: {len(unknown)} of its {len(here.captions)} images have no reference captions (the "
+                f"first: {unknown[0]!r}); give the references and the --split that they belong to"
             )
-    if len(found) == 2:
-        first, second = found
-        for here, there in ((first, second), (second, first)):
-            if alone := [image for image in here.captions if image not in there.captions]:
-                raise ItuneError(
-                    f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); "
-                    "only captions of the same images can be compared"
-                )
+        elif alone := [image for image in here.captions if image not in there.captions]:
+            wrong = (
+                f"{there.name}: has no caption of {len(alone)} images of {here.name} (the first: {alone[0]!r}); only "
+                "captions of the same images can be compared"
+            )
+        if wrong:
+            raise ItuneError(wrong)
 
 
 def _score(
     captioner: Captioned, references: Mapping[str, Sequence[str]], domains: Mapping[str, str | None], *, java: bool
 ) -> _Scored:
-    """In the order of the references, so that two captioners' images are paired."""
+    """Scores in the order of the references, which pairs the images of two captioners."""
     captions = {image: captioner.captions[image] for image in references if image in captioner.captions}
     overall = evaluate(captions, references, java=java)
     present = {domains[image] for image in captions} - {None}
     names = [name for name in _DOMAINS if name in present] + sorted(str(name) for name in present - set(_DOMAINS))
     groups = {name: overall.select([image for image in captions if domains[image] == name]) for name in names}
-    if OVERALL in groups:
-        raise ItuneError(f"a domain of the references is called {OVERALL!r}, as the whole set is: give it another name")
     groups[OVERALL] = overall
     return _Scored(captioner.name, groups, {name: group.intervals() for name, group in groups.items()})
 
@@ -136,7 +134,7 @@ def _group_json(group: Evaluation, intervals: Intervals) -> dict[str, Any]:
     return {name: scores.get(name) for name in SCORES} | {"images": len(group.images), "intervals": dict(intervals)}
 
 
-def _difference(value: Difference) -> dict[str, Any]:
+def _difference_json(value: Difference) -> dict[str, Any]:
     return {
         "difference": value.difference,
         "interval": [value.low, value.high],
@@ -169,9 +167,6 @@ def _write(path: Path, text: str) -> None:
 def _print_tables(
     scored: Sequence[_Scored], comparison: Mapping[str, Mapping[str, Difference]] | None, what: str
 ) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     overall = scored[0].overall
@@ -180,14 +175,11 @@ def _print_tables(
     if len(set(labels)) < len(labels):
         labels = [own.name for own in scored]
     title = " against ".join(labels)
-    table = Table(
-        title=Text(f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)"),
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
     several = len(scored) > 1 or len(scored[0].groups) > 1
-    for heading in [*([""] if several else []), *(HEADINGS[name] for name in names)]:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    table = common.score_table(
+        f"{title}, {what}: {len(overall.images)} photos (x 100, 95 % intervals)",
+        [*([""] if several else []), *(HEADINGS[name] for name in names)],
+    )
     for group, evaluation in scored[0].groups.items():
         label = f"{group} ({len(evaluation.images)})" if len(scored[0].groups) > 1 else ""
         for own, name in zip(scored, labels, strict=True):
@@ -197,21 +189,15 @@ def _print_tables(
         if comparison is not None:
             table.add_row("difference", *(_difference_cell(comparison[group][name]) for name in names), style="bold")
             table.add_section()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # of the 80 that rich takes for a file's, the columns need more
-    console.print(table)
+    common.print_result(table)
     if comparison is not None:
         tests = sum(len(differences) for differences in comparison.values())
-        console.print(
-            f"difference: second less first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
-            f"Holm's correction for {tests} scores)",
-            markup=False,
+        common.print_result(
+            f"difference: second minus first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
+            f"Holm's correction for {tests} scores)"
         )
     for name, reason in {**scored[-1].overall.missing, **overall.missing}.items():
-        common.console().print(
-            f"{HEADINGS[name]}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        common.warn(f"{HEADINGS[name]}: {reason}")
 
 
 def _score_cells(evaluation: Evaluation, intervals: Intervals, names: Sequence[str]) -> list[str]:

@@ -1,16 +1,35 @@
-"""What is set in training and stored in a checkpoint, without torch."""
+"""I-Tuning's training settings and its part of the checkpoint, without torch."""
 
 from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ...checkpoint import CheckpointConfig
+from ..settings import Count, MethodSettings, Positive, Whole
+
+
+class ITuningSettings(MethodSettings):
+    """Settings of I-Tuning's adapters."""
+
+    model_config = ConfigDict(title="Method I-Tuning")
+    retrieves = True
+
+    bottleneck: Count | None = None
+    """Adapter width r. Default: half the language model's width, which gives the paper's parameter counts."""
+    heads: Count | None = 1
+    """Attention heads of each adapter. Default: 1, as in the paper; SmallCap: as many as the language model has."""
+    lambda_: Positive = 1.0
+    """Scale of the adapter's output: the paper's lambda, at least 1 there."""
+    score_scale: Positive | None = None
+    """Factor on Q K^T. Default: 1/sqrt(bottleneck / heads) (ours); the paper's literal 1 saturates the softmax."""
+    first_adapter_layer: Whole = 0
+    """I-Tuning Dropping: decoder layers below this one have no adapter and store no activations."""
 
 
 class ITuningCheckpoint(CheckpointConfig):
-    """I-Tuning's."""
+    """`itune.json` of an I-Tuning checkpoint."""
 
     method: Literal["i-tuning"] = "i-tuning"
     bottleneck: int = Field(gt=0)
@@ -22,5 +41,5 @@ class ITuningCheckpoint(CheckpointConfig):
     @model_validator(mode="after")
     def _begins(self) -> Self:
         if self.text.begin is None:
-            raise ValueError("text.begin is null: a caption needs a token to begin with")
+            raise ValueError("text.begin is null, but a caption needs a first token")
         return self

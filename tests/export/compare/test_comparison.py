@@ -148,22 +148,24 @@ def test_other_variants_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["c", "-o", "o"], "--compare needs photos: give captions with --data, or a folder of photos with --images"),
-        (["c", "-o", "o", "--images", "."], "--images .: there is no photo in it"),
-        (["c"], "Missing option '--output'"),
-        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,x"], "--precisions x: 'x' is none of fp32"),
-        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,int8"], "--precisions: int8 is there twice"),
-        (["c", "-o", "o", "--images", "photos"], "c is not an adapter checkpoint"),
+        (["c", "-o", "o"], ["--compare", "--data", "--images"]),
+        (["c", "-o", "o", "--images", "."], ["--images ."]),
+        (["c"], ["--output"]),
+        (["c", "-o", "o", "--images", "photos", "--limit", "0"], ["--limit", "'0'"]),
+        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,x"], ["--precisions", "'x'"]),
+        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,int8"], ["--precisions", "int8"]),
+        (["c", "-o", "o", "--images", "photos"], ["c ", "itune.json"]),
     ],
 )
-def test_errors_are_one_sentence(arguments, message, run, photos, tmp_path, monkeypatch):
+def test_errors_are_one_sentence(arguments, named, run, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(photos[0].parent)
     status, out, said = run(*arguments)
     assert status == 2
-    assert said.splitlines()[-1].startswith(f"itune-export: error: {message}")
+    assert said.splitlines()[-1].startswith("itune-export: error: ")
+    assert all(part in said.splitlines()[-1] for part in named)
     assert out == ""
 
 

@@ -213,25 +213,3 @@ def test_command_lines(projecting: Path, records: list[Record], tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     text = load_config(tmp_path / "tuned" / "best").text
     assert (text.end, text.strip_period, text.begin) == (".", True, None)
-
-
-@pytest.mark.parametrize(
-    ("message", "arguments"),
-    [
-        ("--language-model is for a published checkpoint: give --import, too", ["c", "--language-model", "gpt2"]),
-        ("--normalize is for a published checkpoint", ["--restore", "b", "--normalize"]),
-        ("--import contradicts --restore", ["--restore", "b", "--import", "f.pt"]),
-        ("--precision contradicts --import, which writes a checkpoint", ["--import", "f.pt", "--precision", "int8"]),
-        ("CHECKPOINT contradicts --import", ["c", "--import", "f.pt"]),
-    ],
-)
-def test_export_flags_that_contradict_each_other(message: str, arguments: list[str]) -> None:
-    import typer
-    from typer.testing import CliRunner
-
-    from itune.cli.export import export
-
-    app = typer.Typer()
-    app.command()(export)
-    result = CliRunner().invoke(app, [*arguments, "-o", "out"])
-    assert message in str(result.exception)

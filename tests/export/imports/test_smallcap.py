@@ -24,7 +24,7 @@ from itune.methods.registry import MODELS
 from itune.retrieval.build import CaptionSource, build_datastore
 from itune.runtime import Captioner
 from itune.runtime.image import decode, preprocess
-from itune.training.config import TrainConfig, resolve
+from itune.training.config import resolve
 from tests.conftest import CAPTIONS, make_clip, make_language_model, random_photo
 
 WIDTH = 32
@@ -115,10 +115,8 @@ def test_an_imported_checkpoint_writes_what_transformers_generates(
         assert list(mine.tokens) == theirs[: [*theirs, end].index(end)]
     eager = load_captioner(tmp_path / "imported", datastore=tmp_path / "store")
     assert [each.tokens for each in eager.caption(photos)] == [each.tokens for each in found]
-    inherited: dict[str, Any] = dict.fromkeys(TrainConfig.__dataclass_fields__)
-    del inherited["preset"]
-    inherited["datastore"] = str(tmp_path / "store")
-    config = resolve("small-data", **_inherit(inherited, tmp_path / "imported"))
+    inherited = _inherit({"datastore": str(tmp_path / "store")}, tmp_path / "imported")
+    config = resolve("small-data", **inherited)
     text = MODELS["smallcap"].text(config)
     assert (text.begin, text.end) == (None, "."), "training it further goes on with the same tokens"
 

@@ -159,39 +159,39 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ([], "Missing argument 'IMAGE'; see itune-run --help"),
-        (["a.jpg", "--beams", "3"], "No such option: --beams"),
-        (["a.jpg", "--num-beams", "many"], "Invalid value for '--num-beams'"),
-        (["a.jpg", "--num-beams", "0"], "num_beams must be a whole number of at least 1, not 0"),
-        (["a.jpg", "--num-beams", "1000000"], "num_beams must be at most 1024, not 1000000"),
-        (
-            ["a.jpg", "--no-repeat-ngram-size", "99999999999999999999"],
-            "no_repeat_ngram_size must be below 2147483648, not",
-        ),
-        (["a.jpg", "--sample", "--top-k", "99999999999999999999"], "top_k must be below 2147483648, not"),
-        (["a.jpg", "--batch-size", "99999999999999999999"], "batch_size must be at most 4096, not"),
-        (["a.jpg", "--threads", "100000"], "threads must be at most 4096, not"),
-        (["a.jpg", "--workers", "100000"], "workers must be at most 4096, not"),
-        (["a.jpg", "--heatmap", ""], "--heatmap is empty: give a path"),
-        (["a.jpg", "--heatmap="], "--heatmap is empty: give a path"),
-        (["a.jpg", "--heatmap-json", "-"], "--heatmap-json -: standard output is for the captions; name a file"),
-        (["a.jpg", "--max-new-tokens", "99"], "max_new_tokens must be at most 40"),
-        (
-            ["a.jpg", "--engine", "cuda"],
-            "engine must be one of auto, tensorrt, onnxruntime-cuda, onnxruntime, not 'cuda'",
-        ),
-        (["a.jpg", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
-        (["a.jpg", "--threads", "0"], "threads must be at least 1, not 0"),
-        (["a.jpg", "--workers", "-1"], "workers must be at least 0, not -1"),
+        ([], ["IMAGE", "--help"]),
+        (["a.jpg", "--beams", "3"], ["--beams", "Did you mean --num-beams?"]),
+        (["a.jpg", "--num-beams", "many"], ["--num-beams", "'many'"]),
+        (["a.jpg", "--num-beams", "0"], ["--num-beams", "'0'"]),
+        (["a.jpg", "--num-beams", "1000000"], ["--num-beams", "1024", "'1000000'"]),
+        (["a.jpg", "--no-repeat-ngram-size", "99999999999999999999"], ["--no-repeat-ngram-size", "2147483648"]),
+        (["a.jpg", "--sample", "--top-k", "99999999999999999999"], ["--top-k", "2147483648"]),
+        (["a.jpg", "--top-p", "0.5"], ["top_p", "--sample"]),
+        (["a.jpg", "--batch-size", "99999999999999999999"], ["batch_size", "4096"]),
+        (["a.jpg", "--threads", "100000"], ["threads", "4096", "100000"]),
+        (["a.jpg", "--workers", "100000"], ["workers", "4096", "100000"]),
+        (["a.jpg", "--heatmap", ""], ["--heatmap", "empty"]),
+        (["a.jpg", "--heatmap="], ["--heatmap", "empty"]),
+        (["a.jpg", "--heatmap-json", "-"], ["--heatmap-json -"]),
+        (["a.jpg", "--max-new-tokens", "99"], ["max_new_tokens", "40"]),
+        (["a.jpg", "--engine", "cuda"], ["engine", "onnxruntime-cuda", "'cuda'"]),
+        (["a.jpg", "--batch-size", "0"], ["batch_size", "0"]),
+        (["a.jpg", "--threads", "0"], ["threads", "0"]),
+        (["a.jpg", "--workers", "-1"], ["workers", "-1"]),
     ],
 )
-def test_usage_errors(run: Callable[..., Result], arguments: list[str], message: str) -> None:
+def test_usage_errors(run: Callable[..., Result], arguments: list[str], named: list[str]) -> None:
     result = run(*arguments)
     assert (result.status, result.out) == (2, "")
-    assert result.err.startswith(f"itune-run: error: {message}")
+    assert result.err.startswith("itune-run: error: ")
+    assert all(part in result.err for part in named)
     assert result.err.count("\n") == 1
+
+
+def test_the_last_of_a_repeated_flag_wins(run: Callable[..., Result], paint: Paint) -> None:
+    assert run(paint("red"), "--max-new-tokens", 9, "--max-new-tokens=3").out == "a dog runs\n"
 
 
 def test_bundle_errors(run: Callable[..., Result], bundle: Path, paint: Paint, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_bundle_errors(run: Callable[..., Result], bundle: Path, paint: Paint, t
     (broken / MANIFEST).write_text(json.dumps(content))
     result = run(paint("red"), model=broken)
     assert result.status == 2
-    assert "schema_version is 9" in result.err
+    assert "schema_version" in result.err
     assert result.err.count("\n") == 1
 
 
@@ -212,11 +212,6 @@ def test_sampling(run: Callable[..., Result], paint: Paint) -> None:
     first, again, other = (json.loads(run(*arguments, "--seed", seed).out)["candidates"] for seed in (1, 1, 2))
     assert first == again != other
     assert len({candidate["caption"] for candidate in first}) > 1
-    result = run("--top-p", 0.5, paint("red"))
-    assert result.status == 2
-    assert result.err == (
-        "itune-run: error: top_p changes nothing without sampling: add do_sample (itune-run: --sample).\n"
-    )
 
 
 def test_version_and_help(run: Callable[..., Result]) -> None:
@@ -296,7 +291,9 @@ def test_a_program_without_any_argument(name: str) -> None:
 def test_no_standard_output_at_all(bundle: Path, paint: Paint) -> None:
     line = [sys.executable, "-m", "itune.cli.run", str(paint("red")), "--bundle", str(bundle)]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *line], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "itune-run: error: there is no standard output to print results to\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("itune-run: error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def read_terminal(end: int) -> str:

@@ -181,16 +181,17 @@ def test_settings_that_contradict_each_other(
     language_model_folder: Path, clip_folder: Path, records: list[Record], tmp_path: Path
 ) -> None:
     mlp = {"method": "clipcap", "mapper": "mlp"}
-    for message, overrides in (
-        ("--bottleneck belongs to --method i-tuning, not to clipcap", {"method": "clipcap", "bottleneck": 8}),
-        ("--mapper belongs to --method clipcap, not to i-tuning", {"mapper": "mlp"}),
-        ("--clip-length belongs to --mapper transformer, not to mlp", mlp | {"clip_length": 3}),
-        ("--mapper rnn does not exist: choose one of transformer, mlp", {"method": "clipcap", "mapper": "rnn"}),
-        ("--pooling max does not exist: choose one of projected, cls, mean", {"method": "clipcap", "pooling": "max"}),
-        ("--prefix-length must be at least 1, not 0", {"method": "clipcap", "prefix_length": 0}),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
+    for named, overrides in (
+        (["--bottleneck", "--method i-tuning"], {"method": "clipcap", "bottleneck": 8}),
+        (["--mapper", "--method clipcap"], {"mapper": "mlp"}),
+        (["--clip-length", "--mapper transformer"], mlp | {"clip_length": 3}),
+        (["--mapper", "rnn", "'transformer'"], {"method": "clipcap", "mapper": "rnn"}),
+        (["--pooling", "max", "'projected'"], {"method": "clipcap", "pooling": "max"}),
+        (["--prefix-length", "0"], {"method": "clipcap", "prefix_length": 0}),
+    ):
+        with pytest.raises(ConfigError) as error:
             resolve("base", **overrides)
+        assert all(part in str(error.value) for part in named)
     preset = PRESETS["clipcap"]
     assert (preset.learning_rate, preset.batch_size, preset.epochs, preset.prefix_length) == (2e-5, 40, 10, 10)
     for message, settings in (

@@ -154,19 +154,21 @@ def test_packed_captions_have_the_loss_and_gradients_of_rows_of_their_own(
 
 
 def test_conflicting_settings_are_named_by_their_flag() -> None:
-    for message, settings in (
-        ("--method smallcap retrieves captions: name a --datastore", {"method": "smallcap"}),
-        ("--retrieve 4 needs the captions to choose from", {"retrieve": 4}),
-        ("--retrieve 0 takes nothing", {"retrieve": 0, "datastore": "store"}),
-        ("--prompt contradicts --datastore", {"prompt": "a photo of ", "datastore": "store"}),
-        ("--bottleneck belongs to --method i-tuning", {"method": "smallcap", "retrieve": 0, "bottleneck": 8}),
-        ("--attention-width belongs to --method smallcap", {"attention_width": 8}),
-        ("--attention-width must be at least 1", {"method": "smallcap", "retrieve": 0, "attention_width": 0}),
-        ("--retrieve must be at least 0", {"datastore": "store", "retrieve": -1}),
-        ("--heads must be at least 1", {"heads": 0}),
+    for named, settings in (
+        (["--method smallcap", "--datastore"], {"method": "smallcap"}),
+        (["--retrieve 4", "--datastore"], {"retrieve": 4}),
+        (["--retrieve 0", "--datastore"], {"retrieve": 0, "datastore": "store"}),
+        (["--prompt", "--datastore"], {"prompt": "a photo of ", "datastore": "store"}),
+        (["--datastore", "clipcap"], {"method": "clipcap", "datastore": "store"}),
+        (["--bottleneck", "--method i-tuning"], {"method": "smallcap", "retrieve": 0, "bottleneck": 8}),
+        (["--attention-width", "--method smallcap"], {"attention_width": 8}),
+        (["--attention-width", "0"], {"method": "smallcap", "retrieve": 0, "attention_width": 0}),
+        (["--retrieve", "-1"], {"datastore": "store", "retrieve": -1}),
+        (["--heads", "0"], {"heads": 0}),
     ):
-        with pytest.raises(ConfigError, match=message):
-            resolve("small-data", **settings)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError) as error:
+            resolve("small-data", **settings)
+        assert all(part in str(error.value) for part in named)
 
 
 def test_the_preset_is_the_papers() -> None:
@@ -256,7 +258,7 @@ def test_trained_with_retrieved_captions_from_the_command_line(
     without = [argument for argument in again if argument not in ("--datastore", data / "store")]
     code, told = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
     assert code == 2
-    assert "retrieves 2 captions: name a --datastore, or go without by --retrieve 0" in " ".join(told.split())
+    assert all(part in told for part in ("--init-from", "2 captions", "--datastore", "--retrieve 0"))
 
     captioner = load_captioner(tmp_path / "run", datastore=data / "store")
     found = captioner.caption([data / "0.png", data / "1.png"], num_beams=2, max_new_tokens=6)

@@ -240,8 +240,10 @@ def test_presets_are_the_papers() -> None:
     ],
 )
 def test_settings_out_of_range_are_named_by_their_flag(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{flag(field)} must be"):
+    with pytest.raises(ConfigError) as error:
         resolve("base", **{field: value})
+    assert flag(field) in str(error.value)
+    assert str(value) in str(error.value)
 
 
 # The command line
@@ -279,7 +281,8 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps(config | {"epochs": stopped["epoch"] + 1}))
     changed = itune_train(*arguments, "-o", output, "--resume", "--heads", "2")
-    assert "--resume keeps the run's configuration: --heads was 1" in changed.stderr
+    assert "--heads 2" in changed.stderr
+    assert "--resume" in changed.stderr
     resumed = itune_train(*arguments, "-o", output, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((output / "last" / "trainer.json").read_text())["epoch"] == stopped["epoch"] + 1
@@ -290,7 +293,7 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
     assert any((output / "tensorboard").iterdir())
     saved = (output / "config.json").read_text()
     (output / "config.json").write_text("[]")
-    assert f"--resume: {output / 'config.json'} is damaged" in itune_train(*arguments, "-o", output, "--resume").stderr
+    assert str(output / "config.json") in itune_train(*arguments, "-o", output, "--resume").stderr
     (output / "config.json").write_text(saved)
     state = output / "last" / "trainer.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
@@ -338,7 +341,7 @@ def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], 
         assert re.search(message, done.stderr), done.stderr
         assert "Traceback" not in done.stderr
 
-    expect("--resume: .* holds no run to resume", "-o", tmp_path / "none", "--resume")
+    expect(f"{tmp_path / 'none' / 'config.json'}.*--resume", "-o", tmp_path / "none", "--resume")
     expect(
         "cannot be fetched from the hub .* give the path of its folder",
         "-o",
@@ -347,4 +350,4 @@ def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], 
         "somebody/gpt2",
     )
     expect("absent.jsonl", "-o", tmp_path / "x", "--data", tmp_path / "absent.jsonl")
-    expect("--dev-data and --dev-fraction exclude", "-o", tmp_path / "x", "--dev-data", arguments[3])
+    expect("--dev-data contradicts --dev-fraction", "-o", tmp_path / "x", "--dev-data", arguments[3])

@@ -197,7 +197,7 @@ def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: lis
     assert (status, "last is missing, which a run goes on from: train into a new folder" in said) == (2, True)
     status, said = run(*command)
     assert status == 2
-    assert f"{output} holds a run already: --resume it, or choose another --output" in said
+    assert all(part in said for part in (str(output), "--resume", "--output"))
     assert ((output / "best" / "adapters.safetensors").read_bytes(), (output / "metrics.jsonl").read_text()) == (
         best,
         log,

@@ -193,26 +193,24 @@ def test_what_cannot_be_written_or_shown(run: Run, tmp_path: Path) -> None:
     photo_bytes = (tmp_path / "mine.png").read_bytes()
     os.mkfifo(tmp_path / "fifo.json")
     (tmp_path / "taken" / "coffee.png").mkdir(parents=True)
-    figure = tmp_path / "x.png"
-    for arguments, *values in (
-        (["--heatmap-layer", "mean"], "--heatmap-layer"),
-        (["--heatmap", file], "--heatmap", file, ".png, .jpg, .jpeg, .webp"),
-        ([EXAMPLES, "--heatmap", figure], "--heatmap", figure, "5"),
-        (["--heatmap", tmp_path / "no" / "x.png"], "--heatmap", tmp_path / "no"),
-        (["--heatmap", file / "x"], "--heatmap", file / "x"),
-        (["--heatmap-json", tmp_path], "--heatmap-json", tmp_path),
-        (["--heatmap-json", tmp_path / "fifo.json"], "--heatmap-json", tmp_path / "fifo.json"),
-        (["--heatmap", figure, "--heatmap-layer", "6"], "layer 6", "0, 1, 2, 3, 4, 5"),
-        ([tmp_path / "mine.png", "--heatmap", tmp_path], "--heatmap", tmp_path / "mine.png"),
-        ([tmp_path / "mine.png", "--heatmap-json", tmp_path / "mine.png"], "--heatmap-json", tmp_path / "mine.png"),
-        (["--heatmap", figure, "--heatmap-json", tmp_path / "." / "x.png"], "--heatmap", "--heatmap-json", figure),
-        (["--heatmap", tmp_path / "taken"], "--heatmap", tmp_path / "taken" / "coffee.png"),
+    figure, mine = tmp_path / "x.png", tmp_path / "mine.png"
+    for arguments, named in (
+        (["--heatmap-layer", "mean"], ["--heatmap-layer", "--heatmap-json"]),
+        (["--heatmap", file], ["--heatmap", file, ".webp"]),
+        ([EXAMPLES, "--heatmap", figure], ["--heatmap", figure, "5"]),
+        (["--heatmap", tmp_path / "no" / "x.png"], ["--heatmap", tmp_path / "no" / "x.png"]),
+        (["--heatmap", file / "x"], ["--heatmap", file / "x"]),
+        (["--heatmap-json", tmp_path], ["--heatmap-json", tmp_path]),
+        (["--heatmap-json", tmp_path / "fifo.json"], ["--heatmap-json", tmp_path / "fifo.json"]),
+        (["--heatmap", figure, "--heatmap-layer", "6"], ["layer 6", "0, 1, 2, 3, 4, 5"]),
+        ([mine, "--heatmap", tmp_path], ["--heatmap", mine, "the photo"]),
+        ([mine, "--heatmap-json", mine], ["--heatmap-json", mine, "the photo"]),
+        (["--heatmap", figure, "--heatmap-json", tmp_path / "." / "x.png"], ["--heatmap-json", figure, "of --heatmap"]),
+        (["--heatmap", tmp_path / "taken"], ["--heatmap", tmp_path / "taken" / "coffee.png"]),
     ):
         status, out, err = run(photo, *arguments)
-        assert (status, out) == (2, "")
-        assert len(err.splitlines()) == 1
-        for value in values:
-            assert str(value) in err
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert all(str(part) in err for part in named), err
     assert file.read_text() == "mine"
     assert (tmp_path / "mine.png").read_bytes() == photo_bytes
     assert not (tmp_path / "x.png").exists()
@@ -228,7 +226,7 @@ def test_a_figure_that_cannot_be_written_stops_nothing(run: Run, tmp_path: Path)
     status, out, err = run(photos, "--heatmap", tmp_path / "figures", "--heatmap-json", numbers, "--num-beams", 1)
     assert status == 1
     assert len(out.splitlines()) == 3
-    assert f"{tmp_path / 'figures' / ('a' * 251)}-2.png" in err
+    assert f"no heatmap: {tmp_path / 'figures' / ('a' * 251)}-2.png: File name too long" in err
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [f"{'a' * 251}.png", "b.png"]
     assert len(numbers.read_text().splitlines()) == 3
 
@@ -240,4 +238,3 @@ def test_a_folder_that_may_not_be_written_to(run: Run, tmp_path: Path) -> None:
         status, out, err = run(EXAMPLES / "coffee.jpg", *arguments)
         assert (status, out) == (2, "")
         assert arguments[0] in err
-        assert str(tmp_path) in err
