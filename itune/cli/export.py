@@ -186,7 +186,7 @@ def export(
         return
 
     if import_ is not None:
-        from ..export.imports.clipcap import LANGUAGE_MODEL, VISION, ImportOptions, import_checkpoint
+        from ..export.imports.checkpoint import LANGUAGE_MODEL, VISION, ImportOptions, import_checkpoint
 
         options = ImportOptions(language_model or LANGUAGE_MODEL, vision or VISION, normalize)
         with console.status("importing"):
