@@ -15,7 +15,8 @@ from ...runtime.engines.base import EMBEDDING, Float32, UInt8
 from ...runtime.engines.onnxruntime import available_cpus, open_session
 from ..methods.merge import Weights
 from ..quantize.rewrite import Precision
-from ..verify.checks import LIMITS, Check
+from ..verify.limits import LIMITS
+from ..verify.report import Check
 from .builder import Array, Graph
 
 PREFIX = "retrieval."

@@ -199,8 +199,8 @@ def export(
     from ..export.tensorrt.library import layer_table
     from ..export.tensorrt.plans import PlanOptions
     from ..export.tensorrt.profiles import MAX_BATCH, MAX_BEAMS, PlanLimits
-    from ..export.verify.checks import Check, report_table
     from ..export.verify.dev_split import DEV_PHOTOS
+    from ..export.verify.report import Check, report_table
     from ..export.vocabulary import Vocabulary
 
     assert checkpoint is not None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from itune.export.verify import checks as verify
+from itune.export.verify import verification
+from itune.export.verify.report import VerificationError
 from itune.runtime.errors import ItuneError
 
 
@@ -16,10 +17,10 @@ def verification_in_this_process() -> Iterator[None]:
 
     def run(*arguments: object) -> None:
         try:
-            verify._main(*map(str, arguments))
+            verification.main(*map(str, arguments))
         except ItuneError as error:
-            raise verify.VerificationError(f"verification: {error}") from None
+            raise VerificationError(f"verification: {error}") from None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_run", run)
+        patch.setattr(verification, "_run", run)
         yield

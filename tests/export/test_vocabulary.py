@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.restore import restore_bundle
-from itune.export.verify.checks import VerificationError
+from itune.export.verify.report import VerificationError
 from itune.export.vocabulary import Vocabulary
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
