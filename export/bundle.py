@@ -39,10 +39,11 @@ from .card import MODEL_CARD, default_license, model_card
 from .graph.builder import Graph
 from .graph.embedding import EmbeddingReference
 from .methods.registry import build_decoder, build_vision, decoder_settings
+from .options import ExportOptions
 from .quantize.products import Blocks, Form, Rows
 from .quantize.rewrite import Precision, halve_graph, quantize_graph
 from .staging import staged_folder
-from .tensorrt.plans import PlanOptions, PlanWriter, Role
+from .tensorrt.plans import PlanWriter, Report, Role
 from .tensorrt.profiles import PlanLimits
 from .verify.compare import VALUE_SCALES
 from .verify.report import Check, VerificationError
@@ -62,44 +63,32 @@ _FORMS: dict[tuple[Role, Precision], Form] = {
 def export_bundle(
     checkpoint: Path,
     output: Path,
+    options: ExportOptions,
     *,
-    precision: Precision = "fp32",
-    vision_precision: Precision | None = None,
-    name: str | None = None,
-    license: str | None = None,
-    card: Path | None = None,
     search: Mapping[str, Any] | None = None,
-    vocabulary: Vocabulary | None = None,
-    patches: Size | None = None,
-    retrieve: int | None = None,
-    plans: PlanOptions | None = None,
-    verify: bool = True,
-    images: Path | None = None,
     dev: Sequence[Record] = (),
-    force: bool = False,
     progress: Callable[[str], None] = lambda _stage: None,
     report: Callable[[list[Check]], None] = lambda _checks: None,
+    layers: Report = lambda _role, _report: None,
 ) -> Manifest:
     """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
 
-    The bundle appears whole or not at all. `vision_precision` is that of the decoder unless it is given, and int8
-    for int4: four bits neither speed a tower up nor leave it as it was (for plans, see `PlanWriter.for_tower`).
-    `license` is that of the weights; `card` takes the place of the generated model card; `search` are search defaults
-    that differ from what the training evaluated with (None is not given); `vocabulary` cuts the decoder down to a
-    shortlist of tokens, and such a bundle cannot be restored; `patches` are the (rows, columns) of an ONNX tower that
-    cannot be told from their number (see `Manifest.patches`); `retrieve` makes a bundle that can retrieve captions, and
-    does retrieve so many unless asked otherwise (0: none), from datastores of its own vision tower (None: as the
-    checkpoint was trained); with `plans` the graphs are such as TensorRT takes, and its plans of them are in the
-    bundle, too; `images` is a folder of photos for the verification, and `dev` are photos to score the graphs on there;
-    `progress` is told every stage, and `report` what the verification measured.
+    The bundle appears whole or not at all. `search` are search defaults that differ from what the training evaluated
+    with (None is not given); `dev` are photos to score the graphs on; `progress` is told every stage, `report` what the
+    verification measured, and `layers` what each graph became in TensorRT.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
+    tensorrt, retrieve, vision_precision = options.target == "tensorrt", options.retrieve, options.vision_precision
+    precision: Precision = options.precision or ("fp16" if tensorrt else "fp32")
+    vocabulary = None if options.vocabulary is None else Vocabulary.read(options.vocabulary, options.data)
+    patches = None if options.patch_grid is None else _parse_grid(options.patch_grid)
+    images = options.images
     checkpoint = find_checkpoint(checkpoint)
     trained = load_config(checkpoint).retrieval
-    if plans is not None and (retrieve is not None or trained is not None):
+    if tensorrt and (retrieve is not None or trained is not None):
         raise ItuneError("--target tensorrt: plans of captioners that retrieve are not supported; export --target onnx")
     if vocabulary is not None and (retrieve is not None or trained is not None):
         raise ItuneError(
@@ -107,12 +96,13 @@ def export_bundle(
         )
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
-    text = None if card is None else _read_card(card)
-    writer = None if plans is None else PlanWriter.prepare(plans, precisions)
-    with staged_folder(output, force=force, own=_exported) as folder:
+    text = None if options.model_card is None else _read_card(options.model_card)
+    longest = (search or {}).get("max_new_tokens")
+    writer = PlanWriter.prepare(options, precisions, layers, max_new_tokens=longest) if tensorrt else None
+    with staged_folder(output, force=options.force, own=_exported) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
-        manifest = _describe(loaded, checkpoint, search or {}, name or output.absolute().name, license)
+        manifest = _describe(loaded, checkpoint, search or {}, options.name or output.absolute().name, options.license)
         manifest = manifest.model_copy(update={"patches": _patches(loaded.tower, patches)})
         head, reference = None, None
         if retrieve is not None or trained is not None:
@@ -128,8 +118,8 @@ def export_bundle(
             token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
             manifest = _shortlisted(manifest, vocabulary, len(token_ids))
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
-        if plans is not None:
-            manifest = _within(manifest, plans.limits.of(manifest.tokens))
+        if writer is not None:
+            manifest = _within(manifest, writer.limits.of(manifest.tokens))
         if writer is not None and vision_precision is None:
             writer = writer.for_tower(loaded.tower)
             precisions = dict(writer.precisions)
@@ -145,7 +135,7 @@ def export_bundle(
         graphs = [_graph_entry(role, precisions[role], files[role]) for role in ROLES]
         manifest = manifest.model_copy(update={"graphs": graphs})
         manifest = _write_manifest(manifest, folder, text)
-        if verify:
+        if options.verify:
             checks = verify_bundle(checkpoint, folder, images=images, dev=dev, vocabulary=token_ids, progress=progress)
             checks += [] if reference is None else [reference.check(folder, precisions["vision"])]
             report(checks)
@@ -296,6 +286,13 @@ def _patches(tower: VisionTower, given: Size | None) -> Size | None:
     if given and given[0] * given[1] > tower.tokens:
         raise ItuneError(f"--patch-grid {_times(given)}: the vision tower gives {tower.tokens} embeddings only")
     return given or square_grid(tower.tokens)
+
+
+def _parse_grid(text: str) -> Size:
+    rows, _, columns = text.lower().replace("×", "x").partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise ItuneError(f"--patch-grid {text!r} is not ROWSxCOLUMNS, such as 9x9")
+    return int(rows), int(columns)
 
 
 def _times(grid: Size | None) -> str:

@@ -28,6 +28,7 @@ from ...runtime.image import decode, preprocess
 from ...runtime.settings import Settings
 from ...training.batches import encode_caption
 from ..bundle import export_bundle
+from ..options import ExportOptions
 from ..quantize.rewrite import Precision
 from ..vocabulary import Vocabulary
 from .fidelity import Fidelity, measure_fidelity
@@ -157,14 +158,14 @@ class Comparison:
         vocabulary = None if variant.vocabulary is None else Vocabulary.read(variant.vocabulary, self.data)
         if not (folder / MANIFEST).is_file():
             with self.progress(f"{variant.name}: exporting"):
-                export_bundle(
-                    self.checkpoint,
-                    folder,
+                options = ExportOptions(
                     precision=variant.precision,
                     vision_precision=variant.vision_precision,
-                    vocabulary=vocabulary,
+                    vocabulary=variant.vocabulary,
+                    data=self.data,
                     verify=self.verify,
                 )
+                export_bundle(self.checkpoint, folder, options)
             return folder
         checkpoint = find_checkpoint(self.checkpoint)
         provenance = Bundle.load(folder).manifest.provenance

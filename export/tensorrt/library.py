@@ -1,7 +1,6 @@
-"""TensorRT plans from ONNX graphs: which library, which GPUs, and a build in a process of its own.
+"""The installed TensorRT, the GPUs it builds for, and plan builds in a process of their own.
 
 `tensorrt` and `tensorrt_rtx` have the same builder; the latter also builds for GPUs that are not in the machine.
-The build runs in `export.plan_builder`, so that its memory is bounded and the builder's crash is one sentence.
 """
 
 from __future__ import annotations
@@ -21,15 +20,14 @@ from rich import box
 from rich.table import Table
 
 from ...runtime.bundle import ProfileRange
-from ...runtime.errors import ItuneError
+from ...runtime.errors import ItuneError, reading
 
 LIBRARIES: dict[str, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-"""Modules, the first that can be imported is taken, and what a bundle calls them."""
+"""Modules in order of preference, with their names in a bundle."""
 OLDEST = (10, 14)
 """The first release of `tensorrt` whose strongly typed parser this was written for."""
 _NO_FLOAT_PRODUCTS = ("sm75",)
-"""tensorrt-rtx computes no fp32 products on Turing, and the adapters' attention and the logits are such."""
-_WORKSPACE = 2 << 30
+"""GPUs on which tensorrt-rtx has no fp32 products (Turing): the adapters' attention and the logits need them."""
 
 
 class TensorRTError(ItuneError):
@@ -37,39 +35,39 @@ class TensorRTError(ItuneError):
 
 
 class PlanRequest(BaseModel):
-    """What the building process is told."""
+    """The input of the building process."""
 
     source: Path
     target: Path
     profile: dict[str, ProfileRange]
     compute_capabilities: list[str]
-    workspace: int = _WORKSPACE
+    workspace: int = 2 << 30
 
 
 class LayerReport(BaseModel):
-    """What a graph became in TensorRT, before it is built."""
+    """A graph as TensorRT parsed it, before the build."""
 
     layers: dict[str, int]
-    """How many layers compute in each precision; "other" is shapes, indices and masks."""
+    """Number of layers that compute in each precision; "other" has shapes, indices and masks."""
     tensors: dict[str, int]
-    """How many tensors between layers are of each type."""
+    """Number of tensors of each type between layers."""
     names: dict[str, list[str]]
-    """Which they are, but for those that the parser adds; "h.*/attn/Softmax" is that of any layer."""
+    """Their names, without those the parser adds; "h.*/attn/Softmax" stands for that tensor of every layer."""
     weights: dict[str, int]
     """Bytes of weights of each type."""
     inputs: dict[str, str]
     outputs: dict[str, str]
-    """The plan's inputs and outputs with their types, as NumPy spells them."""
+    """The plan's inputs and outputs with their NumPy types."""
 
 
-class Plan(BaseModel):
-    """A plan that was built."""
+class BuiltPlan(BaseModel):
+    """The result of a build."""
 
     report: LayerReport
     bytes: int
     seconds: float
     peak_mb: float
-    """Largest resident memory of the building process."""
+    """Peak resident memory of the building process."""
 
 
 @dataclass(frozen=True)
@@ -84,62 +82,64 @@ class Library:
         """Import TensorRT.
 
         Raises:
-            TensorRTError: there is none, or it is too old.
+            TensorRTError: it is missing, too old, or cannot be imported.
         """
-        for name, flavour in LIBRARIES.items():
-            if find_spec(name) is None:
-                continue
-            try:
-                module = import_module(name)
-            except Exception as error:  # a missing shared library, a refused platform
-                raise TensorRTError(f"{name} is installed but cannot be imported: {_line(error)}") from None
-            version = tuple(int(part) for part in module.__version__.split(".")[:2])
-            if flavour == "tensorrt" and version < OLDEST:
-                raise TensorRTError(f"tensorrt {module.__version__} is too old: install 10.14 or newer")
-            return cls(module, flavour)
-        raise TensorRTError("TensorRT is not installed; --target tensorrt needs: pip install 'itune[tensorrt]'")
+        found = next((name for name in LIBRARIES if find_spec(name) is not None), None)
+        if found is None:
+            raise TensorRTError("TensorRT is not installed; --target tensorrt needs: pip install 'itune[tensorrt]'")
+        with reading(found, TensorRTError, mend="--target tensorrt cannot import it"):  # such as a missing library
+            module = import_module(found)
+        flavour = LIBRARIES[found]
+        version = tuple(int(part) for part in module.__version__.split(".")[:2])
+        if flavour == "tensorrt" and version < OLDEST:
+            raise TensorRTError(f"tensorrt {module.__version__} is too old: install {'.'.join(map(str, OLDEST))}")
+        return cls(module, flavour)
 
     @property
     def version(self) -> str:
-        """As the module gives it."""
+        """The module's version."""
         return str(self.module.__version__)
 
     @property
     def known_gpus(self) -> list[str]:
-        """The compute capabilities that plans can be built for here; none where it is this machine's GPU alone."""
+        """The compute capabilities it can build for; empty if it builds for this machine's GPU only."""
         if not hasattr(self.module.IBuilderConfig, "set_compute_capability"):
             return []
         members = (name.lower() for name in self.module.ComputeCapability.__members__ if name.startswith("SM"))
-        members = (name for name in members if name not in _NO_FLOAT_PRODUCTS)
-        return sorted(members, key=lambda name: int(name[2:]))
+        return sorted((name for name in members if name not in _NO_FLOAT_PRODUCTS), key=lambda name: int(name[2:]))
 
     def choose_gpus(self, wanted: str | None) -> list[str]:
-        """Understand `--gpu`, a list such as "sm86,sm89"; None is all that one plan can be for, at no cost in size.
+        """Parse `--gpu`, a list such as "sm86,sm89"; by default all that one plan can serve, which adds no size.
 
         Raises:
-            TensorRTError: a compute capability is unknown, or this library builds for the machine's own GPU only.
+            TensorRTError: it cannot build for one of them.
         """
-        known = self.known_gpus
-        if not known:
-            return [_own_gpu(wanted)]
+        known = self.known_gpus or _own_gpu()
         gpus = list(dict.fromkeys(part.strip().lower() for part in (wanted or ",".join(known)).split(",")))
-        if unknown := [gpu for gpu in gpus if gpu not in known]:
-            raise TensorRTError(
-                f"--gpu {wanted}: {unknown[0]!r} is no compute capability that {self.flavour} {self.version} builds "
-                f"for; it knows {', '.join(known)}"
-            )
+        if not set(gpus) <= set(known):
+            targets = ", ".join(known) or "this machine's GPU, and there is none: use tensorrt-rtx"
+            raise TensorRTError(f"--gpu {wanted or 'default'}: {self.flavour} {self.version} builds only for {targets}")
         return gpus
+
+
+def _own_gpu() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    return [f"sm{major}{minor}"]
 
 
 def build_plan(
     request: PlanRequest,
     progress: Callable[[str], None] = lambda _stage: None,
     report: Callable[[LayerReport], None] = lambda _report: None,
-) -> Plan:
-    """Build a plan in a process of its own; `report` is told what the graph became before the building begins.
+) -> BuiltPlan:
+    """Build a plan in a process of its own, whose crash becomes one sentence; `report` is called before the build.
 
     Raises:
-        TensorRTError: an operator that TensorRT does not have, an impossible profile, or not enough memory.
+        TensorRTError: TensorRT lacks an operator, the profile does not fit, or memory is short.
     """
     with subprocess.Popen(_command(request), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -157,37 +157,32 @@ def _follow(
     request: PlanRequest,
     progress: Callable[[str], None],
     report: Callable[[LayerReport], None],
-) -> Plan:
+) -> BuiltPlan:
     assert process.stdout is not None
     assert process.stderr is not None
+    reason = ""
     for line in process.stdout:
-        if not line.startswith("{"):  # the library may print, too
-            continue
-        message = json.loads(line)
+        message = json.loads(line) if line.startswith("{") else {}  # the library may print, too
         if "progress" in message:
             progress(f"building {request.target.name}: {message['progress']}")
-        elif "error" in message:
-            raise TensorRTError(f"{request.source.name}: {message['error']}")
-        elif "plan" in message:
-            return Plan.model_validate(message["plan"])
         elif "report" in message:
             report(LayerReport.model_validate(message["report"]))
-    said = process.stderr.read().strip().splitlines()
-    status = process.wait()
-    if status < 0:
-        raise TensorRTError(
-            f"{request.source.name}: the building process was killed by signal {-status}, perhaps for want of memory: "
-            "give the machine more, or export smaller --max-batch and --max-beams"
-        )
-    raise TensorRTError(f"{request.source.name}: the building process ended without a plan: {(said or ['?'])[-1]}")
+        elif "plan" in message:
+            return BuiltPlan.model_validate(message["plan"])
+        reason = message.get("error", reason)
+    if not reason:
+        last = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
+        killed = f"it was killed by signal {-process.wait()}, perhaps out of memory: export smaller --max-batch"
+        reason = f"the building process failed: {killed if process.wait() < 0 else last}"
+    raise TensorRTError(f"{request.source.name}: {reason}")
 
 
 def layer_table(name: str, report: LayerReport) -> Table:
-    """The layer report of a graph as a table, a line for every type: what it has in numbers, and which tensors."""
+    """The layer report of a graph as a table with a line for every type."""
     table = Table(title=f"{name} in TensorRT", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("type", "layers", "tensors", "weights"):
         table.add_column(header, justify="left" if header == "type" else "right", no_wrap=True)
-    table.add_column("which tensors")
+    table.add_column("tensor names")
     for kind in dict.fromkeys([*report.layers, *report.tensors, *report.weights]):
         weights = report.weights.get(kind, 0)
         counts = (str(counted.get(kind, "")) for counted in (report.layers, report.tensors))
@@ -197,25 +192,9 @@ def layer_table(name: str, report: LayerReport) -> Table:
 
 
 def _by_block(names: list[str]) -> str:
-    """Names with those of one block behind each other: "h.*/attn: Add Softmax"."""
+    """Names grouped by block: "h.*/attn: Add Softmax"."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         block, _, last = name.rpartition("/")
         blocks.setdefault(block, []).append(last)
     return "; ".join(f"{block}: {' '.join(found)}" if block else " ".join(found) for block, found in blocks.items())
-
-
-def _own_gpu(wanted: str | None) -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise TensorRTError("tensorrt builds on the GPU that the plan is for, and there is none here: use tensorrt-rtx")
-    major, minor = torch.cuda.get_device_capability()
-    own = f"sm{major}{minor}"
-    if wanted not in (None, own):
-        raise TensorRTError(f"--gpu {wanted}: this tensorrt builds for the machine's own GPU only, {own}")
-    return own
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -196,27 +196,17 @@ def export(
 
     from ..data.records import load_records
     from ..export.bundle import export_bundle
+    from ..export.options import ExportOptions
     from ..export.tensorrt.library import layer_table
-    from ..export.tensorrt.plans import PlanOptions
-    from ..export.tensorrt.profiles import MAX_BATCH, MAX_BEAMS, PlanLimits
     from ..export.verify.dev_split import DEV_PHOTOS
     from ..export.verify.report import Check, report_table
-    from ..export.vocabulary import Vocabulary
 
     assert checkpoint is not None
     chosen = precision or (Precision.fp16 if target == Target.tensorrt else Precision.fp32)
 
     title = f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"
-    plans = None
-    if target == Target.tensorrt:
-        if chosen != Precision.fp32:
-            title += " (whose products on a CPU may be computed in fp32)"
-        plans = PlanOptions(
-            gpus=gpu,
-            limits=PlanLimits(max_beams or MAX_BEAMS, max_batch or MAX_BATCH, max_new_tokens),
-            calibration=calibration_data,
-            report=lambda role, report: console.print(layer_table(role, report)),
-        )
+    if target == Target.tensorrt and chosen != Precision.fp32:
+        title += " (whose products on a CPU may be computed in fp32)"
 
     dev = [] if dev_data is None else load_records(dev_data, images=images, split="dev", undivided=True)
 
@@ -227,28 +217,29 @@ def export(
         export_bundle(
             checkpoint,
             output,
-            precision=chosen.value,
-            vision_precision=vision_precision.value if vision_precision else None,
-            name=name,
-            license=weights_license,
-            card=model_card,
+            ExportOptions.model_validate(
+                {
+                    "target": target.value if target else "onnx",
+                    "precision": chosen.value,
+                    "vision_precision": vision_precision.value if vision_precision else None,
+                    "license": weights_license,
+                    "verify": not no_verify,
+                }
+                | {name: given[name] for name in _PASSED}
+            ),
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
-            vocabulary=None if vocabulary is None else Vocabulary.read(vocabulary, data),
-            patches=None if patch_grid is None else _parse_grid(patch_grid),
-            retrieve=retrieve,
-            plans=plans,
-            verify=not no_verify,
-            images=images,
             dev=dev[: dev_images or DEV_PHOTOS],
-            force=force,
             progress=lambda stage: status.update(stage),
             report=report,
+            layers=lambda role, report: console.print(layer_table(role, report)),
         )
     size = sum(path.stat().st_size for path in output.iterdir())
-    where = ", where a GPU of the plans' is" if plans else ""
+    where = ", where a GPU of the plans' is" if target == Target.tensorrt else ""
     console.print(f"{output}: {size / 1e6:.1f} MB; try itune-run PHOTO --bundle {output}{where}", highlight=False)
 
 
+_PASSED = {"name", "model_card", "vocabulary", "data", "retrieve", "patch_grid", "images", "force", "gpu"}
+_PASSED |= {"max_beams", "max_batch", "calibration_data"}
 _ONLY_EXPORT = {
     "checkpoint": "CHECKPOINT",
     "target": "--target",
@@ -303,13 +294,6 @@ def _check_flags(given: dict[str, object]) -> None:
             if given["restore"] is None:
                 raise ItuneError(f"{flag} contradicts --import, which writes a checkpoint: export that afterwards")
             raise ItuneError(f"{flag} contradicts --restore, which takes a bundle apart as it is")
-
-
-def _parse_grid(text: str) -> tuple[int, int]:
-    rows, _, columns = text.lower().replace("×", "x").partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise ItuneError(f"--patch-grid {text!r} is not ROWSxCOLUMNS, such as 9x9")
-    return int(rows), int(columns)
 
 
 def main() -> None:

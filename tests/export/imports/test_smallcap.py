@@ -18,6 +18,7 @@ from itune.checkpoint import CheckpointError
 from itune.cli.train import _inherit
 from itune.export.bundle import export_bundle
 from itune.export.imports.checkpoint import ImportOptions, import_checkpoint
+from itune.export.options import ExportOptions
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.methods.registry import MODELS
 from itune.retrieval.build import Source, build_datastore
@@ -88,7 +89,7 @@ def test_an_imported_checkpoint_writes_what_transformers_generates(
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
     build_datastore(Source(tmp_path / "captions.jsonl"), str(vision), tmp_path / "store")
-    export_bundle(tmp_path / "imported", tmp_path / "bundle", verify=False)
+    export_bundle(tmp_path / "imported", tmp_path / "bundle", ExportOptions(verify=False))
     captioner = Captioner.load(tmp_path / "bundle", datastore=tmp_path / "store", threads=1)
     assert captioner.search.model_dump() == captioner.search.model_dump() | {
         "num_beams": 3, "max_new_tokens": 25, "length_penalty": 0.0, "early_stopping": True

@@ -13,6 +13,7 @@ from itune.data.records import Record
 from itune.evaluate import caption_records, score_captions
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
+from itune.export.options import ExportOptions
 from itune.export.verify import verification
 from itune.export.verify.compare import compare
 from itune.export.verify.dev_split import compare_dev_split, write_dev_split
@@ -46,7 +47,7 @@ def bundles(clip_checkpoint, onnx_checkpoint, tmp_path_factory):
     root = tmp_path_factory.mktemp("bundles")
     for kind, checkpoint in (("clip", clip_checkpoint), ("onnx", onnx_checkpoint)):
         for precision in PRECISIONS:
-            export_bundle(checkpoint, root / f"{kind}-{precision}", precision=precision, verify=False)
+            export_bundle(checkpoint, root / f"{kind}-{precision}", ExportOptions(precision=precision, verify=False))
     return root
 
 
@@ -92,7 +93,9 @@ def test_smaller_precisions_agree_within_their_limits(kind, precision, least, mo
 
 
 def test_a_tower_in_fp32_is_held_to_its_own_limits(references, bundles, tmp_path, clip_checkpoint):
-    export_bundle(clip_checkpoint, tmp_path / "b", precision="int4", vision_precision="fp32", verify=False)
+    export_bundle(
+        clip_checkpoint, tmp_path / "b", ExportOptions(precision="int4", vision_precision="fp32", verify=False)
+    )
     found = by_output(compare(tmp_path / "b", references["clip"]))
     assert all(check.passed for check in found.values())
     assert found["visual.1.keys"].limit == LIMITS["fp32"].outputs < found["logits with past"].limit
