@@ -1,7 +1,7 @@
-"""Time bundles against each other: the same photo goes to one after the other, each in a process of its own.
+"""Time bundles against each other, each in a process of its own that takes its turn at every photo.
 
-Taking turns photo by photo, a machine whose speed drifts slows all of them; in processes of their own, no bundle's
-threads are in another's way.
+The turns spread a drift in the machine's speed over all bundles; in separate processes, no bundle's threads disturb
+another's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...runtime.captioner import Captioner, Timings
 from .worker import Worker
 
 _WARMUP = 2
-_PAUSE = 0.05  # seconds in which threads that wait by spinning go to sleep
+_PAUSE = 0.05  # seconds, after which spinning threads sleep
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,7 @@ class Latency:
     encode: float
     search: float
     total: float
-    """Decoding the file included."""
-
-    @classmethod
-    def of(cls, samples: Sequence[Timings]) -> Latency:
-        """Medians of some photos' times."""
-        return cls(
-            encode=median(sample.encode for sample in samples),
-            search=median(sample.search for sample in samples),
-            total=median(sum(asdict(sample).values()) for sample in samples),
-        )
+    """Including the decoding of the file."""
 
 
 def measure_latency(
@@ -47,9 +38,9 @@ def measure_latency(
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **search_options: Any,
 ) -> dict[str, Latency]:
-    """Caption every photo with every bundle, and return the medians by the bundles' names.
+    """Caption every photo with every bundle; returns the medians by the bundles' names.
 
-    `search_options` are those of `Captioner.caption`. Raises ItuneError if a bundle's process ends untimely.
+    `search_options` are those of `Captioner.caption`. Raises ItuneError if a bundle's process dies.
     """
     samples: dict[str, list[Timings]] = {name: [] for name in bundles}
     workers: dict[str, Worker] = {}
@@ -65,8 +56,15 @@ def measure_latency(
     finally:
         for worker in workers.values():
             worker.kill()
-    warmup = len(rounds) - len(photos)
-    return {name: Latency.of(own[warmup:]) for name, own in samples.items()}
+    return {name: _medians(own[-len(photos) :]) for name, own in samples.items()}
+
+
+def _medians(samples: Sequence[Timings]) -> Latency:
+    return Latency(
+        encode=median(sample.encode for sample in samples),
+        search=median(sample.search for sample in samples),
+        total=median(sum(asdict(sample).values()) for sample in samples),
+    )
 
 
 def _load(folder: Path, threads: int | None) -> Captioner:

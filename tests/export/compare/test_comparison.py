@@ -88,7 +88,7 @@ def test_compares_and_takes_up_again(onnx_checkpoint, captions, tmp_path, run, m
     (tmp_path / "c" / "comparison.json").unlink()
     status, _, said = run(*given)
     assert status == 0, said
-    assert said.splitlines()[0] == "taking turns for the time"
+    assert said.splitlines()[0] == "measuring latency"
     again = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert [row | {"latency": None} for row in again] == [row | {"latency": None} for row in result["rows"]]
     status, _, said = run(*given[:4], "fp32", *given[5:], "--length-penalty", "-4")  # another search, other captions
@@ -111,7 +111,7 @@ def test_photos_without_captions(clip_checkpoint, photos, tmp_path, run):
     rows = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert [(row["name"], row["cider"], row["bleu4"]) for row in rows] == [("fp32", None, None), ("int8", None, None)]
     assert [row["photos"] for row in rows] == [2, 2]
-    assert "left out: 1 of 3 photos, which cannot be read" in said
+    assert "1 of 3 photos" in said
     written = json.loads((tmp_path / "c" / "fp32.json").read_text())["captions"]["result"]
     assert rows[1]["fidelity"]["positions"] == sum(len(each["tokens"]) + 1 for each in written.values())
 
@@ -131,8 +131,8 @@ def test_reference_captions_by_hand(clip_checkpoint, captions, tmp_path, run):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("int8", Variant("int8", "int8", None, None)),
-        (" int8+fp32", Variant("int8+fp32", "int8", "fp32", None)),
+        ("int8", Variant("int8", "int8")),
+        (" int8+fp32", Variant("int8+fp32", "int8", "fp32")),
         ("fp32@5000", Variant("fp32@5000", "fp32", None, "5000")),
         ("int8+int8@a/words.txt", Variant("int8+int8@words.txt", "int8", "int8", "a/words.txt")),
     ],
@@ -143,27 +143,30 @@ def test_variants_are_read(text, expected):
 
 @pytest.mark.parametrize("text", ["", "int9", "int8+", "int8+x", "+int8", "int8@"])
 def test_other_variants_are_refused(text):
-    with pytest.raises(ItuneError, match="--precisions"):
+    with pytest.raises(ItuneError) as error:
         Variant.parse(text)
+    assert f"--precisions {text}:" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "values"),
     [
-        (["c", "-o", "o"], "--compare needs photos: give captions with --data, or a folder of photos with --images"),
-        (["c", "-o", "o", "--images", "."], "--images .: there is no photo in it"),
-        (["c"], "Missing option '--output'"),
-        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,x"], "--precisions x: 'x' is none of fp32"),
-        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,int8"], "--precisions: int8 is there twice"),
-        (["c", "-o", "o", "--images", "photos"], "c is not an adapter checkpoint"),
+        (["c", "-o", "o"], ["--data", "--images"]),
+        (["c", "-o", "o", "--images", "."], ["--images ."]),
+        (["c"], ["--output"]),
+        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,x"], ["--precisions", "x", "fp32"]),
+        (["c", "-o", "o", "--images", "photos", "--precisions", "int8,int8"], ["--precisions", "int8"]),
+        (["c", "-o", "o", "--images", "photos"], ["c ", "checkpoint"]),
     ],
 )
-def test_errors_are_one_sentence(arguments, message, run, photos, tmp_path, monkeypatch):
+def test_errors_are_one_sentence(arguments, values, run, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(photos[0].parent)
     status, out, said = run(*arguments)
     assert status == 2
-    assert said.splitlines()[-1].startswith(f"itune-export: error: {message}")
+    last = said.splitlines()[-1]
+    assert last.startswith("itune-export: error: ")
+    assert all(value in last for value in values), last
     assert out == ""
 
 
@@ -173,19 +176,22 @@ def test_bundles_of_something_else_are_not_measured(clip_checkpoint, onnx_checkp
     assert status == 0, said
     status, _, said = run(onnx_checkpoint, *given)
     assert status == 2
-    assert "is of another checkpoint, vocabulary or itune: delete it, or give another --output" in said
+    assert str(tmp_path / "c" / "fp32") in said.replace("\n", "")
+    assert "--output" in said
 
 
 def test_matplotlib_is_named_before_anything_is_done(run, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "find_spec", lambda name: None if name == "matplotlib" else name)
     status, _, said = run("c", "-o", tmp_path / "c")
     assert status == 2
-    assert "matplotlib not installed; this command needs: pip install 'itune[benchmark]'" in said
+    assert "matplotlib" in said
+    assert "itune[benchmark]" in said
 
 
-def test_a_bundle_that_cannot_be_loaded_ends_the_race(tmp_path, photos):
-    with pytest.raises(ItuneError, match="is not a bundle"):
+def test_a_bundle_that_cannot_be_loaded_is_named(tmp_path, photos):
+    with pytest.raises(ItuneError) as error:
         measure_latency({"a": tmp_path}, photos)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_ctrl_c_ends_every_process(clip_checkpoint, photos, tmp_path):
@@ -201,7 +207,7 @@ def test_ctrl_c_ends_every_process(clip_checkpoint, photos, tmp_path):
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("taking turns"):
+        if line.startswith("measuring latency"):
             break
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == common.INTERRUPTED
