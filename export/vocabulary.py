@@ -36,18 +36,18 @@ class Vocabulary:
         Raises:
             ItuneError: N is below 1 or has no captions, or FILE is not UTF-8 text with words.
         """
-        try:
-            size = int(wanted)
-        except ValueError:
+        if wanted.removeprefix("-").isdecimal():
+            records = load_records(data, split="train", check_images=False) if data else []
+            found = cls(tuple(chain.from_iterable(record.captions for record in records)), int(wanted))
+        else:
             with reading(wanted, mend="--vocabulary takes a number, or a UTF-8 file with a word on each line"):
-                lines = [line.strip() for line in Path(wanted).read_text(encoding="utf-8").splitlines()]
-                if not any(lines):
-                    raise ValueError("has no words") from None
-            return cls(lines=tuple(filter(None, lines)))
-        if size < 1 or data is None:
-            raise ItuneError(f"--vocabulary {wanted}: give at least 1 token, and the captions to count with --data")
-        records = load_records(data, split="train", check_images=False)
-        return cls(tuple(chain.from_iterable(record.captions for record in records)), size)
+                lines = map(str.strip, Path(wanted).read_text(encoding="utf-8").splitlines())
+                found = cls(lines=tuple(filter(None, lines)))
+        if not found.lines and (not found.captions or int(wanted) < 1):
+            raise ItuneError(
+                f"--vocabulary {wanted}: needs a file with words, or at least 1 token and the captions to count: --data"
+            )
+        return found
 
     @property
     def sha256(self) -> str:

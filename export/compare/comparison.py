@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ... import __version__
 from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
@@ -24,21 +23,20 @@ from ...evaluate import score_captions
 from ...files import atomic_path, hash_files
 from ...runtime.bundle import MANIFEST, Bundle
 from ...runtime.captioner import Captioner
-from ...runtime.errors import ImageError, ItuneError
+from ...runtime.errors import ItuneError, reading
 from ...runtime.image import decode, preprocess
 from ...runtime.settings import Settings
 from ...training.batches import encode_caption
 from ..bundle import export_bundle
 from ..options import ExportOptions, Precision
+from ..verify.captions import caption_photos
 from ..vocabulary import Vocabulary
 from .fidelity import Fidelity, measure_fidelity
 from .stopwatch import Latency, measure_latency
 
 REFERENCE: Precision = "fp32"
 FIDELITY_PHOTOS = 100
-_VARIANT = re.compile("(({0})(?:[+]({0}))?)(?:@(.+))?".format("|".join(get_args(Precision))))
 _Captions = dict[str, dict[str, Any]]
-"""By record id, of the photos that can be read: "caption" and "tokens"."""
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Called with a stage's name; the context receives (done, total)."""
 
@@ -53,27 +51,27 @@ class _Cached(Settings):
 _CACHE = TypeAdapter(dict[str, _Cached])
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Settings):
     """One way to export the checkpoint; the fields are those of `ExportOptions`."""
 
     name: str
     precision: Precision
     vision_precision: Precision | None = None
-    vocabulary: str | None = None
+    vocabulary: Annotated[str | None, Field(min_length=1)] = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Parse `PRECISION[+VISION][@N|FILE]`, such as int8, int4+fp32 or int8@5000."""
-        match = _VARIANT.fullmatch(text.strip())
-        if match is None:
-            raise ItuneError(
-                f"--precisions {text}: expected PRECISION[+VISION][@N|FILE], such as int8+fp32@5000; the precisions "
-                f"are {', '.join(get_args(Precision))}"
-            )
-        precisions, precision, vision, vocabulary = match.groups()
-        name = f"{precisions}@{Path(vocabulary).name}" if vocabulary else precisions
-        return cls(name, precision, vision, vocabulary)
+        precisions, at, vocabulary = text.strip().partition("@")
+        decoder, plus, vision = precisions.partition("+")
+        content = {
+            "name": f"{precisions}@{Path(vocabulary).name}" if at else precisions,
+            "precision": decoder,
+            "vision_precision": vision if plus else None,
+            "vocabulary": vocabulary if at else None,
+        }
+        with reading(f"--precisions {text}"):
+            return cls.model_validate(content)
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class Comparison:
             ItuneError: two variants have the same name, no photo can be read, the folder has bundles of another
                 checkpoint, or an export fails.
         """
-        reference = Variant(REFERENCE, REFERENCE)
+        reference = Variant(name=REFERENCE, precision=REFERENCE)
         variants = [reference, *(variant for variant in variants if variant != reference)]
         names = [variant.name for variant in variants]
         if len(set(names)) < len(names):
@@ -127,8 +125,6 @@ class Comparison:
         bundles = {variant.name: self._export(variant) for variant in variants}
         captions = {name: self._captions(name, folder) for name, folder in bundles.items()}
         records = [record for record in self.records if record.id in captions[REFERENCE]]
-        if not records:
-            raise ItuneError(f"none of {len(self.records)} photos can be read, the first is {self.records[0].image}")
         fidelities = {name: self._fidelity(name, bundles, records, captions[REFERENCE]) for name in bundles}
         photos = [record.image for record in records[: self.latency_photos]]
         with self.progress("measuring latency") as update:
@@ -177,20 +173,17 @@ class Comparison:
         return folder
 
     def _captions(self, name: str, folder: Path) -> _Captions:
-        def caption() -> _Captions:
-            captioner = Captioner.load(folder, threads=self.threads)
-            images = [record.image for record in self.records]
-            written = {}
-            with self.progress(f"{name}: captioning") as update:
-                found = captioner.stream(images, batch_size=self.batch_size, **self.search)
-                for done, (record, (_, result)) in enumerate(zip(self.records, found, strict=True), 1):
-                    if not isinstance(result, ImageError):
-                        written[record.id] = {"caption": result.caption, "tokens": result.tokens}
-                    update(done, len(images))
-            return written
+        """The fields of `Written` by record id, without photos that cannot be read."""
+        photos = {record.id: record.image.absolute() for record in self.records}
 
-        photos = [[record.id, str(record.image.absolute())] for record in self.records]
-        return self._cached(name, "captions", [_hash(folder), photos, self.search], caption)
+        def caption() -> dict[str, Any]:
+            captioner = Captioner.load(folder, threads=self.threads)
+            with self.progress(f"{name}: captioning") as update:
+                written = caption_photos(captioner, photos, update, batch_size=self.batch_size, **self.search)
+            return {key: each.model_dump() for key, each in written.items()}
+
+        inputs = [_hash(folder), [[key, str(photo)] for key, photo in photos.items()], self.search]
+        return self._cached(name, "captions", inputs, caption)
 
     def _fidelity(self, name: str, bundles: dict[str, Path], records: Sequence[Record], written: _Captions) -> Fidelity:
         """Compare `name` with the reference on each photo's first human caption, or on the reference's own."""

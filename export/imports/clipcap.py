@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ...backbones import LanguageModel, VisionTower, load_clip_projection
-from ...checkpoint import CheckpointError
 from ...methods.clipcap.model import ClipCapConfig, ClipCapModel, Pooling
 from ...runtime.settings import TextSettings
 from .state_dict import Imported, ImportOptions, State, fitted, load_gpt2
@@ -33,13 +32,7 @@ def import_clipcap(
     shape, width = _shape(mapper, hidden_size)
     projection = load_clip_projection(options.vision)
     pooling: Pooling = "cls" if tower.kind == "clip" else "mean"
-    widths = {pooling: tower.width} | ({} if projection is None else {"projected": len(projection.weight)})
-    if width and width not in widths.values():
-        raise CheckpointError(
-            f"--import {file}: the mapper reads image embeddings of width {width}, and {options.vision} has {widths}; "
-            "name the CLIP it was trained with: --vision"
-        )
-    if projection is not None and width == widths["projected"]:
+    if projection is not None and width == len(projection.weight):
         pooling = "projected"
     else:
         projection = None

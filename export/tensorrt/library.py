@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,11 +19,13 @@ from rich.table import Table
 
 from ...runtime.bundle import ProfileRange
 from ...runtime.errors import ItuneError, reading
+from ..process import run_module
 
 LIBRARIES: dict[str, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 """Modules in order of preference, with their names in a bundle."""
 OLDEST = (10, 14)
 """The first release of `tensorrt` whose strongly typed parser this was written for."""
+BUILDER = "itune.export.tensorrt.plan_builder"
 _NO_FLOAT_PRODUCTS = ("sm75",)
 """GPUs on which tensorrt-rtx has no fp32 products (Turing): the adapters' attention and the logits need them."""
 
@@ -41,7 +41,6 @@ class PlanRequest(BaseModel):
     target: Path
     profile: dict[str, ProfileRange]
     compute_capabilities: list[str]
-    workspace: int = 2 << 30
 
 
 class LayerReport(BaseModel):
@@ -60,16 +59,6 @@ class LayerReport(BaseModel):
     """The plan's inputs and outputs with their NumPy types."""
 
 
-class BuiltPlan(BaseModel):
-    """The result of a build."""
-
-    report: LayerReport
-    bytes: int
-    seconds: float
-    peak_mb: float
-    """Peak resident memory of the building process."""
-
-
 @dataclass(frozen=True)
 class Library:
     """The TensorRT that is installed."""
@@ -84,16 +73,17 @@ class Library:
         Raises:
             TensorRTError: it is missing, too old, or cannot be imported.
         """
-        found = next((name for name in LIBRARIES if find_spec(name) is not None), None)
-        if found is None:
-            raise TensorRTError("TensorRT is not installed; --target tensorrt needs: pip install 'itune[tensorrt]'")
-        with reading(found, TensorRTError, mend="--target tensorrt cannot import it"):  # such as a missing library
-            module = import_module(found)
-        flavour = LIBRARIES[found]
-        version = tuple(int(part) for part in module.__version__.split(".")[:2])
-        if flavour == "tensorrt" and version < OLDEST:
-            raise TensorRTError(f"tensorrt {module.__version__} is too old: install {'.'.join(map(str, OLDEST))}")
-        return cls(module, flavour)
+        problem = "TensorRT is not installed"
+        for name, flavour in LIBRARIES.items():
+            if find_spec(name) is None:
+                continue
+            with reading(name, TensorRTError, mend="--target tensorrt cannot import it"):  # such as a missing library
+                module = import_module(name)
+            if flavour != "tensorrt" or tuple(map(int, module.__version__.split(".")[:2])) >= OLDEST:
+                return cls(module, flavour)
+            problem = f"tensorrt {module.__version__} is too old"
+            break
+        raise TensorRTError(f"{problem}; --target tensorrt needs: pip install 'itune[tensorrt]'")
 
     @property
     def version(self) -> str:
@@ -131,50 +121,24 @@ def _own_gpu() -> list[str]:
     return [f"sm{major}{minor}"]
 
 
-def build_plan(
-    request: PlanRequest,
-    progress: Callable[[str], None] = lambda _stage: None,
-    report: Callable[[LayerReport], None] = lambda _report: None,
-) -> BuiltPlan:
-    """Build a plan in a process of its own, whose crash becomes one sentence; `report` is called before the build.
+def build_plan(request: PlanRequest, progress: Callable[[str], None], report: Callable[[LayerReport], None]) -> None:
+    """Build a plan in a process of its own; `report` is called before the build.
 
     Raises:
         TensorRTError: TensorRT lacks an operator, the profile does not fit, or memory is short.
     """
-    with subprocess.Popen(_command(request), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            return _follow(process, request, progress, report)
-        finally:
-            process.kill()
 
-
-def _command(request: PlanRequest) -> list[str]:
-    return [sys.executable, "-m", "itune.export.tensorrt.plan_builder", request.model_dump_json()]
-
-
-def _follow(
-    process: subprocess.Popen[str],
-    request: PlanRequest,
-    progress: Callable[[str], None],
-    report: Callable[[LayerReport], None],
-) -> BuiltPlan:
-    assert process.stdout is not None
-    assert process.stderr is not None
-    reason = ""
-    for line in process.stdout:
+    def receive(line: str) -> None:
         message = json.loads(line) if line.startswith("{") else {}  # the library may print, too
         if "progress" in message:
             progress(f"building {request.target.name}: {message['progress']}")
         elif "report" in message:
             report(LayerReport.model_validate(message["report"]))
-        elif "plan" in message:
-            return BuiltPlan.model_validate(message["plan"])
-        reason = message.get("error", reason)
-    if not reason:
-        last = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
-        killed = f"it was killed by signal {-process.wait()}, perhaps out of memory: export smaller --max-batch"
-        reason = f"the building process failed: {killed if process.wait() < 0 else last}"
-    raise TensorRTError(f"{request.source.name}: {reason}")
+
+    def failed(reason: str) -> TensorRTError:
+        return TensorRTError(f"{request.source.name}: {reason}")
+
+    run_module(BUILDER, request.model_dump_json(), error=failed, receive=receive)
 
 
 def layer_table(name: str, report: LayerReport) -> Table:

@@ -1,6 +1,6 @@
 """The process that builds one TensorRT plan: `python -m itune.export.tensorrt.plan_builder REQUEST`.
 
-It prints one JSON object per line: {"progress": ...} and {"report": ...}, then {"plan": ...} or {"error": ...}.
+It prints one JSON object per line, {"report": ...} or {"progress": ...}; an error is the last line on stderr.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from time import perf_counter
 from typing import Any
 
 from ...files import atomic_path
-from ..compare.worker import peak_memory
-from .library import BuiltPlan, LayerReport, Library, PlanRequest, TensorRTError
+from .library import LayerReport, Library, PlanRequest, TensorRTError
 
 OTHER = "other"
+_WORKSPACE = 2 << 30
 _ADDED = "ONNXTRT_"
 """Prefix of the names of tensors that the parser adds."""
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
@@ -60,7 +59,7 @@ class Builder:
             TensorRTError: the profile does not fit the graph, or the builder failed.
         """
         config = self.builder.create_builder_config()
-        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, self.request.workspace)
+        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
         config.clear_flag(self.trt.BuilderFlag.TF32)  # no more digits than fp16, where the graph needs fp32
         if hasattr(config, "set_compute_capability"):
             config.num_compute_capabilities = len(self.request.compute_capabilities)
@@ -184,21 +183,16 @@ def _say(**message: Any) -> None:
 def main(text: str) -> None:
     """Build the requested plan."""
     request = PlanRequest.model_validate_json(text)
-    start = perf_counter()
     try:
         builder = Builder(Library.find(), request)
-        report = builder.parse()
-        _say(report=report.model_dump())
+        _say(report=builder.parse().model_dump())
         plan = builder.build()
         with atomic_path(request.target) as temporary:
             temporary.write_bytes(memoryview(plan))
     except TensorRTError as error:
-        _say(error=str(error))
+        sys.exit(str(error))
     except MemoryError:
-        _say(error=str(no_plan("out of memory")))
-    else:
-        built = BuiltPlan(report=report, bytes=plan.nbytes, seconds=perf_counter() - start, peak_mb=peak_memory())
-        _say(plan=built.model_dump())
+        sys.exit(str(no_plan("out of memory")))
 
 
 if __name__ == "__main__":

@@ -53,12 +53,10 @@ class PlanWriter:
         library = Library.find()
         gpus = library.choose_gpus(options.gpu)
         photos, kinds = options.calibration_data, precisions.values()
-        if "int4" in kinds:
-            raise ItuneError("--precision int4 is for ONNX Runtime only: --target tensorrt has fp32, fp16, int8")
-        if ("int8" in kinds) != (photos is not None):
+        if "int4" in kinds or ("int8" in kinds) != (photos is not None):
             raise ItuneError(
-                f"--calibration-data {photos or 'is missing'}: with --target tensorrt, --precision int8 needs a folder "
-                "of photos (or random) to calibrate the ranges of activations, and no other precision uses it"
+                f"--target tensorrt: --precision {'/'.join(dict.fromkeys(kinds))} with --calibration-data {photos}: "
+                "plans are fp32, fp16 or int8, and only int8 is calibrated, on a folder of photos or random"
             )
         if photos is not None:
             calibration_images(photos)

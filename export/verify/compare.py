@@ -10,10 +10,10 @@ import numpy as np
 from ...runtime.bundle import Bundle
 from ...runtime.captioner import Captioner
 from ...runtime.graph_names import VISUAL, values
-from .dev_split import caption_dev_split, compare_dev_split
+from .captions import Written, caption_dev_split, compare_dev_split
 from .limits import LIMITS, Limits
 from .report import Check, VerificationError
-from .scenarios import CAPTION_BEAMS, REFERENCE, Array, Reference, Written, beside_loud_image, caption_images, replay
+from .scenarios import CAPTION_BEAMS, REFERENCE, Array, Reference, beside_loud_image, caption_images, replay
 
 VALUE_SCALES = "value_scales"
 """In a manifest's provenance: each layer's factor on the visual values, which its W_o is divided by."""

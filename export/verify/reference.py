@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...loading import LoadedCheckpoint, eager_captioner
-from .dev_split import caption_dev_split
+from .captions import caption_dev_split
 from .scenarios import REFERENCE, SHORTLIST, Reference, caption_images, pick_images, record, replay
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.bundle import TokenSettings
-from ...runtime.captioner import Caption, Captioner
+from ...runtime.captioner import Captioner
 from ...runtime.engines.base import Candidates, Engine, Int64, UInt8
 from ...runtime.engines.onnxruntime import OnnxRuntimeState
 from ...runtime.errors import ItuneError
 from ...runtime.graph_names import PAST, PRESENT, VISUAL
 from ...runtime.image import SUFFIXES, decode, preprocess
 from ...runtime.settings import ImageSettings, SearchDefaults, Settings
+from .captions import Written
 
 if TYPE_CHECKING:  # the compare side runs without torch
     from ...eager import EagerState
@@ -26,8 +27,6 @@ SHORTLIST, REFERENCE = "shortlist.npy", "reference.json"
 CAPTION_BEAMS = (1, 3)
 Array = NDArray[Any]
 _CAPTION_TOKENS = 16
-_TIE = 1e-4
-"""Captions whose scores differ by less are equally good: rounding decides which one the search finds."""
 _STEPS = 4
 _PHOTOS = 8
 # Name, images, beams, and the number of extra prompt tokens of each image.
@@ -58,23 +57,6 @@ class Scenario(Settings):
     name: str
     images: list[int]
     steps: list[Step]
-
-
-class Written(Settings):
-    """A caption that one side wrote."""
-
-    caption: str
-    tokens: list[int]
-    score: float
-
-    @classmethod
-    def of(cls, caption: Caption) -> Self:
-        """The parts of a caption that are compared."""
-        return cls(caption=caption.caption, tokens=list(caption.tokens), score=caption.score)
-
-    def as_good_as(self, other: Written) -> bool:
-        """Whether the tokens are the same or the scores tie."""
-        return self.tokens == other.tokens or abs(self.score - other.score) < _TIE
 
 
 class Reference(Settings):

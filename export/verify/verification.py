@@ -8,7 +8,6 @@ Each side is a process of its own, so that only one model is in memory at a time
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from ...data.records import Record
 from ...runtime.bundle import Bundle
 from ...runtime.engines.base import Int64
 from ...runtime.errors import ItuneError
-from .dev_split import write_dev_split
+from ..process import run_module
+from .captions import write_dev_split
 from .report import CHECKS, Check, VerificationError
 from .scenarios import SHORTLIST
 
@@ -51,19 +51,14 @@ def verify_bundle(
             write_dev_split(dev, Bundle.load(bundle, verify=False).manifest.search, Path(folder))
         photos = f", with {len(dev)} dev photos" if dev else ""
         progress(f"computing references in PyTorch{photos}")
-        _run("reference", checkpoint, folder, *([] if images is None else [images]))
+        run_module(__name__, "reference", checkpoint, folder, *([images] if images else []), error=_failed)
         progress(f"running the graphs{photos}")
-        _run("compare", bundle, folder)
+        run_module(__name__, "compare", bundle, folder, error=_failed)
         return CHECKS.validate_json((Path(folder) / _REPORT).read_bytes())
 
 
-def _run(*arguments: object) -> None:
-    command = [sys.executable, "-m", __name__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        killed = f"killed by signal {-done.returncode}, perhaps out of memory"
-        reason = killed if done.returncode < 0 else done.stderr.strip().splitlines()[-1]
-        raise VerificationError(f"verification: {reason}")
+def _failed(reason: str) -> VerificationError:
+    return VerificationError(f"verification: {reason}")
 
 
 def main(side: str, source: str, folder: str, images: str | None = None) -> None:

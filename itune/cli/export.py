@@ -198,7 +198,7 @@ def export(
     from ..export.bundle import export_bundle
     from ..export.options import ExportOptions
     from ..export.tensorrt.library import layer_table
-    from ..export.verify.dev_split import DEV_PHOTOS
+    from ..export.verify.captions import DEV_PHOTOS
     from ..export.verify.report import Check, report_table
 
     assert checkpoint is not None

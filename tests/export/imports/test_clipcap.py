@@ -138,8 +138,8 @@ def test_files_that_do_not_fit_are_named(projecting: Path, clip_folder: Path, tm
     refused(good, "gpt.", "32]", "64]", "--language-model", language_model=wide)
     bare = published(tmp_path / "bare", lm, gpt=False)
     refused(bare, "clip_project.", "--language-model", language_model=wide)
-    refused(good, "20", "24", "--vision", vision=clip_folder)
-    refused(published(tmp_path / "narrow", lm, width=21), "21", "20", "24", "--vision")
+    refused(good, "linear.weight", "20]", "24]", "--vision", vision=clip_folder)
+    refused(published(tmp_path / "narrow", lm, width=21), "linear.weight", "21]", "24]", "--vision")
     tensors = torch.load(good, weights_only=True)
     del tensors["clip_project.transformer.layers.1.mlp.fc2.bias"]
     torch.save(tensors, tmp_path / "hole.pt")

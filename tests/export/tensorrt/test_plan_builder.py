@@ -32,19 +32,23 @@ def one_operator(folder: Path, op: str, domain: str = "") -> PlanRequest:
     )
 
 
-def test_progress_and_report(tmp_path):
+def build(request):
+    """Stages and layer reports of a build."""
     stages, reports = [], []
-    plan = build_plan(one_operator(tmp_path, "Relu"), stages.append, reports.append)
-    assert plan.bytes == (tmp_path / "one.plan").stat().st_size
-    assert plan.peak_mb > 50
-    assert reports == [plan.report]
-    assert stages
+    build_plan(request, stages.append, reports.append)
+    return stages, reports
+
+
+def test_progress_and_report(tmp_path):
+    stages, (report,) = build(one_operator(tmp_path, "Relu"))
+    assert (tmp_path / "one.plan").stat().st_size > 1000
+    assert (report.inputs, report.outputs) == ({"x": "float32"}, {"y": "float32"})
     assert stages[0].startswith("building one.plan: ")
 
 
 def test_an_operator_that_tensorrt_lacks_is_named(tmp_path):
     with pytest.raises(TensorRTError) as error:
-        build_plan(one_operator(tmp_path, "QuickGelu", "com.microsoft"))
+        build(one_operator(tmp_path, "QuickGelu", "com.microsoft"))
     assert "one.onnx" in str(error.value)
     assert "QuickGelu" in str(error.value)
     assert not (tmp_path / "one.plan").exists()
@@ -54,25 +58,9 @@ def test_an_operator_that_tensorrt_lacks_is_named(tmp_path):
 def test_a_profile_of_another_shape_is_refused(tmp_path, sizes):
     profile = {"x": ProfileRange(min=sizes, opt=sizes, max=sizes)}
     with pytest.raises(TensorRTError) as error:
-        build_plan(one_operator(tmp_path, "Relu").model_copy(update={"profile": profile}))
+        build(one_operator(tmp_path, "Relu").model_copy(update={"profile": profile}))
     assert "one.onnx" in str(error.value)
     assert " x " in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("script", "value"),
-    [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
-        ("raise SystemExit('no room')", "no room"),
-    ],
-)
-def test_a_builder_that_dies(tmp_path, monkeypatch, script, value):
-    """The kernel kills a process with signal 9 when memory is short."""
-    monkeypatch.setattr(tensorrt, "_command", lambda _request: ["python3", "-c", script])
-    with pytest.raises(TensorRTError) as error:
-        build_plan(one_operator(tmp_path, "Relu"))
-    assert "one.onnx" in str(error.value)
-    assert value in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.export.tensorrt import library as tensorrt
 from itune.export.tensorrt import plans
-from itune.export.tensorrt.library import BuiltPlan, Library, layer_table
+from itune.export.tensorrt.library import Library, layer_table
 from itune.export.tensorrt.plan_builder import Builder
 from itune.export.tensorrt.plans import PlanWriter
 from itune.runtime import Captioner
@@ -81,7 +81,6 @@ def only_parse(monkeypatch):
         found = Builder(Library.find(), request).parse()
         report(found)
         request.target.write_bytes(b"")
-        return BuiltPlan(report=found, bytes=0, seconds=0, peak_mb=0)
 
     monkeypatch.setattr(plans, "build_plan", parse)
 

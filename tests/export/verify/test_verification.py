@@ -14,13 +14,14 @@ from itune.evaluate import caption_records, score_captions
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.options import ExportOptions
+from itune.export.process import run_module
 from itune.export.verify import verification
+from itune.export.verify.captions import Written, compare_dev_split, write_dev_split
 from itune.export.verify.compare import compare
-from itune.export.verify.dev_split import compare_dev_split, write_dev_split
 from itune.export.verify.limits import LIMITS
 from itune.export.verify.reference import write_reference
 from itune.export.verify.report import Check, VerificationError, report_table
-from itune.export.verify.scenarios import Scenario, Step, Written, beside_loud_image, pick_images
+from itune.export.verify.scenarios import Scenario, Step, beside_loud_image, pick_images
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import ItuneError
@@ -29,7 +30,6 @@ from itune.runtime.settings import ImageSettings, SearchDefaults
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-START = verification._run  # the tests' own verifications start no process
 
 
 @pytest.fixture(scope="module")
@@ -219,17 +219,8 @@ def test_report_marks_what_failed():
 
 def test_errors_of_a_process_are_passed_on(tmp_path):
     with pytest.raises(VerificationError) as error:
-        START("compare", tmp_path, tmp_path)
+        run_module(verification.__name__, "compare", tmp_path, tmp_path, error=VerificationError)
     assert str(tmp_path) in str(error.value)
-
-
-def test_a_killed_process_is_reported(monkeypatch):
-    real = verification.subprocess.run
-    killed = ["/bin/sh", "-c", "kill -9 $$"]
-    monkeypatch.setattr(verification.subprocess, "run", lambda _command, **options: real(killed, **options))
-    with pytest.raises(VerificationError) as error:
-        START("compare")
-    assert "signal 9" in str(error.value)
 
 
 def test_images_are_loud_quiet_and_real(photos):

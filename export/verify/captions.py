@@ -1,24 +1,43 @@
-"""A dev split captioned by both sides: identical captions and CIDEr-D."""
+"""Captions that two sides write for the same photos: identical ones, and CIDEr-D on a dev split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
 from ...data.records import Record
 from ...metrics import score
-from ...runtime.captioner import Captioner
+from ...runtime.captioner import Caption, Captioner
 from ...runtime.errors import ImageError, ItuneError
 from ...runtime.settings import SearchDefaults, Settings
 from .limits import Limits
 from .report import Check
-from .scenarios import Written
 
 DEV_PHOTOS = 200
 """How many photos of a dev split are captioned by default."""
-_FILE = "dev.json"
+_DEV = "dev.json"
+_TIE = 1e-4
+"""Captions whose scores differ by less are equally good: rounding decides which one the search finds."""
+
+
+class Written(Settings):
+    """The parts of a caption that are compared."""
+
+    caption: str
+    tokens: list[int]
+    score: float
+
+    @classmethod
+    def of(cls, caption: Caption) -> Self:
+        """Without timings and candidates."""
+        return cls(caption=caption.caption, tokens=list(caption.tokens), score=caption.score)
+
+    def as_good_as(self, other: Written) -> bool:
+        """Whether the tokens are the same or the scores tie."""
+        return self.tokens == other.tokens or abs(self.score - other.score) < _TIE
 
 
 class _DevSplit(Settings):
@@ -27,32 +46,41 @@ class _DevSplit(Settings):
     captions: dict[str, tuple[str, ...]]
 
 
-def write_dev_split(records: Sequence[Record], search: SearchDefaults, folder: Path) -> None:
-    """Write the photos, their captions and the search options to the folder that both sides share."""
-    photos = {record.id: record.image.absolute() for record in records}
-    dev = _DevSplit(search=search, photos=photos, captions={record.id: tuple(record.captions) for record in records})
-    (folder / _FILE).write_text(dev.model_dump_json(), encoding="utf-8")
-
-
-def caption_dev_split(captioner: Captioner, folder: Path) -> dict[str, Written]:
-    """Caption the dev split in `folder`, if there is one; returns captions by record id, without unreadable photos.
+def caption_photos(
+    captioner: Captioner,
+    photos: Mapping[str, Path],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    **options: Any,
+) -> dict[str, Written]:
+    """Caption photos by id, without those that cannot be read; `options` are those of `Captioner.stream`.
 
     Raises:
         ItuneError: no photo can be read.
     """
-    if not (folder / _FILE).exists():
+    written = {}
+    stream = captioner.stream(list(photos.values()), **options)
+    for done, (key, (_, result)) in enumerate(zip(photos, stream, strict=True), 1):
+        if not isinstance(result, ImageError):
+            written[key] = Written.of(result)
+        progress(done, len(photos))
+    if not written:
+        raise ItuneError(f"none of {len(photos)} photos can be read; the first is {next(iter(photos.values()))}")
+    return written
+
+
+def write_dev_split(records: Sequence[Record], search: SearchDefaults, folder: Path) -> None:
+    """Write the photos, their captions and the search options to the folder that both sides share."""
+    photos = {record.id: record.image.absolute() for record in records}
+    dev = _DevSplit(search=search, photos=photos, captions={record.id: tuple(record.captions) for record in records})
+    (folder / _DEV).write_text(dev.model_dump_json(), encoding="utf-8")
+
+
+def caption_dev_split(captioner: Captioner, folder: Path) -> dict[str, Written]:
+    """Caption the dev split in `folder`; empty if there is none."""
+    if not (folder / _DEV).exists():
         return {}
     dev = _read(folder)
-    images = list(dev.photos.values())
-    stream = captioner.stream(images, **dev.search.model_dump())
-    written = {
-        key: Written.of(result)
-        for key, (_, result) in zip(dev.photos, stream, strict=True)
-        if not isinstance(result, ImageError)
-    }
-    if not written:
-        raise ItuneError(f"--dev-data: none of {len(images)} photos can be read, the first is {images[0]}")
-    return written
+    return caption_photos(captioner, dev.photos, **dev.search.model_dump())
 
 
 def compare_dev_split(
@@ -76,4 +104,4 @@ def compare_dev_split(
 
 
 def _read(folder: Path) -> _DevSplit:
-    return _DevSplit.model_validate_json((folder / _FILE).read_bytes())
+    return _DevSplit.model_validate_json((folder / _DEV).read_bytes())
