@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,13 @@ def export_bundle(
     dev: Sequence[Record] = (),
     progress: Callable[[str], None] = lambda _stage: None,
     report: Callable[[list[Check]], None] = lambda _checks: None,
-    layers: Report = lambda _role, _report: None,
+    report_plan: Report = lambda _role, _layers: None,
 ) -> Manifest:
     """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
 
     The bundle appears whole or not at all. `search` are search defaults that differ from what the training evaluated
     with (None is not given); `dev` are photos to score the graphs on; `progress` is told every stage, `report` what the
-    verification measured, and `layers` what each graph became in TensorRT.
+    verification measured, and `report_plan` what each graph became in TensorRT.
 
     Raises:
         VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
@@ -97,8 +98,10 @@ def export_bundle(
     default: Precision = "int8" if precision == "int4" else precision
     precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
     text = None if options.model_card is None else _read_card(options.model_card)
-    longest = (search or {}).get("max_new_tokens")
-    writer = PlanWriter.prepare(options, precisions, layers, max_new_tokens=longest) if tensorrt else None
+    writer = None
+    if tensorrt:
+        writer = PlanWriter.prepare(options, precisions, report_plan)
+        writer = replace(writer, limits=replace(writer.limits, max_new_tokens=(search or {}).get("max_new_tokens")))
     with staged_folder(output, force=options.force, own=_exported) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)

@@ -42,10 +42,8 @@ class PlanWriter:
         options: ExportOptions,
         precisions: Mapping[Role, Precision],
         report: Report = lambda _role, _report: None,
-        *,
-        max_new_tokens: int | None = None,
     ) -> PlanWriter:
-        """Check the options before any model is loaded. `max_new_tokens` is the longest caption to have room for.
+        """Check the options before any model is loaded.
 
         Raises:
             ItuneError: TensorRT is missing or does not support a precision or a GPU, or photos do not go with int8.
@@ -60,7 +58,7 @@ class PlanWriter:
             )
         if photos is not None:
             calibration_images(photos)
-        limits = PlanLimits(options.max_beams or MAX_BEAMS, options.max_batch or MAX_BATCH, max_new_tokens)
+        limits = PlanLimits(options.max_beams or MAX_BEAMS, options.max_batch or MAX_BATCH)
         return cls(precisions, limits, library, gpus, photos, report)
 
     def for_tower(self, tower: VisionTower) -> PlanWriter:

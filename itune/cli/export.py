@@ -231,7 +231,7 @@ def export(
             dev=dev[: dev_images or DEV_PHOTOS],
             progress=lambda stage: status.update(stage),
             report=report,
-            layers=lambda role, report: console.print(layer_table(role, report)),
+            report_plan=lambda role, report: console.print(layer_table(role, report)),
         )
     size = sum(path.stat().st_size for path in output.iterdir())
     where = ", where a GPU of the plans' is" if target == Target.tensorrt else ""

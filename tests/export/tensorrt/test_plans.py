@@ -50,7 +50,7 @@ def export(
         wanted,
         search={"max_new_tokens": 12},
         report=checks.extend,
-        layers=reports.__setitem__,
+        report_plan=reports.__setitem__,
     )
     assert all(check.passed for check in checks)
     assert bool(checks) == verify
