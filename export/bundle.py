@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from onnx import ValueInfoProto, helper
-from pydantic import ValidationError
 
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
@@ -21,30 +22,23 @@ from ..data.records import Record
 from ..files import hash_files, listed_files
 from ..loading import LoadedCheckpoint, eager_captioner
 from ..retrieval.encoder import RetrievalHead, load_head
-from ..runtime.bundle import (
-    MANIFEST,
-    TOKENIZER,
-    DecoderSettings,
-    Manifest,
-    RestoreSettings,
-    TensorSpec,
-    square_grid,
-)
+from ..runtime.bundle import MANIFEST, TOKENIZER, Manifest, TensorSpec, square_grid
 from ..runtime.bundle import Graph as GraphEntry
 from ..runtime.engines.base import Int64
-from ..runtime.errors import ItuneError
+from ..runtime.errors import ItuneError, reading
 from ..runtime.manifest import FileHash
 from ..runtime.search import SearchConfig
 from ..runtime.settings import RetrievalSettings, SearchDefaults, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph.builder import Graph
 from .graph.embedding import EmbeddingReference
-from .methods.registry import build_decoder, build_vision, decoder_settings
-from .options import ExportOptions
-from .quantize.products import Blocks, Form, Rows
-from .quantize.rewrite import Precision, halve_graph, quantize_graph
+from .methods.registry import METHODS, build_decoder, build_vision
+from .options import ExportOptions, Precision
+from .quantize.integer_matmul import Blocks, Rows, Scheme
+from .quantize.rewrite import halve_graph, quantize_graph
 from .staging import staged_folder
-from .tensorrt.plans import PlanWriter, Report, Role
+from .tensorrt.library import LayerReport
+from .tensorrt.plans import PlanWriter, Role
 from .tensorrt.profiles import PlanLimits
 from .verify.compare import VALUE_SCALES
 from .verify.report import Check, VerificationError
@@ -52,8 +46,7 @@ from .verify.scenarios import pick_images
 from .verify.verification import verify_bundle
 from .vocabulary import Vocabulary
 
-ROLES: tuple[Role, ...] = ("vision", "decoder")
-_FORMS: dict[tuple[Role, Precision], Form] = {
+_SCHEMES: dict[tuple[Role, Precision], Scheme] = {
     ("vision", "int8"): Rows(),
     ("vision", "int4"): Blocks(4),
     ("decoder", "int8"): Blocks(8),
@@ -66,201 +59,138 @@ def export_bundle(
     output: Path,
     options: ExportOptions,
     *,
-    search: Mapping[str, Any] | None = None,
+    search: Mapping[str, Any] = {},
     dev: Sequence[Record] = (),
     progress: Callable[[str], None] = lambda _stage: None,
     report: Callable[[list[Check]], None] = lambda _checks: None,
-    report_plan: Report = lambda _role, _layers: None,
+    report_plan: Callable[[str, LayerReport], None] = lambda _role, _layers: None,
 ) -> Manifest:
-    """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
+    """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`, wholly or not at all.
 
-    The bundle appears whole or not at all. `search` are search defaults that differ from what the training evaluated
-    with (None is not given); `dev` are photos to score the graphs on; `progress` is told every stage, `report` what the
-    verification measured, and `report_plan` what each graph became in TensorRT.
+    `search` overrides the checkpoint's search defaults (None keeps one), `dev` are photos to score the graphs on.
+    `progress` is called with every stage, `report` with the verification's results, and `report_plan` with the layers
+    of each TensorRT plan before it is built.
 
     Raises:
-        VerificationError: the graphs do not compute what the checkpoint does; there is no bundle then.
+        VerificationError: the graphs do not compute what the checkpoint does; no bundle is written.
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
-    tensorrt, retrieve, vision_precision = options.target == "tensorrt", options.retrieve, options.vision_precision
-    precision: Precision = options.precision or ("fp16" if tensorrt else "fp32")
-    vocabulary = None if options.vocabulary is None else Vocabulary.read(options.vocabulary, options.data)
-    patches = None if options.patch_grid is None else _parse_grid(options.patch_grid)
-    images = options.images
     checkpoint = find_checkpoint(checkpoint)
-    trained = load_config(checkpoint).retrieval
-    if tensorrt and (retrieve is not None or trained is not None):
-        raise ItuneError("--target tensorrt: plans of captioners that retrieve are not supported; export --target onnx")
-    if vocabulary is not None and (retrieve is not None or trained is not None):
-        raise ItuneError(
-            "--vocabulary: retrieved captions may hold any token, which a shortlist cannot read; leave it out"
-        )
-    default: Precision = "int8" if precision == "int4" else precision
-    precisions: dict[Role, Precision] = {"vision": vision_precision or default, "decoder": precision}
-    text = None if options.model_card is None else _read_card(options.model_card)
-    writer = None
-    if tensorrt:
-        writer = PlanWriter.prepare(options, precisions, report_plan)
-        writer = replace(writer, limits=replace(writer.limits, max_new_tokens=(search or {}).get("max_new_tokens")))
+    plan = _Plan.make(checkpoint, options, report_plan)
     with staged_folder(output, force=options.force, own=_exported) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
-        manifest = _describe(loaded, checkpoint, search or {}, options.name or output.absolute().name, options.license)
-        manifest = manifest.model_copy(update={"patches": _patches(loaded.tower, patches)})
-        head, reference = None, None
-        if retrieve is not None or trained is not None:
-            pooling = None if trained is None else trained.encoder.pooling
-            head = load_head(loaded.tower, loaded.config.vision.source, pooling)
-            retrieval = trained or RetrievalSettings(k=0, encoder=head.encoder)
-            if retrieve is not None:
-                retrieval = retrieval.model_copy(update={"k": retrieve})
-            manifest = manifest.model_copy(update={"retrieval": retrieval})
-            reference = EmbeddingReference.record(loaded.tower, head, pick_images(loaded.config.image, images))
-        token_ids = None
-        if vocabulary is not None:
-            token_ids = vocabulary.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
-            manifest = _shortlisted(manifest, vocabulary, len(token_ids))
+        plan = plan.for_model(loaded, options, search)
+        head, retrieval = _retrieval(loaded, options.retrieve)
+        fields = _describe(loaded, checkpoint, plan, search)
+        fields |= {
+            "name": options.name or output.absolute().name,
+            "patches": _patches(options.patch_grid, loaded.tower),
+            "retrieval": retrieval,
+        }
+        if options.license:
+            fields["license"] = options.license
+        reference = None
+        if head is not None:
+            reference = EmbeddingReference.record(loaded.tower, head, pick_images(loaded.config.image, options.images))
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
-        if writer is not None:
-            manifest = _within(manifest, writer.limits.of(manifest.tokens))
-        if writer is not None and vision_precision is None:
-            writer = writer.for_tower(loaded.tower)
-            precisions = dict(writer.precisions)
-        if writer is None:
-            files = _write_graphs(loaded, folder, precisions, token_ids, progress, head)
-        else:
-            files, scales = _write_typed(writer, loaded, folder, manifest, token_ids, progress)
-            if scales:
-                manifest = manifest.model_copy(update={"provenance": manifest.provenance | {VALUE_SCALES: scales}})
-        del loaded
-        gc.collect()  # the checks below load their own copies
-
-        graphs = [_graph_entry(role, precisions[role], files[role]) for role in ROLES]
-        manifest = manifest.model_copy(update={"graphs": graphs})
-        manifest = _write_manifest(manifest, folder, text)
+        fields["graphs"] = _write_graphs(loaded, plan, head, fields, folder, progress)
+        manifest = _write_manifest(fields, folder, plan.card)
         if options.verify:
-            checks = verify_bundle(checkpoint, folder, images=images, dev=dev, vocabulary=token_ids, progress=progress)
-            checks += [] if reference is None else [reference.check(folder, precisions["vision"])]
+            checks = verify_bundle(
+                checkpoint, folder, images=options.images, dev=dev, vocabulary=plan.token_ids, progress=progress
+            )
+            checks += [] if reference is None else [reference.check(folder, plan.precisions["vision"])]
             report(checks)
             _raise_if_failed(checks)
-        if writer is not None:
-            built = writer.build(manifest, folder, progress)
-            manifest = _write_manifest(manifest.model_copy(update={"graphs": [*graphs, *built]}), folder, text)
+        if plan.writer is not None:
+            fields["graphs"] += plan.writer.build(manifest, folder, progress)
+            manifest = _write_manifest(fields, folder, plan.card)
     return manifest
 
 
-def _read_card(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ItuneError(f"--model-card {path}: is not UTF-8 text (byte {error.start})") from None
+@dataclass(frozen=True)
+class _Plan:
+    """What an export will write."""
+
+    precisions: Mapping[Role, Precision]
+    card: str | None
+    """The model card; None writes one."""
+    vocabulary: Vocabulary | None
+    writer: PlanWriter | None
+    """Writes graphs for TensorRT, and its plans; None for an export to ONNX alone."""
+    token_ids: Int64 | None = None
+    """The tokens that the decoder keeps; None keeps all."""
+    limits: PlanLimits | None = None
+    """The largest search that the TensorRT plans have room for."""
+
+    @classmethod
+    def make(cls, checkpoint: Path, options: ExportOptions, report: Callable[[str, LayerReport], None]) -> _Plan:
+        """Decide what can be decided, and find what is wrong with the options, before a model is loaded."""
+        tensorrt = options.target == "tensorrt"
+        retrieves = options.retrieve is not None or load_config(checkpoint).retrieval is not None
+        if retrieves and (tensorrt or options.vocabulary is not None):
+            flag = "--target tensorrt" if tensorrt else "--vocabulary"
+            raise ItuneError(f"{flag} does not support captioners that retrieve captions: leave it out")
+        decoder = options.precision or ("fp16" if tensorrt else "fp32")
+        # Four bits neither speed a tower up nor leave its embeddings as they are.
+        vision = options.vision_precision or ("int8" if decoder == "int4" else decoder)
+        precisions: dict[Role, Precision] = {"vision": vision, "decoder": decoder}
+        card = None
+        if options.model_card is not None:
+            with reading(options.model_card, mend="give a file of UTF-8 text"):
+                card = options.model_card.read_text(encoding="utf-8")
+        vocabulary = None if options.vocabulary is None else Vocabulary.read(options.vocabulary, options.data)
+        writer = PlanWriter.prepare(options, precisions, report) if tensorrt else None
+        return cls(precisions, card, vocabulary, writer)
+
+    def for_model(self, loaded: LoadedCheckpoint, options: ExportOptions, search: Mapping[str, Any]) -> _Plan:
+        """The plan with what depends on the model."""
+        tokens, plan = eager_captioner(loaded).tokens, self
+        if self.vocabulary is not None:
+            token_ids = self.vocabulary.token_ids(loaded.language.tokenizer, loaded.config.text, tokens)
+            tokens = eager_captioner(loaded, token_ids).tokens
+            plan = replace(plan, token_ids=token_ids)
+        if self.writer is not None:
+            limits = replace(self.writer.limits, max_new_tokens=search.get("max_new_tokens")).of(tokens)
+            writer = replace(self.writer, limits=limits)
+            if options.vision_precision is None:
+                writer = writer.for_tower(loaded.tower)
+            plan = replace(plan, limits=limits, writer=writer, precisions=writer.precisions)
+        return plan
 
 
-def _write_manifest(manifest: Manifest, folder: Path, card: str | None) -> Manifest:
-    """Hash the bundle's files and write its model card and manifest."""
-    files = {path.name: FileHash.of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    manifest = manifest.model_copy(update={"files": files})
-    (folder / MODEL_CARD).write_text(card or model_card(manifest), encoding="utf-8")
-    manifest = manifest.model_copy(update={"files": files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)}})
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+def _retrieval(loaded: LoadedCheckpoint, k: int | None) -> tuple[RetrievalHead, RetrievalSettings] | tuple[None, None]:
+    """The encoder and settings of a bundle that retrieves `k` captions (None: as trained)."""
+    trained = loaded.config.retrieval
+    if k is None and trained is None:
+        return None, None
+    pooling = None if trained is None else trained.encoder.pooling
+    head = load_head(loaded.tower, loaded.config.vision.source, pooling)
+    settings = {"k": 0, "encoder": head.encoder} if trained is None else dict(trained)
+    return head, RetrievalSettings(**(settings if k is None else settings | {"k": k}))
 
 
-def _within(manifest: Manifest, limits: PlanLimits) -> Manifest:
-    """The manifest with search defaults that the plans have room for."""
-    search = manifest.search
-    room = {"num_beams": limits.max_beams, "max_new_tokens": limits.max_new_tokens}
-    defaults = search.model_copy(update={name: min(getattr(search, name), most) for name, most in room.items()})
-    return manifest.model_copy(update={"search": defaults})
-
-
-def _write_typed(
-    writer: PlanWriter,
-    loaded: LoadedCheckpoint,
-    folder: Path,
-    manifest: Manifest,
-    vocabulary: Int64 | None,
-    progress: Callable[[str], None],
-) -> tuple[dict[Role, list[Path]], dict[str, float]]:
-    """The same for TensorRT, from fp32 graphs that are there together: photos are captioned with them in between.
-
-    With the files comes what `PlanWriter.write_graphs` scaled.
-    """
-    fp32 = folder / "fp32"
-    fp32.mkdir()
-    progress("writing the graphs in fp32")
-    sources: dict[Role, Path] = {"vision": build_vision(loaded.model, loaded.tower).save(fp32 / "vision.onnx")[0]}
-    del loaded.tower
-    sources["decoder"] = build_decoder(loaded.model, vocabulary).save(fp32 / "decoder.onnx")[0]
-    del loaded.model, loaded.language
-    gc.collect()
-    written = writer.write_graphs(sources, folder, manifest, progress)
-    shutil.rmtree(fp32)
-    return written
-
-
-def _write_graphs(
-    loaded: LoadedCheckpoint,
-    folder: Path,
-    precisions: dict[Role, Precision],
-    vocabulary: Int64 | None,
-    progress: Callable[[str], None],
-    head: RetrievalHead | None = None,
-) -> dict[Role, list[Path]]:
-    """Both graphs' files by role, the graph first; the checkpoint's weights are let go as they are written."""
-    fp32 = folder / "fp32"
-    fp32.mkdir()
-    files: dict[Role, list[Path]] = {}
-
-    def write(role: Role, graph: Graph) -> None:
-        precision, path = precisions[role], folder / f"{role}.onnx"
-        if precision == "fp32":
-            files[role] = graph.save(path)
-            return
-        (source, *_) = graph.save(fp32 / path.name)
-        if precision == "fp16":
-            files[role] = halve_graph(source, path)
-        else:
-            files[role] = quantize_graph(source, path, _FORMS[role, precision])
-
-    progress(f"writing the vision graph in {precisions['vision']}")
-    write("vision", build_vision(loaded.model, loaded.tower, head))
-    del loaded.tower
-    progress(f"writing the decoder graph in {precisions['decoder']}")
-    # Integer products run on ONNX Runtime only, so such a decoder may as well have its attention.
-    fused = precisions["decoder"] in ("int8", "int4")
-    write("decoder", build_decoder(loaded.model, vocabulary, fused=fused))
-    del loaded.model, loaded.language
-    gc.collect()
-    shutil.rmtree(fp32)
-    return files
-
-
-def _describe(
-    loaded: LoadedCheckpoint, checkpoint: Path, search: Mapping[str, Any], name: str, license: str | None
-) -> Manifest:
-    """The manifest, but for its graphs and files."""
+def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's fields that follow from the checkpoint."""
     config, gpt2, tower = loaded.config, loaded.language.model.config, loaded.tower
-    tokens = eager_captioner(loaded).tokens
-    return Manifest(
-        name=name,
-        method=loaded.model.method,
-        graphs=[],
-        files={},
-        image=config.image,
-        text=config.text,
-        tokens=tokens,
-        decoder=DecoderSettings(
-            layers=gpt2.n_layer,
-            heads=gpt2.n_head,
-            head_dim=gpt2.n_embd // gpt2.n_head,
-            hidden_size=gpt2.n_embd,
-            **decoder_settings(loaded.model),
-            visual_tokens=config.vision.tokens,
-            visual_width=config.vision.width,
-        ),
-        search=_search_defaults(config.search, search, tokens.room),
-        provenance={
+    tokens = eager_captioner(loaded, plan.token_ids).tokens
+    fields: dict[str, Any] = {
+        "method": loaded.model.method,
+        "image": config.image,
+        "text": config.text,
+        "tokens": tokens,
+        "decoder": {
+            "layers": gpt2.n_layer,
+            "heads": gpt2.n_head,
+            "head_dim": gpt2.n_embd // gpt2.n_head,
+            "hidden_size": gpt2.n_embd,
+            "visual_tokens": config.vision.tokens,
+            "visual_width": config.vision.width,
+            **METHODS[loaded.model.method].settings(loaded.model),
+        },
+        "search": _search_defaults(config.search, search, tokens.room, plan.limits),
+        "provenance": {
             "itune": __version__,
             "exported": datetime.now(UTC).isoformat(timespec="seconds"),
             "language_model": config.language_model.model_dump(),
@@ -268,72 +198,91 @@ def _describe(
             "checkpoint": {file: hash_files([checkpoint / file]) for file in (WEIGHTS_FILE, CONFIG_FILE)},
             "training": config.training,
         },
-        restore=RestoreSettings(
-            language_model=_config_json(gpt2),
-            vision=_config_json(tower.model.config) if isinstance(tower, ClipTower) else None,
-            checkpoint=config.model_dump(mode="json", by_alias=True),
-        ),
-        license=license or default_license(config.language_model.source, config.vision.source),
-    )
-
-
-def _patches(tower: VisionTower, given: Size | None) -> Size | None:
-    """How a tower's last embeddings lie in the image; None if nobody knows."""
-    if isinstance(tower, ClipTower):
-        own = square_grid(tower.tokens - 1)
-        if given not in (None, own):
-            raise ItuneError(
-                f"--patch-grid {_times(given)} contradicts the CLIP tower, whose patches are {_times(own)}"
-            )
-        return own
-    if given and given[0] * given[1] > tower.tokens:
-        raise ItuneError(f"--patch-grid {_times(given)}: the vision tower gives {tower.tokens} embeddings only")
-    return given or square_grid(tower.tokens)
-
-
-def _parse_grid(text: str) -> Size:
-    rows, _, columns = text.lower().replace("×", "x").partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise ItuneError(f"--patch-grid {text!r} is not ROWSxCOLUMNS, such as 9x9")
-    return int(rows), int(columns)
-
-
-def _times(grid: Size | None) -> str:
-    return "x".join(map(str, grid or ()))
-
-
-def _shortlisted(manifest: Manifest, vocabulary: Vocabulary, size: int) -> Manifest:
-    return manifest.model_copy(
-        update={
-            "tokens": manifest.tokens.model_copy(update={"shortlist": size}),
-            "provenance": manifest.provenance | {"vocabulary": vocabulary.sha256},
-            "restore": None,  # the other tokens' embeddings are not in the bundle
+        "license": default_license(config.language_model.source, config.vision.source),
+    }
+    if plan.vocabulary is not None:  # the other tokens' embeddings are missing, so there is nothing to restore
+        fields["provenance"]["vocabulary"] = plan.vocabulary.sha256
+    else:
+        fields["restore"] = {
+            "language_model": json.loads(gpt2.to_json_string()),
+            "vision": json.loads(tower.model.config.to_json_string()) if isinstance(tower, ClipTower) else None,
+            "checkpoint": config.model_dump(mode="json", by_alias=True),
         }
-    )
+    return fields
 
 
-def _exported(folder: Path) -> Collection[str]:
-    """The names in a folder that was exported to."""
-    return listed_files(folder / MANIFEST)
-
-
-def _search_defaults(trained: SearchDefaults, given: Mapping[str, Any], room: int) -> SearchDefaults:
-    """What is given, else the checkpoint's; `room` is how many tokens the decoder has positions for."""
-    chosen = {name: value for name, value in given.items() if value is not None}
+def _search_defaults(
+    trained: SearchDefaults, chosen: Mapping[str, Any], room: int, limits: PlanLimits | None
+) -> SearchDefaults:
+    """The chosen options, else the checkpoint's, for captions of at most `room` tokens and within the plans' limits."""
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen.get("max_new_tokens", 0) > room:
         raise ItuneError(f"--max-new-tokens {chosen['max_new_tokens']}: the language model has positions for {room}")
-    try:
-        found = SearchDefaults(**(trained.model_dump() | chosen)).within(room)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ItuneError(f"search option {first['loc'][0]}: {first['msg']}") from None
-    SearchConfig(**found.model_dump())  # which the runtime will ask for: raises SearchError
-    return found
+    options = trained.within(room).model_dump() | chosen
+    if limits is not None:
+        options["num_beams"] = min(options["num_beams"], limits.max_beams)
+        options["max_new_tokens"] = min(options["max_new_tokens"], limits.max_new_tokens or room)
+    with reading("search options"):
+        SearchConfig(**options)  # as the runtime will
+    return SearchDefaults(**options)
 
 
-def _config_json(config: Any) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(config.to_json_string())
-    return content
+def _patches(wanted: str | None, tower: VisionTower) -> Size | None:
+    """The grid of patches that a tower's last embeddings form; None if it is unknown."""
+    own = square_grid(tower.tokens - 1) if isinstance(tower, ClipTower) else None
+    if wanted is None:
+        return own or square_grid(tower.tokens)
+    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", wanted.lower())
+    grid = None if match is None else (int(match[1]), int(match[2]))
+    if grid is None or grid[0] * grid[1] > tower.tokens or grid != (own or grid):
+        raise ItuneError(
+            f"--patch-grid {wanted}: give ROWSxCOLUMNS of the vision tower's {tower.tokens} embeddings"
+            f"{f', {own[0]}x{own[1]}' if own else ''}"
+        )
+    return grid
+
+
+def _write_graphs(
+    loaded: LoadedCheckpoint,
+    plan: _Plan,
+    head: RetrievalHead | None,
+    fields: dict[str, Any],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> list[GraphEntry]:
+    """Write both graphs, by way of fp32; frees the checkpoint's weights, and notes in `fields` what int8 scaled."""
+    with TemporaryDirectory(dir=folder) as fp32:
+        progress("writing the vision graph in fp32")
+        vision = build_vision(loaded.model, loaded.tower, head).save(Path(fp32, "vision.onnx"))
+        del loaded.tower
+        progress("writing the decoder graph in fp32")
+        # Integer products run on ONNX Runtime only, so such a decoder may as well have its fused attention.
+        fused = plan.writer is None and plan.precisions["decoder"] in ("int8", "int4")
+        decoder = build_decoder(loaded.model, plan.token_ids, fused=fused).save(Path(fp32, "decoder.onnx"))
+        del loaded.model, loaded.language
+        gc.collect()
+        sources: dict[Role, list[Path]] = {"vision": vision, "decoder": decoder}
+        if plan.writer is None:
+            files = {role: _convert(role, source, folder, plan, progress) for role, source in sources.items()}
+        else:
+            manifest = Manifest(**fields, graphs=[], files={})
+            graphs = {role: source[0] for role, source in sources.items()}
+            files, scales = plan.writer.write_graphs(graphs, folder, manifest, progress)
+            if scales:
+                fields["provenance"][VALUE_SCALES] = scales
+    return [_graph_entry(role, plan.precisions[role], written) for role, written in files.items()]
+
+
+def _convert(role: Role, source: list[Path], folder: Path, plan: _Plan, progress: Callable[[str], None]) -> list[Path]:
+    """Write an fp32 graph's files to `folder` in the plan's precision; returns them, the graph first."""
+    precision = plan.precisions[role]
+    if precision == "fp32":
+        return [Path(shutil.move(file, folder / file.name)) for file in source]
+    progress(f"writing the {role} graph in {precision}")
+    target = folder / source[0].name
+    if precision == "fp16":
+        return halve_graph(source[0], target)
+    return quantize_graph(source[0], target, _SCHEMES[role, precision])
 
 
 def _graph_entry(role: Role, precision: Precision, files: list[Path]) -> GraphEntry:
@@ -356,6 +305,22 @@ def _tensor_spec(value: ValueInfoProto) -> TensorSpec:
         dtype=helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
         shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
     )
+
+
+def _write_manifest(fields: Mapping[str, Any], folder: Path, card: str | None) -> Manifest:
+    """Hash the bundle's files, and write its model card and manifest."""
+    names = {path.name for path in folder.iterdir()} - {MANIFEST, MODEL_CARD}
+    files = {name: FileHash.of(folder / name) for name in sorted(names)}
+    text = model_card(Manifest(**fields, files=files)) if card is None else card
+    (folder / MODEL_CARD).write_text(text, encoding="utf-8")
+    manifest = Manifest(**fields, files=files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)})
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _exported(folder: Path) -> Collection[str]:
+    """The names in a folder that an earlier export wrote."""
+    return listed_files(folder / MANIFEST)
 
 
 def _raise_if_failed(checks: list[Check]) -> None:

@@ -18,6 +18,7 @@ from itune.data.records import load_records
 from itune.evaluate import caption_records, score_captions
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
+from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.runtime.bundle import default_bundle
 from tests.conftest import REPOSITORY
@@ -78,7 +79,7 @@ def test_itune_run_describes_a_photo_in_json() -> None:
 
 def test_restored_parts_export_to_the_same_integers(restored: Path, tmp_path: Path) -> None:
     """Of all but the tower's one product: it was rounded by blocks when the model was shipped, now by channel."""
-    export_bundle(restored / "checkpoint", tmp_path / "again", precision="int8", verify=False)
+    export_bundle(restored / "checkpoint", tmp_path / "again", ExportOptions(precision="int8", verify=False))
     for graph in ("decoder.onnx", "vision.onnx"):
         again, shipped = (Graph.load(folder / graph).weights for folder in (tmp_path / "again", default_bundle()))
         integers = {name for name, array in shipped.items() if array.dtype in (np.uint8, np.int8) and array.ndim > 1}
@@ -91,7 +92,7 @@ def test_restored_parts_export_to_the_same_integers(restored: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_fp32_bundle_writes_pytorchs_captions(restored: Path, tmp_path: Path, shared_data: Path) -> None:
     bundle = tmp_path / "fp32"
-    export_bundle(restored / "checkpoint", bundle, precision="fp32", verify=False)
+    export_bundle(restored / "checkpoint", bundle, ExportOptions(precision="fp32", verify=False))
     photos = [record.image for record in load_records(shared_data / "flickr8k", split="dev")][:24]
     for row in compare(restored / "checkpoint", bundle, photos, beams=(1, 3, 5), new_tokens=24):
         assert row["identical"] == len(photos), row

@@ -1,6 +1,6 @@
-"""A builder of ONNX graphs that keeps weights out of protobuf: GPT-2 large is over its 2 GB.
+"""A builder of ONNX graphs that keeps weights out of protobuf, whose limit of 2 GB GPT-2 large exceeds.
 
-Weights stay NumPy arrays, referenced and never copied, until `Graph.save` streams them to disk one by one.
+Weights stay NumPy arrays, never copied, until `Graph.save` streams them to disk one by one.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from onnx import helper, numpy_helper
 
 from ...files import atomic_path
-from ...runtime.errors import ItuneError
+from ...runtime.errors import ItuneError, reading
 
 OPSET = 20
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 EXTERNAL_BYTES = 256 << 20
-"""Weights of this size and more go to a file of their own, which runtimes map instead of parsing."""
+"""From this total size on, weights go to a file of their own, which runtimes map instead of parsing."""
 _ALIGNMENT = 4096
 CONSTANT = "constant."
-"""What the names of `Graph.constant` begin with; all other initializers are weights."""
+"""Prefix of the names that `Graph.constant` gives; all other initializers are weights."""
 
 Array = NDArray[Any]
 
@@ -66,14 +66,13 @@ class Graph:
         return graph
 
     def input(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> str:
-        """Declare an input; a dimension is its size, or the name of what varies."""
+        """Declare an input; a dimension is a size, or a name if it varies."""
         self.inputs.append(_value_info(self._claim(name), dtype, shape))
         return name
 
-    def output(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> str:
-        """Declare a value that `op(..., name=name)` has made to be an output of the graph."""
+    def output(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> None:
+        """Declare the value `name`, made by `op(..., name=name)`, an output of the graph."""
         self.outputs.append(_value_info(name, dtype, shape))
-        return name
 
     def initializer(self, name: str, array: Array) -> str:
         """Add a weight under its full name (the scope does not apply)."""
@@ -81,7 +80,7 @@ class Graph:
         return name
 
     def constant(self, values: ArrayLike, dtype: DTypeLike = np.int64) -> str:
-        """A small constant, the same initializer for equal ones: axes, shapes, scalars."""
+        """A small constant (axes, shape, scalar); equal constants share an initializer."""
         array = np.asarray(values, dtype)
         name = f"{CONSTANT}{array.dtype}.{array.tolist()}".replace(" ", "")
         if name not in self.weights:
@@ -89,18 +88,13 @@ class Graph:
         return name
 
     def op(self, op_type: str, *inputs: str, name: str | None = None, domain: str = "", **attributes: Any) -> str:
-        """Append a node with one output and return the output's name; "" is an input left out."""
+        """Append a node with one output and return the output's name; "" omits an optional input."""
         return self.ops(op_type, *inputs, names=[name], domain=domain, **attributes)[0]
 
     def ops(
-        self,
-        op_type: str,
-        *inputs: str,
-        names: Sequence[str | None],
-        domain: str = "",
-        **attributes: Any,
+        self, op_type: str, *inputs: str, names: Sequence[str | None], domain: str = "", **attributes: Any
     ) -> list[str]:
-        """Append a node with `len(names)` outputs; None is an output named after the node."""
+        """Append a node with `len(names)` outputs; None names an output after the node."""
         node_name = self._free(f"{self._scope}{op_type}")
         defaults = [node_name, *(f"{node_name}.{i}" for i in range(1, len(names)))]
         outputs = [
@@ -121,9 +115,9 @@ class Graph:
             self._scope = before
 
     def save(self, path: Path) -> list[Path]:
-        """Write the graph, the same bytes for the same graph; returns its files, the graph first.
+        """Write the graph, with equal bytes for equal graphs; returns its files, the graph first.
 
-        When the weights exceed `EXTERNAL_BYTES` the larger ones go to `<path>.data`. Each file appears whole.
+        From `EXTERNAL_BYTES` on, the larger weights go to `<path>.data`. Each file is written atomically.
         """
         proto = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
         model = helper.make_model(
@@ -146,8 +140,7 @@ class Graph:
         return files
 
     def _claim(self, name: str) -> str:
-        if name in self._taken:
-            raise ValueError(f"the graph already has a value named {name!r}")
+        assert name not in self._taken, f"the graph already has a value named {name!r}"
         self._taken[name] = 0
         return name
 
@@ -169,16 +162,15 @@ def _read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
     where = {entry.key: entry.value for entry in tensor.external_data}
     path, offset = folder / where["location"], int(where.get("offset", 0))
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ItuneError(f"{path}: external weights outside the graph's folder are not read; put them beside it")
+        raise ItuneError(f"{path}: external weights must be in the graph's folder; put them there")
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    try:
-        return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
-    except (OSError, ValueError) as error:
-        raise ItuneError(f"{path}: weight {tensor.name} cannot be read ({error}); copy the file again") from error
+    with reading(path, mend=f"copy the file again, which contains weight {tensor.name}"):
+        mapped: Array = np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
+    return mapped
 
 
 def _stream_tensor(name: str, array: Array, location: str, file: Any) -> onnx.TensorProto:
-    if array.nbytes < 1024:  # shape inference needs the constants at hand
+    if array.nbytes < 1024:  # shape inference reads the constants
         return numpy_helper.from_array(array, name)
     file.write(bytes(-file.tell() % _ALIGNMENT))
     tensor = onnx.TensorProto(

@@ -1,4 +1,4 @@
-"""Splice an ONNX vision tower into the vision graph, behind its normalisation."""
+"""Splice an ONNX vision tower into the vision graph, behind its normalisation, and cut it out again."""
 
 from __future__ import annotations
 
@@ -8,71 +8,58 @@ import onnxruntime as ort
 from onnx import compose, helper, inliner, version_converter
 
 from ...backbones import BackboneError, OnnxTower
+from ...runtime.errors import reading
 from .builder import OPSET, Graph
 
 PREFIX = "tower/"
-TOWER_INPUT = PREFIX + "pixel_values"
-TOWER_OUTPUT = PREFIX + "last_hidden_state"
+_INPUT, _OUTPUT = f"{PREFIX}pixel_values", f"{PREFIX}last_hidden_state"
 
 
 def append_onnx(graph: Graph, pixels: str, tower: OnnxTower) -> str:
-    """Append the tower; returns its embeddings [images, N, d_v] of pixels uint8 [images, H, W, 3].
+    """Append the tower; returns its embeddings [images, N, d_v] for pixels uint8 [images, H, W, 3].
 
-    All its names get the prefix `tower/`, by which a restore finds them again.
+    All its names get the prefix `tower/`, by which a restore finds them.
 
     Raises:
-        BackboneError: the tower's operators have no opset-20 form, or it takes one image at a time.
+        BackboneError: the tower's operators cannot be converted to opset 20, or it takes one image at a time.
     """
     with graph.scope("normalize"):
         x = graph.op("Transpose", pixels, perm=[0, 3, 1, 2])
         x = graph.op("Cast", x, to=onnx.TensorProto.FLOAT)
-        # Folded into the first convolution this would be wrong at its padded borders.
+        # Folded into the first convolution, this would be wrong at padded borders.
         mean, std = np.array(tower.image.mean), np.array(tower.image.std)
         scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
         x = graph.op("Mul", x, graph.initializer("normalize.scale", scale[:, None, None]))
-        graph.op("Add", x, graph.initializer("normalize.shift", shift[:, None, None]), name=TOWER_INPUT)
+        graph.op("Add", x, graph.initializer("normalize.shift", shift[:, None, None]), name=_INPUT)
     spliced = Graph.from_model(_prefixed(_load(tower)), tower.folder)
     graph.nodes += spliced.nodes
     graph.weights |= spliced.weights
     graph.opsets = spliced.opsets | graph.opsets
-    return TOWER_OUTPUT
+    return _OUTPUT
 
 
 def _load(tower: OnnxTower) -> onnx.ModelProto:
     """The tower's graph in opset 20, for any number of images."""
-    model = onnx.load(tower.file)
-    model = inliner.inline_local_functions(model)
+    model = inliner.inline_local_functions(onnx.load(tower.file))
     version = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     if version != OPSET:
-        try:
+        mend = f"export the tower with opset {OPSET} instead of {version}"
+        with reading(tower.file, BackboneError, mend=mend):
             model = version_converter.convert_version(model, OPSET)
-        except Exception as error:  # the converter raises RuntimeError and its own kinds
-            raise BackboneError(
-                f"{tower.file}: its operators are of opset {version} and cannot be converted to opset {OPSET} "
-                f"({str(error).strip().splitlines()[0][:200]}): export the tower with opset {OPSET}"
-            ) from None
     batch = _source(model).type.tensor_type.shape.dim[0]
     if batch.HasField("dim_value"):
         batch.dim_param = "images"
         del model.graph.value_info[:]
         for output in model.graph.output:
             output.type.tensor_type.ClearField("shape")
-        _check_batch(model, tower)
+        # Only a run shows whether a graph that was declared for one image works for two.
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        images = np.zeros((2, 3, *tower.image.output_size), np.float32)
+        with reading(tower.file, BackboneError, mend="export the tower with a dynamic batch axis"):
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session.run(None, {_source(model).name: images})
     return model
-
-
-def _check_batch(model: onnx.ModelProto, tower: OnnxTower) -> None:
-    """Only a run tells whether the batch of a graph that was declared for one image is written into it."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    images = np.zeros((2, 3, *tower.image.output_size), np.float32)
-    try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        session.run(None, {_source(model).name: images})
-    except Exception:  # ONNX Runtime's errors share no base class
-        raise BackboneError(
-            f"{tower.file}: takes one image at a time: export the tower with a dynamic batch axis"
-        ) from None
 
 
 def _source(model: onnx.ModelProto) -> onnx.ValueInfoProto:
@@ -83,23 +70,22 @@ def _source(model: onnx.ModelProto) -> onnx.ValueInfoProto:
 
 def _prefixed(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with every name prefixed, its input and output under canonical names."""
-    source = _source(model).name
-    outputs = [o.name for o in model.graph.output]
+    source, outputs = _source(model).name, [output.name for output in model.graph.output]
     output = "last_hidden_state" if "last_hidden_state" in outputs else outputs[0]
     model = compose.add_prefix(model, PREFIX)
     nodes = model.graph.node
     for i, node in enumerate(nodes):
-        if node.name == PREFIX:  # had no name of its own
+        if node.name == PREFIX:  # it had no name
             node.name = f"{PREFIX}{node.op_type}_{i}"
-    if PREFIX + source != TOWER_INPUT:
-        nodes.insert(0, helper.make_node("Identity", [TOWER_INPUT], [PREFIX + source], PREFIX + "input"))
-    if PREFIX + output != TOWER_OUTPUT:
-        nodes.append(helper.make_node("Identity", [PREFIX + output], [TOWER_OUTPUT], PREFIX + "output"))
+    if PREFIX + source != _INPUT:
+        nodes.insert(0, helper.make_node("Identity", [_INPUT], [PREFIX + source], f"{PREFIX}input"))
+    if PREFIX + output != _OUTPUT:
+        nodes.append(helper.make_node("Identity", [PREFIX + output], [_OUTPUT], f"{PREFIX}output"))
     return model
 
 
 def extract_tower(vision: Graph) -> Graph:
-    """The inverse of `append_onnx`: the tower inside a vision graph, float32 [images, 3, H, W] to embeddings."""
+    """The inverse of `append_onnx`: the tower in a vision graph, from float32 [images, 3, H, W] to embeddings."""
     tower = Graph("tower")
     tower.opsets = vision.opsets
     tower.nodes = [node for node in vision.nodes if node.name.startswith(PREFIX)]
@@ -107,8 +93,8 @@ def extract_tower(vision: Graph) -> Graph:
     for node in tower.nodes:
         _strip_prefix(node)
     height, width = (dim.dim_value for dim in vision.inputs[0].type.tensor_type.shape.dim[1:3])
-    tower.input(_bare(TOWER_INPUT), np.float32, ("images", 3, height, width))
-    tower.output(_bare(TOWER_OUTPUT), np.float32, ("images", "tokens", "width"))
+    tower.input(_bare(_INPUT), np.float32, ("images", 3, height, width))
+    tower.output(_bare(_OUTPUT), np.float32, ("images", "tokens", "width"))
     return tower
 
 

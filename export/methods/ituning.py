@@ -1,136 +1,135 @@
-"""I-Tuning's share of the graphs: keys and values in the vision graph, merged adapters in the decoder.
+"""I-Tuning's graphs: adapters merged into the feed-forward matrices beside them, and taken out again.
 
-visual.{i}.keys     float32 [images, heads, r / heads, N]    of every adapted layer i, as Q K^T takes them
-visual.{i}.values   float32 [images, heads, N, r / heads]
+The adapter reads the feed-forward block's input X and adds to its output, so both of its products join the block's
+own, and an adapted layer has exactly the matrix products of a plain GPT-2 layer:
+
+    X [W_fc | s W_q] + [b_fc | s b_q]                       s = the scale on Q K^T
+    [GELU(...) | S U] [W_proj ; lambda W_o] + b_proj + b_o
+
+W_k and W_v see only the image: they belong to the vision graph. The language model's weights keep their own layout
+(Hugging Face's Conv1D, [in, out]) and names; the adapters' are as in the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ...methods.ituning.model import ITuningModel
+from ...runtime.bundle import MANIFEST, DecoderSettings
+from ...runtime.errors import BundleError
 from ..graph.builder import Array, Graph
-from ..graph.decoder import Decoder, arrays, language_model_weights
-from ..graph.ops import append_activation
-from .merge import merge
+from ..graph.ops import activation, add_residual, arrays, layer_norm, linear
+from .base import ExportMethod, Weights
+from .visual_attention import Projections, VisualDecoder, append_projections, split_projections
 
 
-def projection_weights(model: ITuningModel) -> tuple[Array, Array]:
-    """Equation 2 of all layers as one product: weight [d_v, layers * 2 r] and bias [layers * 2 r].
+def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lambda_: float) -> dict[str, Array]:
+    """The decoder's weights: the language model's, those of adapted layers merged, and `layers.{i}.output.bias`.
 
-    The columns are layer after layer, the keys' before the values'.
+    b_o stays a tensor of its own: b_proj + b_o could not be separated again. `language_model` has the names of a
+    GPT2LMHeadModel's state dict, `adapters` those of a checkpoint; neither is changed.
     """
-    return _join(_linears(model))
+    merged = dict(language_model)
+    for i in adapter_layers(adapters):
+        mlp, layer = f"transformer.h.{i}.mlp", f"layers.{i}"
+        for name, weight, axis in (
+            (f"{mlp}.c_fc.weight", adapters[f"{layer}.query.weight"].T * score_scale, 1),
+            (f"{mlp}.c_fc.bias", adapters[f"{layer}.query.bias"] * score_scale, 0),
+            (f"{mlp}.c_proj.weight", adapters[f"{layer}.output.weight"].T * lambda_, 0),
+        ):
+            merged[name] = np.concatenate([merged[name], weight.astype(np.float32)], axis)
+        merged[f"{layer}.output.bias"] = adapters[f"{layer}.output.bias"]
+    return merged
 
 
-def split_projections(weight: Array, bias: Array, layers: list[int]) -> dict[str, Array]:
-    """The inverse of `projection_weights`: tensors under their checkpoint names, in Linear layout."""
-    names = [f"layers.{i}.{part}" for i in layers for part in ("key", "value")]
-    weights = np.split(weight, len(names), axis=1)
-    biases = np.split(bias, len(names))
-    tensors = {f"{name}.weight": np.ascontiguousarray(w.T) for name, w in zip(names, weights, strict=True)}
-    return tensors | {f"{name}.bias": b for name, b in zip(names, biases, strict=True)}
+def unmerge(
+    merged: Weights, *, bottleneck: int, score_scale: float, lambda_: float
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The inverse of `merge`: the language model's weights, and the adapters' without keys and values."""
+    language_model, adapters = dict(merged), {}
+    for i in adapter_layers(merged):
+        mlp, layer = f"transformer.h.{i}.mlp", f"layers.{i}"
+        weight, bias, proj = (merged[f"{mlp}.{name}"] for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight"))
+        inner = len(bias) - bottleneck
+        language_model[f"{mlp}.c_fc.weight"] = weight[:, :inner]
+        language_model[f"{mlp}.c_fc.bias"] = bias[:inner]
+        language_model[f"{mlp}.c_proj.weight"] = proj[:inner]
+        adapters[f"{layer}.query.weight"] = weight[:, inner:].T / np.float32(score_scale)
+        adapters[f"{layer}.query.bias"] = bias[inner:] / np.float32(score_scale)
+        adapters[f"{layer}.output.weight"] = proj[inner:].T / np.float32(lambda_)
+        adapters[f"{layer}.output.bias"] = language_model.pop(f"{layer}.output.bias")
+    return language_model, adapters
 
 
-def append_keys_values(graph: Graph, embeddings: str, model: ITuningModel, tokens: int) -> None:
-    """Append equation 2 of all layers to a vision graph with `embeddings` [images, tokens, d_v]."""
-    append_projections(graph, embeddings, _linears(model), model.config.heads, tokens)
+def adapter_layers(weights: Weights) -> list[int]:
+    """The decoder layers that have an adapter, ascending."""
+    names = (name.split(".") for name in weights if name.startswith("layers.") and name.endswith(".output.bias"))
+    return sorted(int(parts[1]) for parts in names)
 
 
-def append_projections(
-    graph: Graph, embeddings: str, linears: Mapping[int, tuple[nn.Linear, nn.Linear]], heads: int, tokens: int
-) -> None:
-    """Append `visual.{i}.keys` and `.values` for each layer's two projections, all in one product."""
-    weight, bias = _join(linears)
-    width = len(bias) // (2 * len(linears) * heads)
-    with graph.scope("visual"):
-        product = graph.op("MatMul", embeddings, graph.initializer("visual.weight", weight))
-        product = graph.op("Add", product, graph.initializer("visual.bias", bias))
-        count = 2 * len(linears)
-        parts = graph.ops("Split", product, names=[None] * count, axis=-1, num_outputs=count)
-        split = graph.constant([0, 0, heads, width])
-        for layer, keys, values in zip(linears, parts[::2], parts[1::2], strict=True):
-            for part, value, perm, last in (
-                ("keys", keys, (0, 2, 3, 1), (width, tokens)),
-                ("values", values, (0, 2, 1, 3), (tokens, width)),
-            ):
-                value = graph.op("Reshape", value, split)
-                name = graph.op("Transpose", value, perm=perm, name=f"visual.{layer}.{part}")
-                graph.output(name, np.float32, ("images", heads, *last))
+def merged_input(layer: int) -> str:
+    """The node of an adapted layer that joins GELU(...) and S U."""
+    return f"h.{layer}/mlp/Concat"
 
 
-def _linears(model: ITuningModel) -> dict[int, tuple[nn.Linear, nn.Linear]]:
-    return {i: (model.adapter(i).key, model.adapter(i).value) for i in model.adapter_layers}
-
-
-def _join(linears: Mapping[int, tuple[nn.Linear, nn.Linear]]) -> tuple[Array, Array]:
-    flat = [linear for pair in linears.values() for linear in pair]
-    weight = np.concatenate([linear.weight.detach().numpy() for linear in flat]).T
-    return weight, np.concatenate([linear.bias.detach().numpy() for linear in flat])
-
-
-class ITuningDecoder(Decoder):
-    """A GPT-2 whose feed-forward products are joined by the adapters' (see `merge`)."""
+class ITuningDecoder(VisualDecoder):
+    """A GPT-2 with merged adapters."""
 
     def __init__(self, model: ITuningModel, vocabulary: Array | None, fused: bool) -> None:
-        adapter = model.config
-        assert adapter.score_scale is not None
+        config = model.config
+        assert config.score_scale is not None
         weights = merge(
-            language_model_weights(model),
+            arrays(model.language_model_state()),
             arrays(model.adapter_state()),
-            score_scale=adapter.score_scale,
-            lambda_=adapter.lambda_,
+            score_scale=config.score_scale,
+            lambda_=config.lambda_,
         )
         super().__init__(model, weights, vocabulary, fused)
-        self.adapter_layers = model.adapter_layers
-        self.adapter_heads, self.bottleneck = adapter.heads, adapter.bottleneck
-
-    def declare_visual(self) -> None:
-        """See `Decoder.declare_visual`."""
-        width = self.bottleneck // self.adapter_heads
-        for i in self.adapter_layers:
-            self.graph.input(f"visual.{i}.keys", np.float32, ["images", self.adapter_heads, width, "N"])
-            self.graph.input(f"visual.{i}.values", np.float32, ["images", self.adapter_heads, "N", width])
-
-    def declare_shapes(self, tokens: str) -> None:
-        """Q grouped by image, and what was retrieved, grouped by row again."""
-        g = self.graph
-        images = g.op("Shape", f"visual.{self.adapter_layers[0]}.keys", start=0, end=1)
-        heads, width = self.adapter_heads, self.bottleneck // self.adapter_heads
-        grouped = [1, -1, width] if heads == 1 else [-1, heads, width]
-        self.by_image = g.op("Concat", images, g.constant(grouped), axis=0)
-        self.by_row = g.op("Concat", g.op("Shape", tokens), g.constant([self.bottleneck]), axis=0)
+        self.attend_in(model.adapter_layers, config.heads, config.bottleneck)
 
     def feed_forward(self, i: int, hidden: str) -> str:
         """The feed-forward block, and the adapter inside it where the layer has one."""
-        if i not in self.adapter_layers:
+        if i not in self.visual_layers:
             return super().feed_forward(i, hidden)
-        g, name = self.graph, f"transformer.h.{i}.mlp"
+        g, name = self.graph, f"transformer.h.{i}"
         with g.scope("mlp"):
-            normed = self.layer_norm(f"transformer.h.{i}.ln_2", hidden)
-            inner = self.linear(f"{name}.c_fc", normed)
-            sizes = g.constant([self.inner, self.bottleneck])
+            inner = linear(g, layer_norm(g, hidden, f"{name}.ln_2", self.epsilon), f"{name}.mlp.c_fc")
+            sizes = g.constant([self.inner, self.visual_width])
             inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
-            joined = g.op("Concat", append_activation(g, inner, self.activation), self.retrieve(i, query), axis=-1)
-            bias = g.op(
-                "Add",
-                self.weight(f"{name}.c_proj.bias"),
-                self.weight(f"layers.{i}.output.bias"),
-            )
-            return g.op("Add", g.op("MatMul", joined, self.weight(f"{name}.c_proj.weight")), bias)
+            inner = activation(g, inner, self.activation)
+            with g.scope("adapter"):
+                found = self.attend_image(i, query)
+            joined = g.op("Concat", inner, found, axis=-1)
+            bias = g.op("Add", f"{name}.mlp.c_proj.bias", f"layers.{i}.output.bias")
+            return add_residual(g, g.op("MatMul", joined, f"{name}.mlp.c_proj.weight"), bias)
 
-    def retrieve(self, i: int, query: str) -> str:
-        """S U [rows, T, r]: an image's rows are its queries side by side, so K and U are never repeated."""
-        g, several = self.graph, self.adapter_heads > 1
-        with g.scope("adapter"):
-            query = g.op("Reshape", query, self.by_image)
-            if several:
-                query = g.op("Transpose", query, perm=[0, 2, 1, 3])
-            weights = g.op("Softmax", g.op("MatMul", query, f"visual.{i}.keys"), axis=-1)
-            retrieved = g.op("MatMul", weights, f"visual.{i}.values")
-            if several:
-                retrieved = g.op("Transpose", retrieved, perm=[0, 2, 1, 3])
-            return g.op("Reshape", retrieved, self.by_row)
+
+def _projections(model: ITuningModel) -> Projections:
+    return {i: (model.adapter(i).key, model.adapter(i).value) for i in model.adapter_layers}
+
+
+def _append_visual(graph: Graph, embeddings: str, model: ITuningModel, tokens: int) -> None:
+    append_projections(graph, embeddings, _projections(model), model.config.heads, tokens)
+
+
+def _settings(model: ITuningModel) -> dict[str, Any]:
+    config = model.config
+    return {
+        "adapter_layers": model.adapter_layers,
+        "bottleneck": config.bottleneck,
+        "adapter_heads": config.heads,
+        "lambda_": config.lambda_,
+        "score_scale": config.score_scale,
+    }
+
+
+def _split_decoder(settings: DecoderSettings, weights: Weights) -> tuple[dict[str, Array], dict[str, Array]]:
+    if settings.bottleneck is None or settings.score_scale is None or settings.lambda_ is None:
+        raise BundleError(f"{MANIFEST}: decoder: bottleneck, score_scale or lambda is null; export the bundle again")
+    scales = {"score_scale": settings.score_scale, "lambda_": settings.lambda_}
+    return unmerge(weights, bottleneck=settings.bottleneck, **scales)
+
+
+ITUNING = ExportMethod(_append_visual, ITuningDecoder, _settings, _split_decoder, split_projections)

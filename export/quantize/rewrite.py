@@ -1,46 +1,39 @@
 """Rewrite an fp32 graph to a smaller precision, and read the weights of any precision back.
 
-- int8: products with a constant matrix run in integers (`export.products`); a Gather from such a matrix (the token
+- int8: products with a constant matrix run in integers (`integer_matmul`); a Gather from such a matrix (the token
   embedding, tied to the language-model head) reads the same int8 tensor. Convolutions keep their fp32 arithmetic and
-  store int8 weights by output channel, dequantised at load.
-- int4: the same with 4-bit products, but for the language-model head: it decides between 50,257 tokens, and the
-  embedding shares it.
+  store int8 weights per output channel, dequantised at load.
+- int4: the same with 4-bit products, except for the language-model head: it chooses between 50,257 tokens, and the
+  embedding shares its weights.
 - fp16: all matrices are stored in half precision and cast to fp32 when the session loads: half the file, the speed of
-  fp32. x86 CPUs have no half-precision products in ONNX Runtime.
+  fp32. ONNX Runtime has no half-precision products on x86 CPUs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from ...runtime.errors import ItuneError
+from ...runtime.graph_names import HEAD
 from ..graph.builder import CONSTANT, Array, Graph
-from .products import SCALES, Blocks, Form, Product, in_floats, take_weight
-from .weights import BLOCK_SIZES, dequantize_per_channel, quantize_per_channel
+from .integer_matmul import SCALES, Blocks, MatMul, Scheme, restore_products
+from .weights import BLOCK_SIZES, dequantize_per_channel, quantize_per_channel, to_half
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
-
-HEAD = "head/"
-"""Begins the names of the language-model head's nodes."""
-INT8, DEQUANTIZED = ".int8", ".dequantized"
-_HALF = ".fp16"
-_TYPING = {"Cast": (_HALF, ".fp32"), "QuantizeLinear": (INT8,), "DequantizeLinear": (DEQUANTIZED,)}
-"""Operators that stand between the types of a typed graph, and what their outputs' names end with."""
+INT8, DEQUANTIZED, HALF = ".int8", ".dequantized", ".fp16"
+"""Suffixes of quantised weights, of dequantised values, and of weights and values in half precision."""
+_TYPE_CHANGES = {"Cast": (HALF, ".fp32"), "QuantizeLinear": (INT8,), "DequantizeLinear": (DEQUANTIZED,)}
+"""Operators that change a value's type in a typed graph, and the suffixes of their outputs."""
+_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
-def quantize_graph(source: Path, target: Path, form: Form) -> list[Path]:
-    """Write the int8 (or, for `Blocks(4)`, int4) variant of the fp32 graph `source` to `target`.
-
-    Returns its files, the graph first.
-    """
+def quantize_graph(source: Path, target: Path, scheme: Scheme) -> list[Path]:
+    """Write the int8 variant (int4 for `Blocks(4)`) of the fp32 graph `source`; returns its files, the graph first."""
     graph = Graph.load(source)
-    rewriter = _Rewriter(graph, form)
+    rewriter = _Rewriter(graph, scheme)
     nodes, graph.nodes = graph.nodes, []
     uses = Counter(name for node in nodes for name in node.input)
     for node in nodes:
@@ -50,12 +43,12 @@ def quantize_graph(source: Path, target: Path, form: Form) -> list[Path]:
         uses.subtract(inputs)
         for name in inputs:
             if not uses[name]:
-                graph.weights.pop(name, None)  # mapped from disk: what was read of it leaves memory
+                graph.weights.pop(name, None)  # unmapped, so that it leaves memory
     return graph.save(target)
 
 
 def halve_graph(source: Path, target: Path) -> list[Path]:
-    """Write the fp16 variant of the fp32 graph `source` to `target`; returns its files, the graph first.
+    """Write the fp16 variant of the fp32 graph `source`; returns its files, the graph first.
 
     Raises:
         ItuneError: a weight is too large for half precision.
@@ -63,78 +56,68 @@ def halve_graph(source: Path, target: Path) -> list[Path]:
     graph = Graph.load(source)
     casts = []
     for name, array in list(graph.weights.items()):
-        if array.ndim < 2 or array.dtype != np.float32:
-            continue
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ItuneError(f"weight {name} has values beyond 65504, too large for fp16: export it in int8 or fp32")
-        del graph.weights[name]
-        graph.weights[name + _HALF] = half
-        casts.append(helper.make_node("Cast", [name + _HALF], [name], name=name + _HALF, to=onnx.TensorProto.FLOAT))
+        if array.ndim >= 2 and array.dtype == np.float32:
+            stored = name + HALF
+            graph.weights[stored] = to_half(name, graph.weights.pop(name))
+            casts.append(helper.make_node("Cast", [stored], [name], name=stored, to=onnx.TensorProto.FLOAT))
     graph.nodes = casts + graph.nodes
     return graph.save(target)
 
 
-def read_weights(path: Path) -> dict[str, Array]:
-    """The weights of an exported graph in float32, under the names that they had there."""
-    graph = Graph.load(path)
-    weights = {name: array for name, array in graph.weights.items() if not name.startswith(CONSTANT)}
-    for node in graph.nodes:
-        take_weight(node, weights)
-        if node.op_type == "DequantizeLinear" and _is_ours(node, INT8, weights):
-            codes, scales = node.input[:2]
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-            channels_first = np.moveaxis(weights.pop(codes), axis, 0)
-            weight = np.moveaxis(
-                dequantize_per_channel(channels_first, weights.pop(scales).astype(np.float32)), 0, axis
-            )
-            weights.setdefault(codes.removesuffix(INT8), weight)  # an embedding may be there in fp16, too
-        elif node.op_type == "Cast" and _is_ours(node, _HALF, weights):
-            weights[node.output[0]] = weights.pop(node.input[0]).astype(np.float32)
-    for name in [name for name in weights if name.endswith(_HALF)]:  # small ones of a typed graph, which need no cast
-        weights.setdefault(name.removesuffix(_HALF), weights.pop(name))
-    return {name: a.astype(np.float32) if a.dtype == np.float16 else a for name, a in weights.items()}
-
-
 def float_graph(path: Path) -> Graph:
-    """The fp32 graph that an exported one was made from, its weights as they were rounded."""
-    graph, floats = Graph.load(path), read_weights(path)
-    nodes: list[onnx.NodeProto] = []
-    sources = {f"{name}{_HALF}": name for name in floats} | {f"{name}{DEQUANTIZED}": name for name in floats}
-    given = {value.name for value in graph.inputs}
-    for node in in_floats(graph.nodes):
-        is_storage = (node.op_type == "DequantizeLinear" and _is_ours(node, INT8, graph.weights)) or (
-            node.op_type == "Cast" and _is_ours(node, _HALF, graph.weights)
-        )
-        if is_storage:
-            continue
-        typing = node.name == node.output[0] and node.name.endswith(_TYPING.get(node.op_type, ()))
-        if typing and node.input[0] not in given:
-            sources[node.output[0]] = sources.get(node.input[0], node.input[0])
-            continue
-        node.input[:] = [sources.get(name, name) for name in node.input]
-        nodes.append(node)
-    used = {name for node in nodes for name in node.input}
-    weights = graph.weights | floats
-    graph.nodes, graph.weights = nodes, {name: array for name, array in weights.items() if name in used}
-    domains = {node.domain for node in nodes} | {""}
+    """The fp32 graph from which an exported one was made, with the weights as they were rounded."""
+    graph = Graph.load(path)
+    restore_products(graph)
+    weights, inputs = graph.weights, {value.name for value in graph.inputs}
+    halves = {name: name.removesuffix(HALF) for name in weights if name.endswith(HALF)}
+    for name, own in halves.items():
+        weights.setdefault(own, weights.pop(name))
+    sources = dict(halves)  # by a value of another type: its name in the fp32 graph
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        stored, *others = node.input or [""]
+        changes_type = node.name == node.output[0] and node.name.endswith(_TYPE_CHANGES.get(node.op_type, ()))
+        if node.op_type == "DequantizeLinear" and stored.endswith(INT8) and stored in weights:
+            own = sources[node.output[0]] = stored.removesuffix(INT8)
+            if own not in weights:  # an embedding may be there in fp16 as well, which is more precise
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+                scales = weights[others[0]].astype(np.float32)
+                weight = dequantize_per_channel(np.moveaxis(weights[stored], axis, 0), scales)
+                weights[own] = np.moveaxis(weight, 0, axis)
+        elif node.op_type == "Cast" and stored in halves:
+            sources[node.output[0]] = halves[stored]
+        elif changes_type and stored not in inputs:
+            sources[node.output[0]] = sources.get(stored, stored)
+        else:
+            node.input[:] = [sources.get(name, name) for name in node.input]
+            graph.nodes.append(node)
+    used = {name: weights[name] for node in graph.nodes for name in node.input if name in weights}
+    graph.weights = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in used.items()}
+    domains = {node.domain for node in graph.nodes} | {""}
     graph.opsets = {domain: version for domain, version in graph.opsets.items() if domain in domains}
     return graph
 
 
-class _Rewriter:
-    """Appends what takes the place of one node after the other to a graph; the weights follow."""
+def read_weights(path: Path) -> dict[str, Array]:
+    """The weights of an exported graph in float32, under their names in the fp32 graph."""
+    weights = {name: array for name, array in float_graph(path).weights.items() if not name.startswith(CONSTANT)}
+    # The lookup in an int8 embedding reads codes and scales of a weight that is there already.
+    stored = {f"{name}{suffix}" for name in weights for suffix in (INT8, SCALES)}
+    return {name: array for name, array in weights.items() if name not in stored}
 
-    def __init__(self, graph: Graph, form: Form) -> None:
-        self.graph, self.form = graph, form
-        products = (product for node in graph.nodes if (product := self.product(node)))
-        self.embeddings = {p.weight for p in products if p.transposed and self.form_of(p) == Blocks()}
+
+class _Rewriter:
+    """Appends the replacement of one node after the other to a graph, with its weights."""
+
+    def __init__(self, graph: Graph, scheme: Scheme) -> None:
+        self.graph, self.scheme = graph, scheme
+        found = (matmul for node in graph.nodes if (matmul := self.matmul(node)))
+        self.embeddings = {m.weight for m in found if m.transposed and self.scheme_of(m) == Blocks()}
 
     def rewrite(self, node: onnx.NodeProto) -> None:
-        product = self.product(node)
-        if product:
-            self.rewrite_product(node, product)
+        matmul = self.matmul(node)
+        if matmul:
+            self.rewrite_matmul(node, matmul)
         elif node.op_type == "Gather" and node.input[0] in self.embeddings:
             self.rewrite_embedding(node)
         else:
@@ -142,8 +125,8 @@ class _Rewriter:
                 self.store_convolution(node)
             self.graph.nodes.append(node)
 
-    def product(self, node: onnx.NodeProto) -> Product | None:
-        """The node as x W or x W^T, perhaps with a bias, for a constant float32 W; None if it is not one."""
+    def matmul(self, node: onnx.NodeProto) -> MatMul | None:
+        """The node as x W or x W^T, perhaps with a bias, for a constant float32 W; None for other nodes."""
         weight = self.graph.weights.get(node.input[1]) if len(node.input) > 1 else None
         if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
             return None
@@ -151,19 +134,18 @@ class _Rewriter:
         plain = all(attributes.get(name, value) == value for name, value in _PLAIN_GEMM.items())
         if node.op_type != "MatMul" and not (node.op_type == "Gemm" and plain):
             return None
-        return Product(node.name, node.input[0], node.input[1], node.output[0], attributes.get("transB") == 1)
+        return MatMul(node.name, node.input[0], node.input[1], node.output[0], attributes.get("transB") == 1)
 
-    def form_of(self, product: Product) -> Form:
-        return Blocks() if product.name.startswith(HEAD) else self.form
+    def scheme_of(self, matmul: MatMul) -> Scheme:
+        return Blocks() if matmul.name.startswith(HEAD) else self.scheme
 
-    def rewrite_product(self, node: onnx.NodeProto, product: Product) -> None:
-        bias = node.input[2] if len(node.input) > 2 else ""
-        if not bias:
-            self.form_of(product).append(self.graph, product)
+    def rewrite_matmul(self, node: onnx.NodeProto, matmul: MatMul) -> None:
+        if len(node.input) < 3 or not node.input[2]:
+            self.scheme_of(matmul).append(self.graph, matmul)
             return
-        without = product._replace(output=f"{product.output}.product")
-        self.form_of(product).append(self.graph, without)
-        add = helper.make_node("Add", [without.output, bias], [product.output], name=f"{product.name}.bias")
+        product = f"{matmul.output}.product"
+        self.scheme_of(matmul).append(self.graph, matmul._replace(output=product))
+        add = helper.make_node("Add", [product, node.input[2]], [matmul.output], name=f"{matmul.name}.bias")
         self.graph.nodes.append(add)
 
     def rewrite_embedding(self, node: onnx.NodeProto) -> None:
@@ -186,11 +168,3 @@ class _Rewriter:
             inputs = [g.initializer(f"{name}{INT8}", codes), g.initializer(f"{name}{SCALES}", scales)]
             g.nodes.append(helper.make_node("DequantizeLinear", inputs, [dequantized], name=dequantized, axis=0))
         node.input[1] = dequantized
-
-
-_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
-
-
-def _is_ours(node: onnx.NodeProto, suffix: str, weights: dict[str, Array]) -> bool:
-    """Whether a node reads a weight that this file stored, which no other node has taken yet."""
-    return node.input[0].endswith(suffix) and node.input[0] in weights

@@ -1,11 +1,11 @@
-"""Rewrite an fp32 graph so that its precision stands in the graph itself, as strongly typed TensorRT networks want it.
+"""Rewrite an fp32 graph so that it states its own types, as TensorRT's strongly typed networks require.
 
-- fp16: products, caches, visual keys and values in half precision. In fp32 stay the sums that add up over the layers
-  (the residual stream), LayerNorm, every softmax, the adapters' Q K^T (a sum over up to 640 products that nothing
-  bounds), and the head: its logits and their log-sum-exp.
-- int8: the same, and products with a constant matrix between QuantizeLinear and DequantizeLinear: symmetric, zero
-  point 0, weights by output channel, activations by a scale for each tensor that was calibrated beforehand.
-  Attention, caches and depthwise convolutions stay in fp16.
+- fp16: matrix products, caches, visual keys and values in half precision. In fp32 stay the sums that grow over the
+  layers (the residual stream), LayerNorm, every softmax, the adapters' Q K^T (an unbounded sum over up to 640
+  products), and the head: its logits and their log-sum-exp.
+- int8: the same, with products with a constant matrix between QuantizeLinear and DequantizeLinear: symmetric, zero
+  point 0, weights per output channel, activations per tensor with a scale from calibration. Attention, caches and
+  depthwise convolutions stay in fp16.
 
 All operators are standard ones, so the same graph runs on ONNX Runtime. Weights keep their names; a quantised one is
 `NAME.int8` and `NAME.scales`.
@@ -19,17 +19,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from ...runtime import graph_names
 from ...runtime.errors import ItuneError
 from ..graph.builder import Array, Graph
 from ..graph.onnx_tower import PREFIX as TOWER
-from ..quantize.products import SCALES
-from ..quantize.rewrite import DEQUANTIZED, HEAD, INT8, Precision
-from ..quantize.weights import QMAX
+from ..options import Precision
+from ..quantize.integer_matmul import SCALES
+from ..quantize.rewrite import DEQUANTIZED, INT8
+from ..quantize.weights import QMAX, to_half
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 Kind = int
 """FLOAT or HALF."""
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+_MATMULS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _FLOAT_OPS = (
     "LayerNormalization", "InstanceNormalization", "GroupNormalization", "BatchNormalization", "LpNormalization",
     "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceSum", "ReduceMean", "ReduceL2",
@@ -37,17 +39,17 @@ _FLOAT_OPS = (
 )  # fmt: skip
 _ONE_FLOAT_INPUT = ("Resize",)  # its other inputs are float32 in any precision
 _LARGE = 1024
-"""Weights of so many values are stored in half precision, whatever they are computed in."""
+"""From this many values on, weights are stored in half precision, whatever they are computed in."""
 _TINY = np.float16(2**-24)
 
 
 def type_graph(graph: Graph, precision: Precision, ranges: Mapping[str, float] | None = None) -> None:
-    """Turn an fp32 graph into fp32, fp16 or int8 that TensorRT takes as it is.
+    """Turn an fp32 graph into one in fp32, fp16 or int8 that TensorRT accepts.
 
-    `ranges`: for int8, the largest size of each value that `quantized_inputs` names.
+    `ranges`, for int8: the largest magnitude of each value that `quantized_inputs` names.
 
     Raises:
-        ItuneError: a weight is too large for half precision, or an operator with a graph inside cannot be typed.
+        ItuneError: a weight is too large for half precision, or an operator contains a subgraph.
     """
     cast_pixels_first(graph)
     if precision != "fp32":
@@ -55,7 +57,7 @@ def type_graph(graph: Graph, precision: Precision, ranges: Mapping[str, float] |
 
 
 def cast_outputs(graph: Graph, kind: Kind) -> None:
-    """Give the float outputs of a typed graph another type: the vision graph's are what the decoder reads."""
+    """Cast the float outputs of a typed graph to `kind`: the decoder's inputs and the vision graph's outputs agree."""
     other = {v.name: v for v in graph.outputs if v.type.tensor_type.elem_type in {FLOAT, HALF} - {kind}}
     before = {name: f"{name}.{'fp32' if kind == HALF else 'fp16'}" for name in other}
     for node in graph.nodes:
@@ -67,7 +69,7 @@ def cast_outputs(graph: Graph, kind: Kind) -> None:
 
 
 def cast_pixels_first(graph: Graph) -> None:
-    """Move the cast of a vision graph's bytes to its beginning: TensorRT does nothing else with uint8."""
+    """Move a vision graph's cast of bytes to its beginning: TensorRT can only cast uint8."""
     pixels = [v.name for v in graph.inputs if v.type.tensor_type.elem_type == TensorProto.UINT8]
     floats = {name: f"{name}.fp32" for name in pixels}
     nodes = [helper.make_node("Cast", [old], [new], name=new, to=FLOAT) for old, new in floats.items()]
@@ -84,12 +86,12 @@ def cast_pixels_first(graph: Graph) -> None:
 
 
 def quantized_inputs(graph: Graph) -> list[str]:
-    """The activations of an fp32 graph that int8 rounds: one input of every product with a constant matrix."""
+    """The activations of an fp32 graph that int8 quantises: the input of every product with a constant matrix."""
     return list(dict.fromkeys(node.input[0] for node in graph.nodes if _weight_axis(node, graph.weights) is not None))
 
 
 def _weight_axis(node: onnx.NodeProto, weights: Mapping[str, Array]) -> int | None:
-    """The axis of the output channels of a product's constant weight; None if it is not to be quantised."""
+    """The axis of the output channels in a product's constant weight; None if it is not quantised."""
     weight = weights.get(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.dtype != np.float32 or node.input[0] in weights:
         return None
@@ -121,8 +123,8 @@ class _Typer:
         self.graph, self.ranges = graph, ranges
         self.floats = float_values(graph)
         self.source = dict(graph.weights)
-        self.kinds: dict[str, Kind] = {}
-        """Of every float activation so far."""
+        self.keys = {graph_names.keys(layer) for layer in range(len(graph.inputs))}
+        self.kinds: dict[str, Kind] = {}  # of every float activation so far
         self.casts: dict[tuple[str, Kind], str] = {}
 
     def run(self) -> None:
@@ -141,10 +143,7 @@ class _Typer:
 
     def rewrite(self, node: onnx.NodeProto) -> None:
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
-            raise ItuneError(
-                f"node {node.name}: {node.op_type} holds a graph, which TensorRT plans here cannot; export the tower "
-                "without it"
-            )
+            raise ItuneError(f"node {node.name}: TensorRT plans support no {node.op_type}; export the tower without it")
         if not self.floats.intersection((*node.input, *node.output)):
             self.graph.nodes.append(node)
             return
@@ -162,23 +161,23 @@ class _Typer:
         self.kinds |= dict.fromkeys(self.floats.intersection(node.output), kind)
 
     def kind(self, node: onnx.NodeProto) -> Kind:
-        """What a node computes in."""
-        if node.op_type in _FLOAT_OPS or node.op_type == "Cast" or node.name.startswith(HEAD):
+        """The type that a node computes in."""
+        if node.op_type in (*_FLOAT_OPS, "Cast") or node.name.startswith(graph_names.HEAD):
             return FLOAT
-        if node.op_type in _PRODUCTS:
-            return FLOAT if node.input[1].startswith("visual.") and node.input[1].endswith(".keys") else HALF
+        if node.op_type in _MATMULS:
+            return FLOAT if node.input[1] in self.keys else HALF
         activations = [name for name in node.input if name in self.floats and name not in self.source]
         if node.op_type == "Concat":
             return HALF
-        if node.op_type == "Add" and len(activations) > 1 and not node.name.startswith(TOWER):
-            return FLOAT  # the residual stream
+        if graph_names.RESIDUAL in node.name.split("/") and not node.name.startswith(TOWER):
+            return FLOAT
         if not activations:
             table = self.source.get(node.input[0]) if node.input else None
             return HALF if node.op_type == "Gather" and table is not None and table.size >= _LARGE else FLOAT
         return HALF if all(self.kinds[name] == HALF for name in activations) else FLOAT
 
     def cast(self, name: str, kind: Kind) -> str:
-        """The value in that type."""
+        """The name of the value in that type."""
         if name in self.source:
             return self.weight(name, kind)
         return name if self.kinds[name] == kind else self.append_cast(name, kind)
@@ -206,16 +205,10 @@ class _Typer:
 
     def half(self, name: str) -> Array:
         array = self.source[name]
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.isfinite(half).all():
-            if array.size >= _LARGE:
-                raise ItuneError(f"weight {name} has values beyond 65504, too large for fp16: export it in fp32")
-            half = half.clip(np.finfo(np.float16).min, np.finfo(np.float16).max)  # a mask's, or the end of a Clip
-        return half
+        return to_half(name, array, clip=array.size < _LARGE)  # a small one is a mask's value, or the end of a Clip
 
     def quantized(self, name: str, kind: Kind) -> str:
-        """An activation, rounded to int8 and back."""
+        """The name of an activation, quantised to int8 and dequantised."""
         assert self.ranges is not None
         x = self.cast(name, kind)
         if (x, TensorProto.INT8) not in self.casts:
@@ -241,11 +234,11 @@ class _Typer:
 
 
 def _quantize(weight: Array, axis: int, kind: Kind) -> tuple[Array, Array]:
-    """Codes int8 in the weight's shape and scales of its channels, in the type that they are multiplied in."""
+    """int8 codes in the weight's shape, and the scales of its channels in the type of the arithmetic."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scales = _scales(np.abs(weight).max(axis=others) / QMAX, kind)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-    # Divided by the scale as it was rounded, which costs nothing that way.
+    # Divided by the rounded scale, whose rounding then costs no precision.
     codes = np.rint(weight / scales.astype(np.float32).reshape(shape)).clip(-QMAX, QMAX).astype(np.int8)
     return codes, scales
 

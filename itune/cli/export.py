@@ -207,6 +207,27 @@ def export(
     title = f"{checkpoint} in PyTorch against ONNX Runtime, {chosen.value}"
     if target == Target.tensorrt and chosen != Precision.fp32:
         title += " (whose products on a CPU may be computed in fp32)"
+    wanted = ExportOptions(
+        target=target.value if target else "onnx",
+        precision=chosen.value,
+        vision_precision=vision_precision.value if vision_precision else None,
+        name=name,
+        license=weights_license,
+        model_card=model_card,
+        vocabulary=vocabulary,
+        data=data,
+        retrieve=retrieve,
+        patch_grid=patch_grid,
+        images=images,
+        dev_data=dev_data,
+        dev_images=dev_images,
+        verify=not no_verify,
+        force=force,
+        gpu=gpu,
+        max_beams=max_beams,
+        max_batch=max_batch,
+        calibration_data=calibration_data,
+    )
 
     dev = [] if dev_data is None else load_records(dev_data, images=images, split="dev", undivided=True)
 
@@ -217,29 +238,18 @@ def export(
         export_bundle(
             checkpoint,
             output,
-            ExportOptions.model_validate(
-                {
-                    "target": target.value if target else "onnx",
-                    "precision": chosen.value,
-                    "vision_precision": vision_precision.value if vision_precision else None,
-                    "license": weights_license,
-                    "verify": not no_verify,
-                }
-                | {name: given[name] for name in _PASSED}
-            ),
+            wanted,
             search={"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty},
             dev=dev[: dev_images or DEV_PHOTOS],
             progress=lambda stage: status.update(stage),
             report=report,
-            report_plan=lambda role, report: console.print(layer_table(role, report)),
+            report_plan=lambda role, layers: console.print(layer_table(role, layers)),
         )
     size = sum(path.stat().st_size for path in output.iterdir())
     where = ", where a GPU of the plans' is" if target == Target.tensorrt else ""
     console.print(f"{output}: {size / 1e6:.1f} MB; try itune-run PHOTO --bundle {output}{where}", highlight=False)
 
 
-_PASSED = {"name", "model_card", "vocabulary", "data", "retrieve", "patch_grid", "images", "force", "gpu"}
-_PASSED |= {"max_beams", "max_batch", "calibration_data"}
 _ONLY_EXPORT = {
     "checkpoint": "CHECKPOINT",
     "target": "--target",

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from tests.benchmarks.commands import BATCH_SIZE, BENCHMARKS, NEW_TOKENS, Contest, latency
 
 
@@ -30,7 +31,7 @@ def artifacts() -> ModuleType:
 def contest(artifacts: ModuleType, checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Contest:
     """Every peer that can run here and two bundles, of which the run exports one itself."""
     work = tmp_path_factory.mktemp("latency")
-    export_bundle(checkpoint_folder, work / "bundle-fp32", verify=False)
+    export_bundle(checkpoint_folder, work / "bundle-fp32", ExportOptions(verify=False))
     peers = {name: peer for name, peer in artifacts.PEERS.items() if not {"compiled", "device"} & peer.options.keys()}
     names = [name for name, peer in peers.items() if not peer.lacks("clip")]
     options = ("--work-dir", work, "--repeats", 1, "--warmup", 1, "--threads", 1, "--batch-size", BATCH_SIZE)

@@ -12,6 +12,7 @@ import pytest
 from itune import ItuneError
 from itune.eager import candidates
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from itune.runtime.engines.onnxruntime import has_vnni
 from tests.benchmarks.commands import BENCHMARKS, NEW_TOKENS, Contest, latency
 from tests.clipcap import SHAPES, save_clipcap
@@ -46,7 +47,7 @@ def test_order(contest: Contest) -> None:
 
 @pytest.mark.slow
 def test_compiled_captions(checkpoint_folder: Path, tmp_path: Path) -> None:
-    export_bundle(checkpoint_folder, tmp_path / "bundle-fp32", verify=False)
+    export_bundle(checkpoint_folder, tmp_path / "bundle-fp32", ExportOptions(verify=False))
     options = ("--work-dir", tmp_path, "--repeats", 1, "--warmup", 1, "--threads", 1, "--precisions", "fp32")
     options += ("--contestants", "compile", "--new-tokens", NEW_TOKENS, "--json", tmp_path / "out.json")
     done = latency("--checkpoint", checkpoint_folder, *options)

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from tests.conftest import REPOSITORY
 
 ROOFLINE = REPOSITORY / "benchmarks" / "roofline.py"
@@ -95,7 +96,7 @@ def test_tables_of_rows_are_not_read_whole(roofline: ModuleType, tmp_path: Path)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_report(precision: str, checkpoint_folder: Path, tmp_path: Path) -> None:
     bundle = tmp_path / precision
-    export_bundle(checkpoint_folder, bundle, precision=precision, verify=False)
+    export_bundle(checkpoint_folder, bundle, ExportOptions(precision=precision, verify=False))
     command = [sys.executable, ROOFLINE, bundle, "--threads", "1", "--repeats", "1", "--new-tokens", "4"]
     done = subprocess.run(
         [*map(str, command), "--json", str(tmp_path / "out.json")],

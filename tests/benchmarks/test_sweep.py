@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from tests.conftest import REPOSITORY
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +25,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.syspath_prepend(str(REPOSITORY / "benchmarks"))
         from random_init import build_checkpoint
     for name, size in sizes().items():
-        export_bundle(build_checkpoint(size, work / name), work / name / "bundle-fp32", verify=False)
+        export_bundle(build_checkpoint(size, work / name), work / name / "bundle-fp32", ExportOptions(verify=False))
     return work
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from tests.conftest import REPOSITORY
 
 THROUGHPUT = REPOSITORY / "benchmarks" / "throughput.py"
@@ -25,7 +26,7 @@ def throughput(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def bundle(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("throughput") / "bundle"
-    export_bundle(checkpoint_folder, folder, precision="fp32", verify=False)
+    export_bundle(checkpoint_folder, folder, ExportOptions(precision="fp32", verify=False))
     return folder
 
 

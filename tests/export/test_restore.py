@@ -8,6 +8,7 @@ import pytest
 
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
+from itune.export.options import ExportOptions
 from itune.export.quantize.rewrite import read_weights
 from itune.export.restore import restore_bundle
 from itune.loading import LoadedCheckpoint, eager_captioner
@@ -31,7 +32,7 @@ def codes(bundle):
 @KINDS
 def test_fp32_restores_the_checkpoint(kind, request, tmp_path, pixels):
     checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
-    export_bundle(checkpoint, tmp_path / "bundle", verify=False)
+    export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(verify=False))
     restore_bundle(tmp_path / "bundle", tmp_path / "restored")
     before, after = LoadedCheckpoint.load(checkpoint), LoadedCheckpoint.load(tmp_path / "restored" / "checkpoint")
 
@@ -52,9 +53,15 @@ def test_fp32_restores_the_checkpoint(kind, request, tmp_path, pixels):
 
 @KINDS
 def test_int8_restores_to_the_same_integers(kind, request, tmp_path):
-    export_bundle(request.getfixturevalue(f"{kind}_checkpoint"), tmp_path / "bundle", precision="int8", verify=False)
+    export_bundle(
+        request.getfixturevalue(f"{kind}_checkpoint"),
+        tmp_path / "bundle",
+        ExportOptions(precision="int8", verify=False),
+    )
     restore_bundle(tmp_path / "bundle", tmp_path / "restored")
-    export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", precision="int8", verify=False)
+    export_bundle(
+        tmp_path / "restored" / "checkpoint", tmp_path / "again", ExportOptions(precision="int8", verify=False)
+    )
     before, after = codes(tmp_path / "bundle"), codes(tmp_path / "again")
     assert before.keys() == after.keys()
     assert len(before) > 15
@@ -67,49 +74,55 @@ def test_int8_restores_to_the_same_integers(kind, request, tmp_path):
 
 
 def test_force_replaces_what_was_restored_and_nothing_else(clip_checkpoint, tmp_path):
-    export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False)
+    export_bundle(clip_checkpoint, tmp_path / "bundle", ExportOptions(verify=False))
     mine = tmp_path / "project" / "checkpoint" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    with pytest.raises(ItuneError, match="project is nothing that --force may replace"):
+    with pytest.raises(ItuneError) as error:
         restore_bundle(tmp_path / "bundle", tmp_path / "project", force=True)
+    assert "project" in str(error.value)
     assert mine.read_text() == "precious"
     for force in (False, True):
         restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=force)
     (tmp_path / "restored" / "run").mkdir()
-    with pytest.raises(ItuneError, match="restored holds run, which would be lost"):
+    with pytest.raises(ItuneError) as error:
         restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=True)
+    assert "restored" in str(error.value)
+    assert "run" in str(error.value)
 
 
 def test_the_search_defaults_are_restored(clip_checkpoint, tmp_path):
     search = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": 0.5}
-    first = export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False, search=search)
+    first = export_bundle(clip_checkpoint, tmp_path / "bundle", ExportOptions(verify=False), search=search)
     restore_bundle(tmp_path / "bundle", tmp_path / "restored")
     loaded = LoadedCheckpoint.load(tmp_path / "restored" / "checkpoint")
-    again = export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", verify=False)
+    again = export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", ExportOptions(verify=False))
     assert again.search == first.search == loaded.config.search == eager_captioner(loaded).search
     assert first.search.model_dump() == first.search.model_dump() | search
 
 
 def test_restored_tower_does_not_grow(onnx_checkpoint, tmp_path):
-    export_bundle(onnx_checkpoint, tmp_path / "bundle", precision="int8", verify=False)
+    export_bundle(onnx_checkpoint, tmp_path / "bundle", ExportOptions(precision="int8", verify=False))
     restore_bundle(tmp_path / "bundle", tmp_path / "restored")
     tower = onnx.load(tmp_path / "restored" / "vision" / "model.onnx")
     onnx.checker.check_model(tower, full_check=True)
-    export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", verify=False)
+    export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", ExportOptions(verify=False))
     restore_bundle(tmp_path / "again", tmp_path / "restored-again")
     again = onnx.load(tmp_path / "restored-again" / "vision" / "model.onnx")
     assert [node.op_type for node in again.graph.node] == [node.op_type for node in tower.graph.node]
 
 
 def test_refusals(clip_checkpoint, tmp_path):
-    export_bundle(clip_checkpoint, tmp_path / "bundle", verify=False)
+    export_bundle(clip_checkpoint, tmp_path / "bundle", ExportOptions(verify=False))
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ItuneError, match="taken exists: give another --output"):
+    with pytest.raises(ItuneError) as error:
         restore_bundle(tmp_path / "bundle", tmp_path / "taken")
+    assert "taken" in str(error.value)
     manifest = json.loads((tmp_path / "bundle" / MANIFEST).read_text())
     del manifest["restore"]
     (tmp_path / "bundle" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="this bundle cannot be restored"):
+    with pytest.raises(BundleError) as error:
         restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    assert str(tmp_path / "bundle" / MANIFEST) in str(error.value)
+    assert "restore" in str(error.value)
     assert not (tmp_path / "restored").exists()

@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from itune.runtime.bundle import MANIFEST, Bundle, Graph, PlanSettings, ProfileRange, TensorSpec
 from itune.runtime.manifest import FileHash
 
@@ -67,7 +68,7 @@ def add_plans(folder: Path) -> Path:
 
 def make_plan_bundle(checkpoint: Path, folder: Path, *, half: bool = False) -> Path:
     """`half`: visual state and cache are float16, as in an export for TensorRT."""
-    export_bundle(checkpoint, folder, verify=False)
+    export_bundle(checkpoint, folder, ExportOptions(verify=False))
     if half:
         _halve(folder)
     return add_plans(folder)

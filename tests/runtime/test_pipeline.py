@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from itune.export.bundle import export_bundle
-from itune.export.quantize.rewrite import Precision
+from itune.export.options import ExportOptions, Precision
 from itune.runtime import Caption, Captioner, ImageError, ItuneError
 from itune.runtime.image import decode
 from itune.runtime.pipeline import decode_ahead
@@ -234,7 +234,7 @@ def test_workers_keep_to_the_engines_threads(bundle: Path) -> None:
 def test_threads_share_a_captioner(
     precision: Precision, checkpoint_folder: Path, photos: list[Path], tmp_path: Path
 ) -> None:
-    export_bundle(checkpoint_folder, tmp_path / "bundle", precision=precision, verify=False)
+    export_bundle(checkpoint_folder, tmp_path / "bundle", ExportOptions(precision=precision, verify=False))
     captioner = Captioner.load(tmp_path / "bundle", threads=2)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"")

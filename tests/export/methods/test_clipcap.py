@@ -14,10 +14,9 @@ import torch
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.methods.clipcap import fold_mapper, unfold_mapper
+from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.export.tensorrt import library as tensorrt
-from itune.export.tensorrt.plans import PlanOptions
-from itune.export.tensorrt.profiles import PlanLimits
 from itune.export.verify.compare import compare
 from itune.export.verify.reference import write_reference
 from itune.export.vocabulary import Vocabulary
@@ -45,7 +44,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
     """fp32 bundles of them."""
     folder = tmp_path_factory.mktemp("clipcap-bundles")
     for case, checkpoint in checkpoints.items():
-        export_bundle(checkpoint, folder / case, verify=False)
+        export_bundle(checkpoint, folder / case, ExportOptions(verify=False))
     return {case: folder / case for case in checkpoints}
 
 
@@ -92,7 +91,7 @@ def test_captions_are_those_of_pytorch(
 def test_verification_holds_it_against_pytorch(
     case: str, precision: Any, checkpoints: dict[str, Path], tmp_path: Path, pixels: Any
 ) -> None:
-    export_bundle(checkpoints[case], tmp_path / "b", precision=precision, verify=False)
+    export_bundle(checkpoints[case], tmp_path / "b", ExportOptions(precision=precision, verify=False))
     compared = check(checkpoints[case], tmp_path / "b", tmp_path / "r")
     assert {"visual.prefix", "neighbours: visual", "logits with past"} <= compared
     if precision != "fp32":
@@ -179,9 +178,11 @@ def test_int8_restores_to_the_same_integers(case: str, checkpoints: dict[str, Pa
         graphs = {role: Graph.load(bundle / f"{role}.onnx").weights for role in ("vision", "decoder")}
         return {f"{role} {n}": w for role, weights in graphs.items() for n, w in weights.items() if ".int8" in n}
 
-    export_bundle(checkpoints[case], tmp_path / "bundle", precision="int8", verify=False)
+    export_bundle(checkpoints[case], tmp_path / "bundle", ExportOptions(precision="int8", verify=False))
     restore_bundle(tmp_path / "bundle", tmp_path / "restored")
-    export_bundle(tmp_path / "restored" / "checkpoint", tmp_path / "again", precision="int8", verify=False)
+    export_bundle(
+        tmp_path / "restored" / "checkpoint", tmp_path / "again", ExportOptions(precision="int8", verify=False)
+    )
     before, after = codes(tmp_path / "bundle"), codes(tmp_path / "again")
     assert before.keys() == after.keys()
     for name, array in before.items():
@@ -189,9 +190,13 @@ def test_int8_restores_to_the_same_integers(case: str, checkpoints: dict[str, Pa
 
 
 def test_shortlist(checkpoints: dict[str, Path], tmp_path: Path, pixels: Any) -> None:
-    words = Vocabulary(lines=("a dog runs", "two men in red shirts"))
-    manifest = export_bundle(checkpoints["transformer"], tmp_path / "b", vocabulary=words, verify=False)
+    (tmp_path / "words.txt").write_text("a dog runs\ntwo men in red shirts\n")
+    words = Vocabulary.read(str(tmp_path / "words.txt"), None)
+    manifest = export_bundle(
+        checkpoints["transformer"], tmp_path / "b", ExportOptions(vocabulary=str(tmp_path / "words.txt"), verify=False)
+    )
     loaded = LoadedCheckpoint.load(checkpoints["transformer"])
+    words = Vocabulary.read(str(tmp_path / "words.txt"), None)
     kept = words.token_ids(loaded.language.tokenizer, manifest.text, manifest.tokens)
     assert manifest.tokens.shortlist == len(kept) < manifest.tokens.vocab_size
     check(checkpoints["transformer"], tmp_path / "b", tmp_path / "r", kept)
@@ -201,10 +206,16 @@ def test_shortlist(checkpoints: dict[str, Path], tmp_path: Path, pixels: Any) ->
 @pytest.mark.skipif(not any(map(importlib.util.find_spec, tensorrt.LIBRARIES)), reason="TensorRT is not installed")
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_tensorrt_plans(precision: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    plans = PlanOptions(
-        gpus="sm86", limits=PlanLimits(4, 2, 12), calibration=Path("random") if precision == "int8" else None
+    options = ExportOptions(
+        target="tensorrt",
+        precision=precision,
+        gpu="sm86",
+        max_beams=4,
+        max_batch=2,
+        calibration_data=Path("random") if precision == "int8" else None,
+        verify=False,
     )
-    export_bundle(checkpoints["transformer"], tmp_path / "b", precision=precision, plans=plans, verify=False)
+    export_bundle(checkpoints["transformer"], tmp_path / "b", options, search={"max_new_tokens": 12})
     check(checkpoints["transformer"], tmp_path / "b", tmp_path / "r")
     bundle = Bundle.load(tmp_path / "b")
     plan = bundle.graph("decoder", "tensorrt").plan

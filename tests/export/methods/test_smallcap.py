@@ -15,6 +15,7 @@ import torch
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
 from itune.export.bundle import export_bundle
+from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.export.verify.report import Check
 from itune.loading import LoadedCheckpoint, load_captioner
@@ -86,7 +87,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[
     """A bundle in every precision."""
     folder = tmp_path_factory.mktemp("bundles")
     for precision in ("fp32", "fp16", "int8", "int4"):
-        export_bundle(checkpoint, folder / precision, precision=precision, verify=False)  # type: ignore[arg-type]
+        export_bundle(checkpoint, folder / precision, ExportOptions(precision=precision, verify=False))  # type: ignore[arg-type]
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -98,7 +99,7 @@ def test_the_export_verifies_itself(precision: Any, tmp_path: Path, checkpoint: 
     if precision == "int4":  # which adds up over the layers where weights are as loud as the others'
         checkpoint = save_smallcap(tmp_path, clip_folder, initializer_range=0.1)
     checks: list[Check] = []
-    export_bundle(checkpoint, tmp_path / "bundle", precision=precision, report=checks.extend)
+    export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(precision=precision), report=checks.extend)
     assert all(check.passed for check in checks)
     assert {"visual.0.keys", "visual.2.values", "visual.embedding"} <= {check.output for check in checks}
 
@@ -143,8 +144,9 @@ def test_another_datastore_changes_the_captions_without_training(
         for path, k in ((store, None), (tmp_path / "store", None), (None, 0))
     ]
     assert found[0] != found[1] != found[2] != found[0]
-    with pytest.raises(DatastoreError, match="there is no datastore in"):
+    with pytest.raises(DatastoreError) as error:
         Captioner.load(bundles["fp32"])
+    assert str(bundles["fp32"]) in str(error.value)
     shutil.copytree(bundles["fp32"], tmp_path / "bundle")
     shutil.copytree(store, tmp_path / "bundle" / "datastore")
     assert [each.tokens for each in Captioner.load(tmp_path / "bundle").caption(photos)] == found[0]
@@ -181,7 +183,7 @@ def test_every_weight_comes_back(tmp_path: Path, bundles: dict[str, Path], check
     assert_same_weights(after, before)
     # Exported again in int8, the integers are the same.
     restore_bundle(bundles["int8"], tmp_path / "small")
-    export_bundle(tmp_path / "small" / "checkpoint", tmp_path / "again", precision="int8", verify=False)
+    export_bundle(tmp_path / "small" / "checkpoint", tmp_path / "again", ExportOptions(precision="int8", verify=False))
     from itune.export.graph.builder import Graph
 
     for role in ("vision", "decoder"):
@@ -212,10 +214,10 @@ def test_benchmarks_give_it_prompts_as_in_use(
 
 
 def test_what_is_refused(tmp_path: Path, checkpoint: Path, photos: list[Path]) -> None:
-    from itune.export.tensorrt.plans import PlanOptions
-    from itune.export.vocabulary import Vocabulary
-
-    with pytest.raises(ItuneError, match="--target tensorrt: plans of captioners that retrieve are not supported"):
-        export_bundle(checkpoint, tmp_path / "plans", plans=PlanOptions())
-    with pytest.raises(ItuneError, match="--vocabulary: retrieved captions may hold any token"):
-        export_bundle(checkpoint, tmp_path / "few", vocabulary=Vocabulary(("a dog",), 5))
+    for flag, options in (
+        ("--target tensorrt", ExportOptions(target="tensorrt")),
+        ("--vocabulary", ExportOptions(vocabulary="5", data=photos[0])),
+    ):
+        with pytest.raises(ItuneError) as error:
+            export_bundle(checkpoint, tmp_path / "bundle", options)
+        assert flag in str(error.value)

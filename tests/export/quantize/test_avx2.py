@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from itune.export.graph.builder import Graph
-from itune.export.quantize.products import Blocks, Form, Rows
+from itune.export.quantize.integer_matmul import Blocks, Rows, Scheme
 from itune.export.quantize.rewrite import quantize_graph
 
 QEMU = shutil.which("qemu-x86_64")
@@ -37,9 +37,9 @@ print(json.dumps({name: bool(features[name]) for name in ("AVX2", "AVX512F")}))
 @pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="emulates x86-64 Linux programs only"
 )
-@pytest.mark.parametrize("form", [Blocks(), Rows()], ids=str)
+@pytest.mark.parametrize("scheme", [Blocks(), Rows()], ids=str)
 @pytest.mark.parametrize(("k", "n"), [(64, 33), (768, 64)])
-def test_products_do_not_saturate(k: int, n: int, form: Form, tmp_path):
+def test_products_do_not_saturate(k: int, n: int, scheme: Scheme, tmp_path):
     rng = np.random.default_rng(0)
     weight = rng.choice(np.float32([-1, 1]), (k, n))
     weight[:, : n // 4], weight[:, n // 4 : n // 2] = 1, -1  # codes +127 throughout, -127 throughout
@@ -51,7 +51,7 @@ def test_products_do_not_saturate(k: int, n: int, form: Form, tmp_path):
     graph.op("MatMul", graph.input("x", np.float32, ["rows", k]), graph.initializer("weight", weight), name="y")
     graph.output("y", np.float32, ["rows", n])
     graph.save(tmp_path / "fp32.onnx")
-    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", form)
+    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", scheme)
     np.save(tmp_path / "x.npy", x)
     # The emulated interpreter looks for its packages where this one found them.
     command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", SCRIPT]

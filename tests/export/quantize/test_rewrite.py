@@ -10,14 +10,14 @@ import pytest
 
 from itune.export.graph.builder import MICROSOFT, Graph
 from itune.export.methods.registry import build_decoder, build_vision
-from itune.export.quantize.products import Blocks, Rows
+from itune.export.quantize.integer_matmul import Blocks, Rows
 from itune.export.quantize.rewrite import float_graph, halve_graph, quantize_graph, read_weights
 from itune.export.quantize.weights import snap_blockwise, snap_per_channel
 from itune.loading import LoadedCheckpoint
 from itune.runtime.engines.onnxruntime import open_session
 from itune.runtime.errors import ItuneError
 
-FORMS = [Blocks(8), Blocks(4), Rows()]
+SCHEMES = [Blocks(8), Blocks(4), Rows()]
 SMALL = ("wpe", "position", "class", "normalize")  # what is looked up or added stays fp32
 
 
@@ -34,10 +34,10 @@ def graphs(clip_checkpoint, onnx_checkpoint, tmp_path_factory) -> dict[str, Path
     return {name: graph.save(folder / f"{name}.onnx")[0] for name, graph in built.items()}
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("name", ["decoder", "clip", "conv"])
-def test_every_weight_is_rounded_and_reads_back(graphs, name, form, tmp_path):
-    (path,) = quantize_graph(graphs[name], tmp_path / "small.onnx", form)
+def test_every_weight_is_rounded_and_reads_back(graphs, name, scheme, tmp_path):
+    (path,) = quantize_graph(graphs[name], tmp_path / "small.onnx", scheme)
     before, after = read_weights(graphs[name]), read_weights(path)
     assert before.keys() == after.keys()
     rewritten = 0
@@ -48,30 +48,30 @@ def test_every_weight_is_rounded_and_reads_back(graphs, name, form, tmp_path):
             assert weight.ndim < 2 or any(part in weight_name for part in SMALL), weight_name
             continue
         rewritten += 1
-        assert any(np.array_equal(found, grid) for grid in grids(weight, form, weight_name)), weight_name
+        assert any(np.array_equal(found, grid) for grid in grids(weight, scheme, weight_name)), weight_name
     assert rewritten >= 3
-    expected = {"MatMulIntegerToFloat"} if isinstance(form, Rows) else {"MatMulNBits"}
+    expected = {"MatMulIntegerToFloat"} if isinstance(scheme, Rows) else {"MatMulNBits"}
     expected |= {"MatMulNBits"} if name == "decoder" else set()  # its head
     assert {n.op_type for n in Graph.load(path).nodes if n.domain == MICROSOFT} == expected
 
 
-def grids(weight: np.ndarray, form: Blocks | Rows, name: str) -> list[np.ndarray]:
+def grids(weight: np.ndarray, scheme: Blocks | Rows, name: str) -> list[np.ndarray]:
     """What a weight may have become, in either orientation."""
     if weight.ndim == 4:
         return [snap_per_channel(weight)]
     if "wte" in name or "lm_head" in name:
         return [snap_blockwise(weight)]
-    if isinstance(form, Rows):
+    if isinstance(scheme, Rows):
         return [snap_per_channel(weight), snap_per_channel(weight.T).T]
-    return [snap_blockwise(weight, form.bits), snap_blockwise(weight.T, form.bits).T]
+    return [snap_blockwise(weight, scheme.bits), snap_blockwise(weight.T, scheme.bits).T]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("name", ["decoder", "clip", "conv"])
-def test_quantising_what_was_read_back_loses_nothing_more(graphs, name, form, tmp_path):
-    quantize_graph(graphs[name], tmp_path / "small.onnx", form)
+def test_quantising_what_was_read_back_loses_nothing_more(graphs, name, scheme, tmp_path):
+    quantize_graph(graphs[name], tmp_path / "small.onnx", scheme)
     float_graph(tmp_path / "small.onnx").save(tmp_path / "restored.onnx")
-    quantize_graph(tmp_path / "restored.onnx", tmp_path / "again.onnx", form)
+    quantize_graph(tmp_path / "restored.onnx", tmp_path / "again.onnx", scheme)
     once, twice = Graph.load(tmp_path / "small.onnx").weights, Graph.load(tmp_path / "again.onnx").weights
     assert once.keys() == twice.keys() | {n for n in once if "constant." in n}
     for weight, array in twice.items():
@@ -81,10 +81,10 @@ def test_quantising_what_was_read_back_loses_nothing_more(graphs, name, form, tm
             np.testing.assert_array_equal(array, once[weight], err_msg=weight)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("name", ["clip", "conv"])
-def test_integer_products_are_near_those_of_the_rounded_weights(graphs, name, form, tmp_path, pixels):
-    (path,) = quantize_graph(graphs[name], tmp_path / "small.onnx", form)
+def test_integer_products_are_near_those_of_the_rounded_weights(graphs, name, scheme, tmp_path, pixels):
+    (path,) = quantize_graph(graphs[name], tmp_path / "small.onnx", scheme)
     (floats,) = float_graph(path).save(tmp_path / "floats.onnx")
     assert {node.op_type for node in Graph.load(floats).nodes} <= {
         n.op_type for n in Graph.load(graphs[name]).nodes
@@ -115,12 +115,13 @@ def test_weights_too_large_for_half_precision_are_refused(tmp_path):
     graph.op("MatMul", graph.input("x", np.float32, ["rows", 2]), weight, name="y")
     graph.output("y", np.float32, ["rows", 2])
     graph.save(tmp_path / "fp32.onnx")
-    with pytest.raises(ItuneError, match=r"weight weight has values beyond 65504"):
+    with pytest.raises(ItuneError) as error:
         halve_graph(tmp_path / "fp32.onnx", tmp_path / "half.onnx")
+    assert "weight weight" in str(error.value)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_row_never_depends_on_the_others(form, tmp_path):
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_row_never_depends_on_the_others(scheme, tmp_path):
     """Not even a row of zeros beside one that is a million times louder than the third."""
     rng = np.random.default_rng(0)
     graph = Graph("product")
@@ -128,7 +129,7 @@ def test_a_row_never_depends_on_the_others(form, tmp_path):
     graph.op("MatMul", graph.input("x", np.float32, ["images", "N", 96]), weight, name="y")
     graph.output("y", np.float32, ["images", "N", 40])
     graph.save(tmp_path / "fp32.onnx")
-    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "small.onnx", form)
+    (path,) = quantize_graph(tmp_path / "fp32.onnx", tmp_path / "small.onnx", scheme)
     session = open_session(path, 1)
     x = rng.standard_normal((3, 5, 96), dtype=np.float32) * np.float32([[[0]], [[1e6]], [[1]]])
     (together,) = session.run(None, {"x": x})
@@ -137,9 +138,9 @@ def test_a_row_never_depends_on_the_others(form, tmp_path):
     assert not together[0].any()
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_tied_embedding_is_stored_once_in_8_bits(graphs, form, tmp_path):
-    (path,) = quantize_graph(graphs["decoder"], tmp_path / "int8.onnx", form)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_tied_embedding_is_stored_once_in_8_bits(graphs, scheme, tmp_path):
+    (path,) = quantize_graph(graphs["decoder"], tmp_path / "int8.onnx", scheme)
     graph = Graph.load(path)
     uses = Counter(name for node in graph.nodes for name in node.input)
     assert uses["transformer.wte.weight.int8"] == 2
@@ -155,7 +156,7 @@ def test_the_tied_embedding_is_stored_once_in_8_bits(graphs, form, tmp_path):
 def test_widths_that_no_block_divides(tmp_path):
     """Embedding and head share padded codes: both must cut the padding off."""
     rng = np.random.default_rng(0)
-    graph = Graph("odd")
+    graph = Graph("padded")
     ids = graph.input("ids", np.int64, ["rows", "T"])
     table = graph.initializer("table", rng.standard_normal((9, 70), dtype=np.float32))
     bias = graph.initializer("bias", rng.standard_normal(9, dtype=np.float32))

@@ -25,7 +25,7 @@ def test_the_largest_counts_whenever_it_comes():
     rng = np.random.default_rng(0)
     small, large = rng.normal(size=10_000), 300 * rng.normal(size=10_000)
     early, late = histogram(large, small), histogram(small, large)
-    assert early.range("max") == late.range("max") == pytest.approx(np.abs(large).max())
+    assert early.largest == late.largest == pytest.approx(np.abs(large).max())
     assert early.counts.sum() == late.counts.sum() == 20_000
     np.testing.assert_array_equal(early.counts, late.counts)
 
@@ -33,14 +33,12 @@ def test_the_largest_counts_whenever_it_comes():
 def test_an_outlier_does_not_widen_the_range_of_least_error():
     values = np.random.default_rng(1).normal(size=100_000)
     found = histogram(values, [12.0])
-    assert found.range("max") == 12
-    assert 4 < found.range("mse") < 9
-    assert found.range("percentile") == pytest.approx(np.quantile(np.abs(values), 0.9999), abs=0.1)
+    assert found.largest == 12
+    assert 4 < found.range() < 9
 
 
-@pytest.mark.parametrize("method", ["max", "mse", "percentile"])
-def test_a_value_that_is_always_zero_has_a_range(method):
-    assert histogram(np.zeros(5)).range(method) == 1.0
+def test_a_value_that_is_always_zero_has_a_range():
+    assert histogram(np.zeros(5)).range() == 1.0
 
 
 def test_the_range_of_least_error_is_the_best_of_all():
@@ -51,7 +49,7 @@ def test_the_range_of_least_error_is_the_best_of_all():
         return float(np.square(values - np.rint(values / step).clip(-127, 127) * step).mean())
 
     best = min(map(error, np.linspace(2, np.abs(values).max(), 200)))
-    assert error(histogram(values).range("mse")) < 1.05 * best
+    assert error(histogram(values).range()) < 1.05 * best
 
 
 def test_balanced_adapters_compute_the_same(clip_checkpoint, pixels, tmp_path):
@@ -94,9 +92,9 @@ def test_photos_are_taken_evenly(tmp_path):
 
 
 def test_a_folder_without_photos(tmp_path):
-    with pytest.raises(ItuneError, match=r"--calibration-data .*: there is no photo in it"):
+    with pytest.raises(ItuneError) as error:
         calibration_images(tmp_path)
-    with pytest.raises(
-        ItuneError, match="--calibration-data nowhere: is not a folder; name one with photos, or random"
-    ):
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(ItuneError) as error:
         calibration_images(Path("nowhere"))
+    assert "--calibration-data nowhere" in str(error.value)

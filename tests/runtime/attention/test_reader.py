@@ -15,6 +15,7 @@ from PIL import Image
 from itune.export.bundle import export_bundle
 from itune.export.graph import builder as graph_module
 from itune.export.graph.builder import Graph
+from itune.export.options import ExportOptions
 from itune.export.tensorrt.typed_graph import FLOAT, HALF, cast_outputs, type_graph
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.runtime import BundleError, Captioner, Explanation, ItuneError
@@ -76,14 +77,14 @@ def check_against_eager(bundle: Path, checkpoint: Path, photos: list[Path], atol
 @pytest.fixture(scope="module")
 def clip_bundle(clip_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attention") / "clip"
-    export_bundle(clip_checkpoint, folder, verify=False)
+    export_bundle(clip_checkpoint, folder, ExportOptions(verify=False))
     return folder
 
 
 @pytest.fixture(scope="module")
 def onnx_bundle(onnx_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attention") / "onnx"
-    export_bundle(onnx_checkpoint, folder, verify=False)
+    export_bundle(onnx_checkpoint, folder, ExportOptions(verify=False))
     return folder
 
 
@@ -109,14 +110,14 @@ def test_attention_behind_a_prompt_is_eagers(onnx_bundle, onnx_checkpoint, photo
 def test_attention_of_one_head_and_of_external_weights(language_model, clip_tower, photos, tmp_path, monkeypatch):
     checkpoint = save_checkpoint(tmp_path, language_model, clip_tower, heads=1)
     monkeypatch.setattr(graph_module, "EXTERNAL_BYTES", 1)
-    export_bundle(checkpoint, tmp_path / "b", verify=False)
+    export_bundle(checkpoint, tmp_path / "b", ExportOptions(verify=False))
     assert (tmp_path / "b" / "decoder.onnx.data").stat().st_size > 10_000
     check_against_eager(tmp_path / "b", checkpoint, photos[:2], 1e-5)
 
 
 @pytest.mark.parametrize(("precision", "atol"), [("fp16", 2e-3), ("int8", 0.03), ("int4", 0.3)])
 def test_attention_of_every_precision(clip_checkpoint, photos, tmp_path, precision, atol):
-    export_bundle(clip_checkpoint, tmp_path / "b", precision=precision, verify=False)
+    export_bundle(clip_checkpoint, tmp_path / "b", ExportOptions(precision=precision, verify=False))
     check_against_eager(tmp_path / "b", clip_checkpoint, photos[:2], atol)
 
 
@@ -157,7 +158,7 @@ def test_bundles_from_before_patches(clip_bundle, onnx_bundle, photos, tmp_path)
 
 def test_patches_that_are_no_square(onnx_checkpoint, photos, tmp_path):
     """A tower with registers: of 16 embeddings, the last 2 x 7 are patches."""
-    export_bundle(onnx_checkpoint, tmp_path / "b", patches=(2, 7), verify=False)
+    export_bundle(onnx_checkpoint, tmp_path / "b", ExportOptions(patch_grid="2x7", verify=False))
     explanation = explain(tmp_path / "b", photos[0])
     assert explanation.grid == (2, 7)
     np.testing.assert_array_equal(explanation.patches[3].ravel(), explanation.attention[3, 2:])
@@ -204,11 +205,12 @@ def test_captions_that_cannot_be_written(clip_bundle, photos, tmp_path, clip_che
     with pytest.raises(ItuneError, match=r"^the caption has \d+ tokens, for 48 of which the decoder has positions"):
         captioner.explain(photos[0], "x " * 60)
     assert captioner.explain(photos[0], " ").attention.shape == (0, 17)
-    from itune.export.vocabulary import Vocabulary
 
     (tmp_path / "words.txt").write_text(CAPTION)
     export_bundle(
-        clip_checkpoint, tmp_path / "b", vocabulary=Vocabulary.read(str(tmp_path / "words.txt"), None), verify=False
+        clip_checkpoint,
+        tmp_path / "b",
+        ExportOptions(vocabulary=str(tmp_path / "words.txt"), verify=False),
     )
     assert explain(tmp_path / "b", photos[0]).caption == CAPTION
     with pytest.raises(ItuneError, match="a word that this model cannot write: it knows"):

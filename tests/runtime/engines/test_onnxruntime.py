@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from itune.backbones import ClipTower
 from itune.eager import EagerEngine
 from itune.export.methods.registry import build_decoder, build_vision
-from itune.export.quantize.products import Blocks, Rows
+from itune.export.quantize.integer_matmul import Blocks, Rows
 from itune.export.quantize.rewrite import quantize_graph
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.runtime.bundle import MANIFEST, Bundle
