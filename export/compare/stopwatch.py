@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import sleep
@@ -47,7 +48,7 @@ def measure_latency(
     rounds = [*photos[:_WARMUP], *photos]
     try:
         for name, folder in bundles.items():
-            workers[name] = Worker(name, _load, folder, threads)
+            workers[name] = Worker(name, partial(Captioner.load, folder, threads=threads))
         for number, photo in enumerate(rounds, 1):
             for name, worker in workers.items():
                 samples[name].append(worker.call("caption", photo, **search_options).ms)
@@ -65,7 +66,3 @@ def _medians(samples: Sequence[Timings]) -> Latency:
         search=median(sample.search for sample in samples),
         total=median(sum(asdict(sample).values()) for sample in samples),
     )
-
-
-def _load(folder: Path, threads: int | None) -> Captioner:
-    return Captioner.load(folder, threads=threads)

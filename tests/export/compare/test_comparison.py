@@ -54,8 +54,8 @@ def run(monkeypatch, capsys):
 
 
 def test_compares_and_takes_up_again(onnx_checkpoint, captions, tmp_path, run, monkeypatch):
-    given = onnx_checkpoint, "--data", captions, "--precisions", "int8,int4+fp32,fp32@5", "-o", tmp_path / "c"
-    status, table, said = run(*given)
+    arguments = onnx_checkpoint, "--data", captions, "--precisions", "int8,int4+fp32,fp32@5", "-o", tmp_path / "c"
+    status, table, said = run(*arguments)
     assert status == 0, said
     assert [line.split()[0] for line in table.splitlines()[-5:-1]] == ["fp32", "int8", "int4+fp32", "fp32@5"]
     assert "covered" in table
@@ -86,12 +86,12 @@ def test_compares_and_takes_up_again(onnx_checkpoint, captions, tmp_path, run, m
     for name in ("export_bundle", "measure_fidelity"):
         monkeypatch.setattr(compare_module, name, unexpected)
     (tmp_path / "c" / "comparison.json").unlink()
-    status, _, said = run(*given)
+    status, _, said = run(*arguments)
     assert status == 0, said
     assert said.splitlines()[0] == "measuring latency"
     again = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert [row | {"latency": None} for row in again] == [row | {"latency": None} for row in result["rows"]]
-    status, _, said = run(*given[:4], "fp32", *given[5:], "--length-penalty", "-4")  # another search, other captions
+    status, _, said = run(*arguments[:4], "fp32", *arguments[5:], "--length-penalty", "-4")
     assert said.splitlines()[0] == "fp32: captioning"
 
 
@@ -171,10 +171,10 @@ def test_errors_are_one_sentence(arguments, values, run, photos, tmp_path, monke
 
 
 def test_bundles_of_something_else_are_not_measured(clip_checkpoint, onnx_checkpoint, photos, tmp_path, run):
-    given = "--images", photos[0].parent, "--limit", 1, "--precisions", "fp32", "-o", tmp_path / "c"
-    status, _, said = run(clip_checkpoint, *given)
+    arguments = "--images", photos[0].parent, "--limit", 1, "--precisions", "fp32", "-o", tmp_path / "c"
+    status, _, said = run(clip_checkpoint, *arguments)
     assert status == 0, said
-    status, _, said = run(onnx_checkpoint, *given)
+    status, _, said = run(onnx_checkpoint, *arguments)
     assert status == 2
     assert str(tmp_path / "c" / "fp32") in said.replace("\n", "")
     assert "--output" in said

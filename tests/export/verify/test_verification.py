@@ -144,7 +144,7 @@ def test_another_image_normalisation_fails(references, bundles, tmp_path):
 
 @pytest.fixture(scope="module")
 def dev(photos):
-    """Six records, one of which is no photo."""
+    """Six records; the last has no photo."""
     captions = ("a dog runs through the grass", "two men in red shirts")
     return [Record(photo, captions, photo.stem) for photo in photos[:5]] + [Record(Path("none.jpg"), captions, "none")]
 
@@ -181,7 +181,7 @@ def test_dev_split_without_a_photo(references, bundles, tmp_path, dev):
 @pytest.mark.parametrize(
     ("better", "photos", "passed"), [(0, 40, False), (30, 40, False), (2, 4, True), (39, 40, True)]
 )
-def test_what_chance_does_to_a_score_is_forgiven(better, photos, passed, tmp_path):
+def test_a_loss_within_two_standard_errors_passes(better, photos, passed, tmp_path):
     """`better` of the photos keep their good caption; the others get a bad one."""
     good = {f"{i}": f"a dog number {i} runs through the grass" for i in range(photos)}
     records = [Record(Path(f"{key}.jpg"), (text,), key) for key, text in good.items()]
