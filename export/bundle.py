@@ -28,7 +28,7 @@ from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
 from ..runtime.manifest import FileHash
 from ..runtime.search import SearchConfig
-from ..runtime.settings import RetrievalSettings, SearchDefaults, Size
+from ..runtime.settings import SearchDefaults, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph.builder import Graph
 from .graph.embedding import EmbeddingReference
@@ -80,27 +80,20 @@ def export_bundle(
     with staged_folder(output, force=options.force, own=_exported) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
-        plan = plan.for_model(loaded, options, search)
-        head, retrieval = _retrieval(loaded, options.retrieve)
-        fields = _describe(loaded, checkpoint, plan, search)
-        fields |= {
-            "name": options.name or output.absolute().name,
-            "patches": _patches(options.patch_grid, loaded.tower),
-            "retrieval": retrieval,
-        }
-        if options.license:
-            fields["license"] = options.license
-        reference = None
-        if head is not None:
-            reference = EmbeddingReference.record(loaded.tower, head, pick_images(loaded.config.image, options.images))
+        plan = plan.for_model(loaded, search)
+        fields = {"name": output.absolute().name} | _describe(loaded, checkpoint, plan, search)
+        embeddings = None
+        if plan.head is not None:
+            photos = pick_images(loaded.config.image, options.images)
+            embeddings = EmbeddingReference.record(loaded.tower, plan.head, photos)
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
-        fields["graphs"] = _write_graphs(loaded, plan, head, fields, folder, progress)
+        fields["graphs"] = _write_graphs(loaded, plan, fields, folder, progress)
         manifest = _write_manifest(fields, folder, plan.card)
         if options.verify:
             checks = verify_bundle(
                 checkpoint, folder, images=options.images, dev=dev, vocabulary=plan.token_ids, progress=progress
             )
-            checks += [] if reference is None else [reference.check(folder, plan.precisions["vision"])]
+            checks += [] if embeddings is None else [embeddings.check(folder, plan.precisions["vision"])]
             report(checks)
             _raise_if_failed(checks)
         if plan.writer is not None:
@@ -113,16 +106,17 @@ def export_bundle(
 class _Plan:
     """What an export will write."""
 
+    options: ExportOptions
     precisions: Mapping[Role, Precision]
     card: str | None
-    """The model card; None writes one."""
+    """The model card; None generates one."""
     vocabulary: Vocabulary | None
     writer: PlanWriter | None
-    """Writes graphs for TensorRT, and its plans; None for an export to ONNX alone."""
+    """Writes graphs for TensorRT, and plans; None exports to ONNX alone."""
     token_ids: Int64 | None = None
     """The tokens that the decoder keeps; None keeps all."""
-    limits: PlanLimits | None = None
-    """The largest search that the TensorRT plans have room for."""
+    head: RetrievalHead | None = None
+    """Embeds images to search a datastore; None for a captioner that does not retrieve."""
 
     @classmethod
     def make(cls, checkpoint: Path, options: ExportOptions, report: Callable[[str, LayerReport], None]) -> _Plan:
@@ -142,38 +136,33 @@ class _Plan:
                 card = options.model_card.read_text(encoding="utf-8")
         vocabulary = None if options.vocabulary is None else Vocabulary.read(options.vocabulary, options.data)
         writer = PlanWriter.prepare(options, precisions, report) if tensorrt else None
-        return cls(precisions, card, vocabulary, writer)
+        return cls(options, precisions, card, vocabulary, writer)
 
-    def for_model(self, loaded: LoadedCheckpoint, options: ExportOptions, search: Mapping[str, Any]) -> _Plan:
-        """The plan with what depends on the model."""
-        tokens, plan = eager_captioner(loaded).tokens, self
+    def for_model(self, loaded: LoadedCheckpoint, search: Mapping[str, Any]) -> _Plan:
+        """The plan, completed with what depends on the model."""
+        config, tokens, plan = loaded.config, eager_captioner(loaded).tokens, self
         if self.vocabulary is not None:
-            token_ids = self.vocabulary.token_ids(loaded.language.tokenizer, loaded.config.text, tokens)
-            tokens = eager_captioner(loaded, token_ids).tokens
-            plan = replace(plan, token_ids=token_ids)
+            token_ids = self.vocabulary.token_ids(loaded.language.tokenizer, config.text, tokens)
+            tokens, plan = eager_captioner(loaded, token_ids).tokens, replace(plan, token_ids=token_ids)
         if self.writer is not None:
             limits = replace(self.writer.limits, max_new_tokens=search.get("max_new_tokens")).of(tokens)
             writer = replace(self.writer, limits=limits)
-            if options.vision_precision is None:
-                writer = writer.for_tower(loaded.tower)
-            plan = replace(plan, limits=limits, writer=writer, precisions=writer.precisions)
+            writer = writer if self.options.vision_precision else writer.for_tower(loaded.tower)
+            plan = replace(plan, writer=writer, precisions=writer.precisions)
+        if self.options.retrieve is not None or config.retrieval is not None:
+            pooling = None if config.retrieval is None else config.retrieval.encoder.pooling
+            plan = replace(plan, head=load_head(loaded.tower, config.vision.source, pooling))
         return plan
 
-
-def _retrieval(loaded: LoadedCheckpoint, k: int | None) -> tuple[RetrievalHead, RetrievalSettings] | tuple[None, None]:
-    """The encoder and settings of a bundle that retrieves `k` captions (None: as trained)."""
-    trained = loaded.config.retrieval
-    if k is None and trained is None:
-        return None, None
-    pooling = None if trained is None else trained.encoder.pooling
-    head = load_head(loaded.tower, loaded.config.vision.source, pooling)
-    settings = {"k": 0, "encoder": head.encoder} if trained is None else dict(trained)
-    return head, RetrievalSettings(**(settings if k is None else settings | {"k": k}))
+    @property
+    def limits(self) -> PlanLimits | None:
+        """The largest search that the TensorRT plans have room for; None without plans."""
+        return None if self.writer is None else self.writer.limits
 
 
 def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's fields that follow from the checkpoint."""
-    config, gpt2, tower = loaded.config, loaded.language.model.config, loaded.tower
+    """The manifest's fields that follow from the checkpoint and the options."""
+    options, config, gpt2, tower = plan.options, loaded.config, loaded.language.model.config, loaded.tower
     tokens = eager_captioner(loaded, plan.token_ids).tokens
     fields: dict[str, Any] = {
         "method": loaded.model.method,
@@ -190,6 +179,7 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             **METHODS[loaded.model.method].settings(loaded.model),
         },
         "search": _search_defaults(config.search, search, tokens.room, plan.limits),
+        "patches": _patches(options.patch_grid, tower),
         "provenance": {
             "itune": __version__,
             "exported": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,9 +188,15 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             "checkpoint": {file: hash_files([checkpoint / file]) for file in (WEIGHTS_FILE, CONFIG_FILE)},
             "training": config.training,
         },
-        "license": default_license(config.language_model.source, config.vision.source),
+        "license": options.license or default_license(config.language_model.source, config.vision.source),
     }
-    if plan.vocabulary is not None:  # the other tokens' embeddings are missing, so there is nothing to restore
+    if options.name:
+        fields["name"] = options.name
+    if plan.head is not None:
+        k = {} if options.retrieve is None else {"k": options.retrieve}
+        trained = {"k": 0, "encoder": plan.head.encoder} if config.retrieval is None else dict(config.retrieval)
+        fields["retrieval"] = trained | k
+    if plan.vocabulary is not None:  # without the other tokens' embeddings there is nothing to restore
         fields["provenance"]["vocabulary"] = plan.vocabulary.sha256
     else:
         fields["restore"] = {
@@ -235,25 +231,20 @@ def _patches(wanted: str | None, tower: VisionTower) -> Size | None:
     match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", wanted.lower())
     grid = None if match is None else (int(match[1]), int(match[2]))
     if grid is None or grid[0] * grid[1] > tower.tokens or grid != (own or grid):
+        patches = f" ({own[0]}x{own[1]} patches)" if own else ""
         raise ItuneError(
-            f"--patch-grid {wanted}: give ROWSxCOLUMNS of the vision tower's {tower.tokens} embeddings"
-            f"{f', {own[0]}x{own[1]}' if own else ''}"
+            f"--patch-grid {wanted} does not fit the tower's {tower.tokens} embeddings{patches}: give ROWSxCOLUMNS"
         )
     return grid
 
 
 def _write_graphs(
-    loaded: LoadedCheckpoint,
-    plan: _Plan,
-    head: RetrievalHead | None,
-    fields: dict[str, Any],
-    folder: Path,
-    progress: Callable[[str], None],
+    loaded: LoadedCheckpoint, plan: _Plan, fields: dict[str, Any], folder: Path, progress: Callable[[str], None]
 ) -> list[GraphEntry]:
     """Write both graphs, by way of fp32; frees the checkpoint's weights, and notes in `fields` what int8 scaled."""
     with TemporaryDirectory(dir=folder) as fp32:
         progress("writing the vision graph in fp32")
-        vision = build_vision(loaded.model, loaded.tower, head).save(Path(fp32, "vision.onnx"))
+        vision = build_vision(loaded.model, loaded.tower, plan.head).save(Path(fp32, "vision.onnx"))
         del loaded.tower
         progress("writing the decoder graph in fp32")
         # Integer products run on ONNX Runtime only, so such a decoder may as well have its fused attention.
@@ -286,6 +277,13 @@ def _convert(role: Role, source: list[Path], folder: Path, plan: _Plan, progress
 
 
 def _graph_entry(role: Role, precision: Precision, files: list[Path]) -> GraphEntry:
+    def spec(value: ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return TensorSpec(
+            name=value.name, dtype=dtype, shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+        )
+
     graph = Graph.load(files[0])
     return GraphEntry(
         role=role,
@@ -293,17 +291,8 @@ def _graph_entry(role: Role, precision: Precision, files: list[Path]) -> GraphEn
         precision=precision,
         file=files[0].name,
         external_data=[path.name for path in files[1:]],
-        inputs=[_tensor_spec(value) for value in graph.inputs],
-        outputs=[_tensor_spec(value) for value in graph.outputs],
-    )
-
-
-def _tensor_spec(value: ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    return TensorSpec(
-        name=value.name,
-        dtype=helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
-        shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+        inputs=list(map(spec, graph.inputs)),
+        outputs=list(map(spec, graph.outputs)),
     )
 
 

