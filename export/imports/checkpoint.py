@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from ...backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, Source, VisionSource, save_config
 from ...files import hash_files
+from ...methods.base import write_tensors
 from ...methods.schemas import CHECKPOINTS
 from ...runtime.bundle import TOKENIZER
 from ..staging import staged_folder
@@ -52,7 +51,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             language.tokenizer.save(str(folder / _FINE_TUNED / TOKENIZER))
             weights = list((folder / _FINE_TUNED).glob("*.safetensors"))
             source = Source(source=_FINE_TUNED, sha256=hash_files(weights))
-        save_file(dict(imported.tensors), folder / WEIGHTS_FILE)
+        write_tensors(dict(imported.tensors), folder / WEIGHTS_FILE)
         config = CHECKPOINTS[imported.model.method](
             language_model=source,
             vision=VisionSource.of_tower(tower, options.vision, output),

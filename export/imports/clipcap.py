@@ -21,11 +21,7 @@ _HEADS = 8  # ClipCap's code has no other number
 def import_clipcap(
     file: Path, state: State, language: LanguageModel, tower: VisionTower, options: ImportOptions
 ) -> Imported:
-    """Read a ClipCap state dict; the width of the mapper's input decides which image embedding it reads.
-
-    Raises:
-        CheckpointError: the tensors do not fit the mapper, the language model or the tower.
-    """
+    """Read a ClipCap state dict; the width of the mapper's input decides which image embedding it reads."""
     fine_tuned = load_gpt2(file, state, language, "gpt.")
     mapper = {name: tensor for name, tensor in state.items() if name.startswith(_THEIRS)}
     hidden_size = language.model.config.n_embd

@@ -40,11 +40,7 @@ _CAPTIONS = 4
 def import_smallcap(
     file: Path, state: State, language: LanguageModel, tower: VisionTower, options: ImportOptions
 ) -> Imported:
-    """Read a SmallCap state dict. It retrieved captions with CLIP RN50x64; ours come from the captioner's own tower.
-
-    Raises:
-        CheckpointError: the tensors do not fit the language model or the tower.
-    """
+    """Read a SmallCap state dict. It retrieved captions with CLIP RN50x64; ours come from the captioner's own tower."""
     _check_encoder(file, state, tower)
     gpt2 = {name: tensor for name, tensor in state.items() if ".crossattention." not in name and "_cross_" not in name}
     fine_tuned = load_gpt2(file, gpt2, language, "decoder.")

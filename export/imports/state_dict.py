@@ -51,11 +51,7 @@ class Imported:
 
 
 def read_state(file: Path) -> State:
-    """The tensors of a .pt, .bin or .safetensors file, without scalars (buffers of old releases).
-
-    Raises:
-        CheckpointError: the file cannot be read, or unpickling it would run code.
-    """
+    """The tensors of a .pt, .bin or .safetensors file without scalars (buffers of old releases); runs no code in it."""
     with reading(file, CheckpointError, mend="give --import the model's state_dict() alone; code is never loaded"):
         if file.suffix == ".safetensors":
             content = load_file(file)

@@ -26,8 +26,8 @@ LIBRARIES: dict[str, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensor
 OLDEST = (10, 14)
 """The first release of `tensorrt` whose strongly typed parser this was written for."""
 BUILDER = "itune.export.tensorrt.plan_builder"
-_NO_FLOAT_PRODUCTS = ("sm75",)
-"""GPUs on which tensorrt-rtx has no fp32 products (Turing): the adapters' attention and the logits need them."""
+_NO_FLOAT_PRODUCTS = "sm75"
+"""On Turing, tensorrt-rtx has no fp32 products, which the adapters' attention and the logits need."""
 
 
 class TensorRTError(ItuneError):
@@ -68,11 +68,7 @@ class Library:
 
     @classmethod
     def find(cls) -> Library:
-        """Import TensorRT.
-
-        Raises:
-            TensorRTError: it is missing, too old, or cannot be imported.
-        """
+        """Import TensorRT; raises TensorRTError if it is missing, too old or broken."""
         problem = "TensorRT is not installed"
         for name, flavour in LIBRARIES.items():
             if find_spec(name) is None:
@@ -96,14 +92,10 @@ class Library:
         if not hasattr(self.module.IBuilderConfig, "set_compute_capability"):
             return []
         members = (name.lower() for name in self.module.ComputeCapability.__members__ if name.startswith("SM"))
-        return sorted((name for name in members if name not in _NO_FLOAT_PRODUCTS), key=lambda name: int(name[2:]))
+        return sorted((name for name in members if name != _NO_FLOAT_PRODUCTS), key=lambda name: int(name[2:]))
 
     def choose_gpus(self, wanted: str | None) -> list[str]:
-        """Parse `--gpu`, a list such as "sm86,sm89"; by default all that one plan can serve, which adds no size.
-
-        Raises:
-            TensorRTError: it cannot build for one of them.
-        """
+        """Parse `--gpu`, a list such as "sm86,sm89"; by default all that one plan can serve, which adds no size."""
         known = self.known_gpus or _own_gpu()
         gpus = list(dict.fromkeys(part.strip().lower() for part in (wanted or ",".join(known)).split(",")))
         if not set(gpus) <= set(known):
@@ -122,11 +114,7 @@ def _own_gpu() -> list[str]:
 
 
 def build_plan(request: PlanRequest, progress: Callable[[str], None], report: Callable[[LayerReport], None]) -> None:
-    """Build a plan in a process of its own; `report` is called before the build.
-
-    Raises:
-        TensorRTError: TensorRT lacks an operator, the profile does not fit, or memory is short.
-    """
+    """Build a plan in a process of its own, after calling `report`; raises TensorRTError if TensorRT cannot."""
 
     def receive(line: str) -> None:
         message = json.loads(line) if line.startswith("{") else {}  # the library may print, too

@@ -38,11 +38,7 @@ class Builder:
         self.parser = self.trt.OnnxParser(self.network, self.logger)
 
     def parse(self) -> LayerReport:
-        """Parse the graph.
-
-        Raises:
-            TensorRTError: TensorRT lacks an operator or does not support its use.
-        """
+        """Parse the graph; raises TensorRTError for an operator that TensorRT does not support."""
         # By its path, so that external weights beside it are found.
         if not self.parser.parse_from_file(str(self.request.source)):
             error = self.parser.get_error(0)
@@ -53,11 +49,7 @@ class Builder:
         return report_layers(self.trt, self.network)
 
     def build(self) -> Any:
-        """The plan's bytes.
-
-        Raises:
-            TensorRTError: the profile does not fit the graph, or the builder failed.
-        """
+        """The plan's bytes; raises TensorRTError if the profile does not fit the graph or the builder fails."""
         config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
         config.clear_flag(self.trt.BuilderFlag.TF32)  # no more digits than fp16, where the graph needs fp32

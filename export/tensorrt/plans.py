@@ -103,11 +103,7 @@ class PlanWriter:
         return files, scales
 
     def build(self, manifest: Manifest, folder: Path, progress: Callable[[str], None]) -> list[GraphEntry]:
-        """Build a plan of every graph in the folder; returns their entries in the manifest.
-
-        Raises:
-            ItuneError: TensorRT cannot build one.
-        """
+        """Build a plan of every graph in the folder; returns their entries in the manifest."""
         return [self._build(entry, manifest, folder, progress) for entry in manifest.graphs]
 
     def _build(

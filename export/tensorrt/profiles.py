@@ -25,11 +25,7 @@ class PlanLimits:
     """None: 32, or as many as the model has positions for."""
 
     def of(self, tokens: TokenSettings) -> PlanLimits:
-        """The limits for a model, `max_new_tokens` included.
-
-        Raises:
-            ItuneError: the model has no room for them; the message names the flag.
-        """
+        """The limits for a model, all known; raises ItuneError naming the flag if the model has no room for them."""
         longest = self.max_new_tokens or min(_NEW_TOKENS, tokens.room)
         most_beams = tokens.candidates // 2  # a search compares two candidates for each beam
         for flag, value, most in (

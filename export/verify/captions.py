@@ -52,10 +52,9 @@ def caption_photos(
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **options: Any,
 ) -> dict[str, Written]:
-    """Caption photos by id, without those that cannot be read; `options` are those of `Captioner.stream`.
+    """Caption photos by id, without those that cannot be read; raises ItuneError if none can.
 
-    Raises:
-        ItuneError: no photo can be read.
+    `options` are those of `Captioner.stream`.
     """
     written = {}
     stream = captioner.stream(list(photos.values()), **options)

@@ -20,11 +20,7 @@ VALUE_SCALES = "value_scales"
 
 
 def compare(bundle: Path, folder: Path) -> list[Check]:
-    """Replay the scenarios of `write_reference` on a bundle's graphs and check every output.
-
-    Raises:
-        VerificationError: an output has the wrong shape or is not finite.
-    """
+    """Check every output of a bundle's graphs; raises VerificationError if one is misshapen or not finite."""
     captioner = Captioner.load(bundle, engine="onnxruntime", retrieve=0)
     captioner.retriever = None  # the same prompt on both sides; the embedding has its own check
     loaded = Bundle.load(bundle, verify=False)

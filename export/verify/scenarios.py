@@ -69,11 +69,7 @@ class Reference(Settings):
 
 
 def pick_images(settings: ImageSettings, folder: Path | None = None) -> UInt8:
-    """Pixels [at least 4, H, W, 3]: photos of `folder`, then a gradient, noise, dark noise and loud stripes.
-
-    Raises:
-        ItuneError: the folder has no photo.
-    """
+    """Pixels [at least 4, H, W, 3]: photos of `folder`, then a gradient, noise, dark noise and loud stripes."""
     height, width = settings.output_size
     images: list[Array] = []
     if folder is not None:
@@ -130,11 +126,8 @@ def _record(engine: Engine[Any], state: Any, beams: int, prompts: Sequence[list[
 def replay(engine: Engine[Any], pixels: UInt8, scenario: Scenario, vocabulary: Int64) -> dict[str, Array]:
     """All outputs of a scenario by name, those of a step as `NAME/step`.
 
-    `vocabulary` has the ascending ids of all tokens that the engine can write; logits are in its order. Visual keys and
-    values come as [images, N, r]. Padded positions of the cache are zero.
-
-    Raises:
-        ItuneError: the engine's candidates are not the vocabulary.
+    `vocabulary` has the ascending ids of all tokens that the engine can write (ItuneError if not); logits are in its
+    order. Visual keys and values come as [images, N, r]. Padded positions of the cache are zero.
     """
     state = engine.encode(pixels[scenario.images])
     results = _visual(state)
