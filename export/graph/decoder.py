@@ -49,17 +49,16 @@ class Decoder:
             self.graph.initializer(name, array[vocabulary] if by_token else array)
 
     def build(self) -> Graph:
-        """The whole graph."""
+        """Build the whole graph."""
         g = self.graph
         tokens = g.input("tokens", np.int64, ["rows", "T"])
         positions = g.input("positions", np.int64, ["rows", "T"])
         mask = g.input("mask", np.bool_, ["rows", "P + T"])
         parents = g.input("parents", np.int64, ["rows"])
         k = g.input("k", np.int64, [1])
-        self.declare_visual()
         with g.scope("step"):
             bias = self.mask_bias(tokens, mask)
-            self.declare_shapes(tokens)
+            self.declare_visual(tokens)
             if self.fused:
                 self.declare_lengths(mask)
         with g.scope("embeddings"):
@@ -73,11 +72,8 @@ class Decoder:
             self.head(hidden, k)
         return g
 
-    def declare_visual(self) -> None:
-        """Declare the inputs `visual.NAME`."""
-
-    def declare_shapes(self, tokens: str) -> None:
-        """Compute the shapes that all layers share."""
+    def declare_visual(self, tokens: str) -> None:
+        """Declare the inputs `visual.NAME`, and compute the shapes that all layers share."""
 
     def embed(self, tokens: str) -> str:
         """The tokens' embeddings, without those of their positions."""

@@ -12,6 +12,8 @@ from ...runtime.errors import ItuneError
 from ...runtime.graph_names import RESIDUAL
 from .builder import Array, Graph
 
+Config = Any
+"""A transformers configuration, whose fields are typed as optional."""
 _EXACT_GELUS = ("gelu", "gelu_python")
 _TANH_GELUS = ("gelu_new", "gelu_accurate", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 _MIN_LENGTH = 1e-12  # as in torch.nn.functional.normalize
@@ -106,7 +108,3 @@ def activation(graph: Graph, x: str, name: str) -> str:
     if name == "relu":
         return graph.op("Relu", x)
     raise ItuneError(f"config.json: the activation function {name!r} cannot be exported; GELU, ReLU and SiLU can")
-
-
-Config = Any
-"""A transformers configuration, whose fields are typed as optional."""

@@ -121,7 +121,7 @@ class ClipCapDecoder(Decoder):
         super().__init__(model, arrays(model.language_model_state()), vocabulary, fused)
         self.prefix_length = model.config.prefix_length
 
-    def declare_visual(self) -> None:
+    def declare_visual(self, tokens: str) -> None:  # noqa: ARG002 - the prefix has no shape to share
         """Declare the prefix."""
         self.graph.input(PREFIX, np.float32, ["images", self.prefix_length, self.width])
 

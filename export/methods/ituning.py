@@ -20,7 +20,7 @@ from ...methods.ituning.model import ITuningModel
 from ...runtime.bundle import MANIFEST, DecoderSettings
 from ...runtime.errors import BundleError
 from ..graph.builder import Array, Graph
-from ..graph.ops import activation, add_residual, arrays, layer_norm, linear
+from ..graph.ops import activation, arrays, layer_norm, linear
 from .base import ExportMethod, Weights
 from .visual_attention import Projections, VisualDecoder, append_projections, split_projections
 
@@ -103,7 +103,7 @@ class ITuningDecoder(VisualDecoder):
                 found = self.attend_image(i, query)
             joined = g.op("Concat", inner, found, axis=-1)
             bias = g.op("Add", f"{name}.mlp.c_proj.bias", f"layers.{i}.output.bias")
-            return add_residual(g, g.op("MatMul", joined, f"{name}.mlp.c_proj.weight"), bias)
+            return g.op("Add", g.op("MatMul", joined, f"{name}.mlp.c_proj.weight"), bias)
 
 
 def _projections(model: ITuningModel) -> Projections:

@@ -65,18 +65,13 @@ class VisualDecoder(Decoder):
         """Set the layers that attend, and the shape of that attention; `width` is that of all heads together."""
         self.visual_layers, self.visual_heads, self.visual_width = layers, heads, width
 
-    def declare_visual(self) -> None:
-        """Declare keys and values of every adapted layer."""
-        heads, width = self.visual_heads, self.visual_width // self.visual_heads
+    def declare_visual(self, tokens: str) -> None:
+        """Declare all keys and values, and the shapes of queries grouped by image and of results grouped by row."""
+        g, heads, width = self.graph, self.visual_heads, self.visual_width // self.visual_heads
         for i in self.visual_layers:
-            self.graph.input(graph_names.keys(i), np.float32, ["images", heads, width, "N"])
-            self.graph.input(graph_names.values(i), np.float32, ["images", heads, "N", width])
-
-    def declare_shapes(self, tokens: str) -> None:
-        """Compute the shapes of queries grouped by image, and of the result grouped by row again."""
-        g, heads = self.graph, self.visual_heads
+            g.input(graph_names.keys(i), np.float32, ["images", heads, width, "N"])
+            g.input(graph_names.values(i), np.float32, ["images", heads, "N", width])
         images = g.op("Shape", graph_names.keys(self.visual_layers[0]), start=0, end=1)
-        width = self.visual_width // heads
         # A single head needs no transposition.
         by_image = g.constant([1, -1, width] if heads == 1 else [-1, heads, width])
         self.by_image = g.op("Concat", images, by_image, axis=0)

@@ -23,9 +23,9 @@ from ..graph.builder import CONSTANT, Array, Graph
 from .integer_matmul import SCALES, Blocks, MatMul, Scheme, restore_products
 from .weights import BLOCK_SIZES, dequantize_per_channel, quantize_per_channel, to_half
 
-INT8, DEQUANTIZED, HALF = ".int8", ".dequantized", ".fp16"
-"""Suffixes of quantised weights, of dequantised values, and of weights and values in half precision."""
-_TYPE_CHANGES = {"Cast": (HALF, ".fp32"), "QuantizeLinear": (INT8,), "DequantizeLinear": (DEQUANTIZED,)}
+INT8, DEQUANTIZED, FP16, FP32 = ".int8", ".dequantized", ".fp16", ".fp32"
+"""Suffixes of quantised weights, of dequantised values, and of what was cast to half or single precision."""
+_TYPE_CHANGES = {"Cast": (FP16, FP32), "QuantizeLinear": (INT8,), "DequantizeLinear": (DEQUANTIZED,)}
 """Operators that change a value's type in a typed graph, and the suffixes of their outputs."""
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
@@ -57,7 +57,7 @@ def halve_graph(source: Path, target: Path) -> list[Path]:
     casts = []
     for name, array in list(graph.weights.items()):
         if array.ndim >= 2 and array.dtype == np.float32:
-            stored = name + HALF
+            stored = name + FP16
             graph.weights[stored] = to_half(name, graph.weights.pop(name))
             casts.append(helper.make_node("Cast", [stored], [name], name=stored, to=onnx.TensorProto.FLOAT))
     graph.nodes = casts + graph.nodes
@@ -69,7 +69,7 @@ def float_graph(path: Path) -> Graph:
     graph = Graph.load(path)
     restore_products(graph)
     weights, inputs = graph.weights, {value.name for value in graph.inputs}
-    halves = {name: name.removesuffix(HALF) for name in weights if name.endswith(HALF)}
+    halves = {name: name.removesuffix(FP16) for name in weights if name.endswith(FP16)}
     for name, own in halves.items():
         weights.setdefault(own, weights.pop(name))
     sources = dict(halves)  # by a value of another type: its name in the fp32 graph

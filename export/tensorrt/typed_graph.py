@@ -25,12 +25,13 @@ from ..graph.builder import Array, Graph
 from ..graph.onnx_tower import PREFIX as TOWER
 from ..options import Precision
 from ..quantize.integer_matmul import SCALES
-from ..quantize.rewrite import DEQUANTIZED, INT8
+from ..quantize.rewrite import DEQUANTIZED, FP16, FP32, INT8
 from ..quantize.weights import QMAX, to_half
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 Kind = int
 """FLOAT or HALF."""
+_SUFFIX: dict[Kind, str] = {FLOAT: FP32, HALF: FP16}
 _MATMULS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _FLOAT_OPS = (
     "LayerNormalization", "InstanceNormalization", "GroupNormalization", "BatchNormalization", "LpNormalization",
@@ -58,8 +59,9 @@ def type_graph(graph: Graph, precision: Precision, ranges: Mapping[str, float] |
 
 def cast_outputs(graph: Graph, kind: Kind) -> None:
     """Cast the float outputs of a typed graph to `kind`: the decoder's inputs and the vision graph's outputs agree."""
-    other = {v.name: v for v in graph.outputs if v.type.tensor_type.elem_type in {FLOAT, HALF} - {kind}}
-    before = {name: f"{name}.{'fp32' if kind == HALF else 'fp16'}" for name in other}
+    source = FLOAT if kind == HALF else HALF
+    other = {value.name: value for value in graph.outputs if value.type.tensor_type.elem_type == source}
+    before = {name: f"{name}{_SUFFIX[source]}" for name in other}
     for node in graph.nodes:
         for names in (node.input, node.output):
             names[:] = [before.get(name, name) for name in names]
@@ -71,7 +73,7 @@ def cast_outputs(graph: Graph, kind: Kind) -> None:
 def cast_pixels_first(graph: Graph) -> None:
     """Move a vision graph's cast of bytes to its beginning: TensorRT can only cast uint8."""
     pixels = [v.name for v in graph.inputs if v.type.tensor_type.elem_type == TensorProto.UINT8]
-    floats = {name: f"{name}.fp32" for name in pixels}
+    floats = {name: f"{name}{FP32}" for name in pixels}
     nodes = [helper.make_node("Cast", [old], [new], name=new, to=FLOAT) for old, new in floats.items()]
     for node in graph.nodes:
         of_bytes = bool(floats.keys() & set(node.input))
@@ -184,10 +186,8 @@ class _Typer:
 
     def append_cast(self, name: str, kind: Kind) -> str:
         if (name, kind) not in self.casts:
-            suffix = "fp16" if kind == HALF else "fp32"
-            node = helper.make_node("Cast", [name], [f"{name}.{suffix}"], name=f"{name}.{suffix}", to=kind)
-            self.graph.nodes.append(node)
-            self.casts[name, kind] = node.output[0]
+            cast = self.casts[name, kind] = f"{name}{_SUFFIX[kind]}"
+            self.graph.nodes.append(helper.make_node("Cast", [name], [cast], name=cast, to=kind))
         return self.casts[name, kind]
 
     def weight(self, name: str, kind: Kind) -> str:
@@ -198,7 +198,7 @@ class _Typer:
             return name if kind == HALF else self.append_cast(name, FLOAT)
         if kind == FLOAT:
             return name
-        small = f"{name}.fp16"
+        small = f"{name}{FP16}"
         if small not in self.graph.weights:
             self.graph.initializer(small, self.half(name))
         return small
@@ -226,15 +226,13 @@ class _Typer:
     def quantized_weight(self, name: str, kind: Kind, axis: int) -> str:
         codes, scales, back = f"{name}{INT8}", f"{name}{SCALES}", f"{name}{DEQUANTIZED}"
         if codes not in self.graph.weights:
-            stored = _quantize(self.source[name], axis, kind)
-            for part, array in zip((codes, scales), stored, strict=True):
-                self.graph.initializer(part, array)
+            self.graph.weights[codes], self.graph.weights[scales] = _quantize(self.source[name], axis, kind)
             self.graph.nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [back], name=back, axis=axis))
         return back
 
 
 def _quantize(weight: Array, axis: int, kind: Kind) -> tuple[Array, Array]:
-    """int8 codes in the weight's shape, and the scales of its channels in the type of the arithmetic."""
+    """The int8 codes in the weight's shape, and the scales of its channels in the type of the arithmetic."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scales = _scales(np.abs(weight).max(axis=others) / QMAX, kind)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
