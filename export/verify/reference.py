@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from ...loading import LoadedCheckpoint, eager_captioner
+from ...runtime.engines.base import Int64
 from .captions import caption_dev_split
-from .scenarios import REFERENCE, SHORTLIST, Reference, caption_images, pick_images, record, replay
+from .scenarios import REFERENCE, Reference, caption_images, pick_images, record, replay
 
 
-def write_reference(checkpoint: Path, folder: Path, images: Path | None = None) -> None:
+def write_reference(checkpoint: Path, folder: Path, images: Path | None = None, shortlist: Int64 | None = None) -> None:
     """Record the scenarios and caption the images with a checkpoint; keep all outputs in `folder`."""
     loaded = LoadedCheckpoint.load(checkpoint)
-    shortlist = np.load(folder / SHORTLIST) if (folder / SHORTLIST).exists() else None
     captioner = eager_captioner(loaded, shortlist)
     vocabulary = np.arange(captioner.tokens.vocab_size) if shortlist is None else shortlist
     pixels = pick_images(loaded.config.image, images)

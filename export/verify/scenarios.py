@@ -22,8 +22,7 @@ from .captions import Written
 if TYPE_CHECKING:  # the compare side runs without torch
     from ...eager import EagerState
 
-SHORTLIST, REFERENCE = "shortlist.npy", "reference.json"
-"""Files in the folder that both sides share."""
+REFERENCE = "reference.json"
 CAPTION_BEAMS = (1, 3)
 Array = NDArray[Any]
 _CAPTION_TOKENS = 16

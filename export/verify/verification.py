@@ -22,9 +22,8 @@ from ...runtime.errors import ItuneError
 from ..process import run_module
 from .captions import write_dev_split
 from .report import CHECKS, Check, VerificationError
-from .scenarios import SHORTLIST
 
-_REPORT = "report.json"
+_REPORT, _SHORTLIST = "report.json", "shortlist.npy"
 
 
 def verify_bundle(
@@ -46,7 +45,7 @@ def verify_bundle(
     """
     with TemporaryDirectory(prefix="itune-verify-") as folder:
         if vocabulary is not None:
-            np.save(Path(folder) / SHORTLIST, vocabulary)
+            np.save(Path(folder) / _SHORTLIST, vocabulary)
         if dev:
             write_dev_split(dev, Bundle.load(bundle, verify=False).manifest.search, Path(folder))
         photos = f", with {len(dev)} dev photos" if dev else ""
@@ -66,7 +65,8 @@ def main(side: str, source: str, folder: str, images: str | None = None) -> None
     if side == "reference":
         from .reference import write_reference
 
-        write_reference(Path(source), Path(folder), Path(images) if images else None)
+        shortlist = np.load(Path(folder) / _SHORTLIST) if (Path(folder) / _SHORTLIST).exists() else None
+        write_reference(Path(source), Path(folder), Path(images) if images else None, shortlist)
     else:
         from .compare import compare
 
