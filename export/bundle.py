@@ -39,8 +39,10 @@ from .staging import staged_folder
 from .tensorrt.library import LayerReport
 from .tensorrt.plans import PlanWriter, Role
 from .tensorrt.profiles import PlanLimits
-from .verify.checks import VALUE_SCALES, Check, VerificationError, verify_bundle
+from .verify.compare import VALUE_SCALES
+from .verify.report import Check, VerificationError
 from .verify.scenarios import pick_images
+from .verify.verification import verify_bundle
 from .vocabulary import Vocabulary
 
 _SCHEMES: dict[tuple[Role, Precision], Scheme] = {
@@ -315,5 +317,5 @@ def _raise_if_failed(checks: list[Check]) -> None:
         first, others = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise VerificationError(
             f"the graphs do not compute what the checkpoint does, so no bundle was written: {first.output} "
-            f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.worst}{others}"
+            f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.case}{others}"
         )

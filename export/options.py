@@ -104,10 +104,11 @@ class ImportOptions(Settings):
 
     model_config = ConfigDict(title="Import a published checkpoint")
 
-    language_model: str | None = None
-    """GPT-2 that it was trained on, hub id or folder. Default: gpt2."""
-    vision: str | None = None
-    """Its vision tower, hub id or folder. Default: CLIP ViT-B/32."""
+    # The parts that the published checkpoints were trained on, except ClipCap's on CLIP RN50x4.
+    language_model: str = "openai-community/gpt2"
+    """Hub id or folder of the GPT-2, whose weights serve if the file has none. Default: openai-community/gpt2."""
+    vision: str = "openai/clip-vit-base-patch32"
+    """Hub id or folder of the vision tower. Default: openai/clip-vit-base-patch32."""
     normalize: bool = False
     """ClipCap: it was trained with --normalize_prefix."""
 

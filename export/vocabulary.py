@@ -1,4 +1,4 @@
-"""The shortlist: which tokens a decoder keeps when `--vocabulary` cuts its embedding and its head down to them."""
+"""The shortlist: the tokens a decoder keeps when `--vocabulary` cuts its embedding and its head."""
 
 from __future__ import annotations
 
@@ -16,77 +16,56 @@ from tokenizers.pre_tokenizers import ByteLevel
 from ..data.records import clean_caption, load_records
 from ..runtime.bundle import TokenSettings
 from ..runtime.engines.base import Int64
-from ..runtime.errors import ItuneError
+from ..runtime.errors import ItuneError, reading
 from ..runtime.settings import TextSettings
 from ..training.batches import encode_caption, encode_text
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a shortlist is made from: the `size` most frequent tokens of `captions`, or every token of `lines`."""
+    """The source of a shortlist: the `size` most frequent tokens of `captions`, or every token of `lines`."""
 
     captions: tuple[str, ...] = ()
     size: int | None = None
     lines: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, wanted: str, data: Path | None, split: str = "train") -> Self:
-        """Understand `--vocabulary N|FILE`.
-
-        N counts the captions of `split` in the caption file `data`. FILE is UTF-8 text, a word, a phrase or a
-        caption a line.
+    def read(cls, wanted: str, data: Path | None) -> Self:
+        """Read `--vocabulary N|FILE`: N counts the train split of `data`; FILE has a word or phrase on each line.
 
         Raises:
-            ItuneError: N without captions or not positive, or a FILE without text.
+            ItuneError: N is below 1 or has no captions, or FILE is not UTF-8 text with words.
         """
-        try:
-            size = int(wanted)
-        except ValueError:
-            return cls(lines=_read_lines(Path(wanted)))
-        if size < 1:
-            raise ItuneError(f"--vocabulary {wanted}: give how many tokens to keep (at least 1), or a file of words")
-        if data is None:
-            raise ItuneError(f"--vocabulary {wanted}: name the captions whose tokens are counted with --data")
-        records = load_records(data, split=split, check_images=False)
-        return cls(tuple(chain.from_iterable(record.captions for record in records)), size)
+        if wanted.removeprefix("-").isdecimal():
+            records = load_records(data, split="train", check_images=False) if data else []
+            found = cls(tuple(chain.from_iterable(record.captions for record in records)), int(wanted))
+        else:
+            with reading(wanted, mend="--vocabulary takes a number, or a UTF-8 file with a word on each line"):
+                lines = map(str.strip, Path(wanted).read_text(encoding="utf-8").splitlines())
+                found = cls(lines=tuple(filter(None, lines)))
+        if not found.lines and (not found.captions or int(wanted) < 1):
+            raise ItuneError(
+                f"--vocabulary {wanted}: needs a file with words, or at least 1 token and the captions to count: --data"
+            )
+        return found
 
     @property
     def sha256(self) -> str:
-        """Two that make the same shortlist have the same."""
+        """The same for all vocabularies that make the same shortlist."""
         text = "\n".join([str(self.size), *self.captions, *self.lines])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def token_ids(self, tokenizer: Tokenizer, text: TextSettings, tokens: TokenSettings) -> Int64:
-        """The ascending ids of the tokens to keep.
+        """The ascending ids of the tokens to keep; of equally frequent tokens, those with the lower id.
 
-        Always among them: begin, prompt and end, and the tokens of single bytes, so that every text can still be
-        written. Equally frequent tokens: the lower id.
+        Begin, prompt and end tokens and all single bytes are always kept, so that any text can be written.
         """
-        if self.size is None:
-            found = set()
-            for line in self.lines:
-                found.update(encode_caption(tokenizer, text, line))
-                found.update(encode_text(tokenizer, f" {clean_caption(line, text)}"))  # as it stands within a caption
-        else:
-            counts: Counter[int] = Counter()
-            for caption in self.captions:
-                counts.update(encode_caption(tokenizer, text, caption))
-            found = set(sorted(counts, key=lambda token: (-counts[token], token))[: self.size])
+        counts = Counter(
+            token for caption in self.captions or self.lines for token in encode_caption(tokenizer, text, caption)
+        )
+        for line in self.lines:
+            counts.update(encode_text(tokenizer, f" {clean_caption(line, text)}"))  # as in the middle of a caption
+        kept = sorted(counts, key=lambda token: (-counts[token], token))[: self.size]
         single_bytes = (tokenizer.token_to_id(byte) for byte in ByteLevel.alphabet())
-        always = {*tokens.text_prompt_tokens, tokens.end, *(token for token in single_bytes if token is not None)}
-        return np.array(sorted(found | always), np.int64)
-
-
-def _read_lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ItuneError(f"--vocabulary {path}: is neither a number nor a file that exists") from None
-    except OSError as error:
-        raise ItuneError(f"--vocabulary {path}: cannot be read ({error.strerror}); give a number or a file") from None
-    except UnicodeDecodeError:
-        raise ItuneError(f"--vocabulary {path}: is not UTF-8 text; give a word or a phrase a line") from None
-    kept = tuple(line.strip() for line in lines if line.strip())
-    if not kept:
-        raise ItuneError(f"--vocabulary {path}: has no words in it; give a word or a phrase a line")
-    return kept
+        always = [*tokens.text_prompt_tokens, tokens.end, *(token for token in single_bytes if token is not None)]
+        return np.unique(np.array([*kept, *always], np.int64))

@@ -1,4 +1,4 @@
-"""How far a bundle's next-token distributions are from another's, whatever a search would make of them."""
+"""How far a bundle's next-token distributions are from another's, without a search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ...runtime.bundle import TokenSettings
 from ...runtime.engines.base import Candidates, Engine, Int64, UInt8
 
 BATCH = 16
-"""Images whose captions are read at once."""
 Float64 = NDArray[np.float64]
 Example = tuple[UInt8, Sequence[int]]
 """Pixels [H, W, 3] of an image, and the token ids of its caption."""
@@ -21,14 +20,14 @@ Example = tuple[UInt8, Sequence[int]]
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Means over the positions of some captions, both decoders having read the same caption so far."""
+    """Means over all positions of some captions, which both decoders read (teacher forcing)."""
 
     kl: float
     """KL(reference || other) in nats, over the tokens that the other can write."""
     top1: float
-    """Fraction of positions with the same likeliest token."""
+    """Fraction of positions with the same most likely token."""
     covered: float
-    """Probability that the reference gives to the tokens that the other can write: 1 without a shortlist."""
+    """The reference's probability of the tokens that the other can write: 1 without a shortlist."""
     positions: int
 
 
@@ -39,7 +38,7 @@ def measure_fidelity(
     tokens: TokenSettings,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Fidelity:
-    """Compare two engines of the same model on captions that are given (teacher forcing), end token included.
+    """Compare two engines of the same model on captions, the end token included.
 
     A caption is read up to the first token that `other` cannot read.
     """
@@ -60,8 +59,9 @@ def _compare_batch(
     states = reference.encode(pixels), other.encode(pixels)
     rows = np.arange(len(examples))
     step = np.tile(np.array(tokens.prompt_tokens), (len(examples), 1))
-    captions = [caption for _, caption in examples]
-    for place in range(max(map(len, captions)) + 1):
+    captions = [list(caption) for _, caption in examples]
+    place = 0
+    while True:
         expected, found = (
             engine.step(step, rows, state, engine.most_candidates)
             for engine, state in zip((reference, other), states, strict=True)
@@ -73,15 +73,15 @@ def _compare_batch(
         if place == max(map(len, captions)):
             return
         step = np.array([[caption[place] if place < len(caption) else tokens.end] for caption in captions])
+        place += 1
 
 
-def _readable_part(caption: Sequence[int], readable: set[int]) -> Sequence[int]:
+def _readable_part(caption: list[int], readable: set[int]) -> list[int]:
     end = next((i for i, token in enumerate(caption) if token not in readable), len(caption))
     return caption[:end]
 
 
 def _compare(expected: Candidates, found: Candidates) -> Float64:
-    """The same of every row, [rows, 3]."""
     ids, q = _sorted(found)
     all_ids, p = _sorted(expected)
     covered = np.ones(len(p))
@@ -95,7 +95,7 @@ def _compare(expected: Candidates, found: Candidates) -> Float64:
 
 
 def _sorted(candidates: Candidates) -> tuple[Int64, Float64]:
-    """The ids of a whole vocabulary, ascending, and their log-probabilities in every row."""
+    """The ascending ids of a whole vocabulary, and their log-probabilities in every row."""
     order = np.argsort(candidates.token_ids, axis=1)
     logits = np.take_along_axis(candidates.logits, order, axis=1).astype(np.float64)
     return candidates.token_ids[0, order[0]], logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

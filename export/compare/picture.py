@@ -1,4 +1,4 @@
-"""The comparison as a picture: quality against latency, a bundle's size as the size of its mark."""
+"""The comparison as a picture: quality against latency; larger marks are larger bundles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .comparison import Row
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Write a PNG; quality is CIDEr-D where it is known, and the agreement of likeliest tokens elsewhere."""
+    """Write a PNG; quality is CIDEr-D, or without scores the agreement of the most likely tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,12 +23,12 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         label = f"{row.name}, {row.megabytes:.0f} MB"
         axes.plot(row.latency.total, quality, "o", markersize=size, alpha=0.6, label=label)
     axes.set_xlim(0, 1.1 * max(row.latency.total for row in rows))
-    # A tenth of the best at least: a difference that says nothing should not fill the picture.
+    # At least a tenth of the best, so that noise does not fill the picture.
     middle, span = (max(qualities) + min(qualities)) / 2, max(qualities) - min(qualities)
     half = 0.65 * max(span, 0.1 * max(qualities), 1)
     axes.set_ylim(middle - half, middle + half)
     axes.set_xlabel("milliseconds per photo, batch 1 (median)")
-    axes.set_ylabel("CIDEr-D x 100" if rows[0].cider is not None else "likeliest token as in fp32, %")
+    axes.set_ylabel("CIDEr-D x 100" if rows[0].cider is not None else "most likely token as in fp32, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", labelspacing=1)

@@ -1,13 +1,14 @@
-"""Time bundles against each other: the same photo goes to one after the other, each in a process of its own.
+"""Time bundles against each other, each in a process of its own that takes its turn at every photo.
 
-Taking turns photo by photo, a machine whose speed drifts slows all of them; in processes of their own, no bundle's
-threads are in another's way.
+The turns spread a drift in the machine's speed over all bundles; in separate processes, no bundle's threads disturb
+another's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import sleep
@@ -17,7 +18,7 @@ from ...runtime.captioner import Captioner, Timings
 from .worker import Worker
 
 _WARMUP = 2
-_PAUSE = 0.05  # seconds in which threads that wait by spinning go to sleep
+_PAUSE = 0.05  # seconds, after which spinning threads sleep
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,7 @@ class Latency:
     encode: float
     search: float
     total: float
-    """Decoding the file included."""
-
-    @classmethod
-    def of(cls, samples: Sequence[Timings]) -> Latency:
-        """Medians of some photos' times."""
-        return cls(
-            encode=median(sample.encode for sample in samples),
-            search=median(sample.search for sample in samples),
-            total=median(sum(asdict(sample).values()) for sample in samples),
-        )
+    """Including the decoding of the file."""
 
 
 def measure_latency(
@@ -47,16 +39,16 @@ def measure_latency(
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **search_options: Any,
 ) -> dict[str, Latency]:
-    """Caption every photo with every bundle, and return the medians by the bundles' names.
+    """Caption every photo with every bundle; returns the medians by the bundles' names.
 
-    `search_options` are those of `Captioner.caption`. Raises ItuneError if a bundle's process ends untimely.
+    `search_options` are those of `Captioner.caption`. Raises ItuneError if a bundle's process dies.
     """
     samples: dict[str, list[Timings]] = {name: [] for name in bundles}
     workers: dict[str, Worker] = {}
     rounds = [*photos[:_WARMUP], *photos]
     try:
         for name, folder in bundles.items():
-            workers[name] = Worker(name, _load, folder, threads)
+            workers[name] = Worker(name, partial(Captioner.load, folder, threads=threads))
         for number, photo in enumerate(rounds, 1):
             for name, worker in workers.items():
                 samples[name].append(worker.call("caption", photo, **search_options).ms)
@@ -65,9 +57,12 @@ def measure_latency(
     finally:
         for worker in workers.values():
             worker.kill()
-    warmup = len(rounds) - len(photos)
-    return {name: Latency.of(own[warmup:]) for name, own in samples.items()}
+    return {name: _medians(own[-len(photos) :]) for name, own in samples.items()}
 
 
-def _load(folder: Path, threads: int | None) -> Captioner:
-    return Captioner.load(folder, threads=threads)
+def _medians(samples: Sequence[Timings]) -> Latency:
+    return Latency(
+        encode=median(sample.encode for sample in samples),
+        search=median(sample.search for sample in samples),
+        total=median(sum(asdict(sample).values()) for sample in samples),
+    )

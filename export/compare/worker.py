@@ -1,29 +1,27 @@
-"""An object in a process of its own, called over a pipe: so that what is timed has its own threads and memory.
+"""An object in a process of its own, called over a pipe, so that what is timed has its own threads and memory.
 
-A process that waits for a call uses no CPU, and it ends with the one that started it.
+A waiting process uses no CPU. It ends with the process that started it.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import get_context, resource_tracker
+from collections.abc import Callable
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ...runtime.errors import ItuneError
 
 
 class Worker:
-    """The object that `make(*arguments)` returns in the new process; all of them must be picklable.
+    """The object that `make(*arguments)` returns in the new process; `name` appears in errors.
 
-    `name` is what errors call it. Every method raises the ItuneError that the object raised, ItuneError if the process
-    died, and RuntimeError with the traceback for anything else.
+    Every method raises the object's own ItuneError, ItuneError if the process died, and RuntimeError with the traceback
+    for anything else.
     """
 
     def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
@@ -31,77 +29,41 @@ class Worker:
         self.name = name
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        with _ctrl_c_held_back():
-            self.process.start()
+        self.process.start()
         theirs.close()
-        self._receive()  # made
+        self._answer()
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the object."""
-        self._send((method, arguments, options))
-        return self._receive()
+        return self._answer((method, arguments, options))
 
     def close(self) -> float:
         """End the process; returns its peak resident memory in MB."""
-        self._send(None)
-        peak: float = self._receive()
+        peak: float = self._answer(None)
         self.process.join()
         return peak
 
     def kill(self) -> None:
-        """End the process whatever it is doing."""
+        """End the process at once."""
         self.process.terminate()
         self.process.join()
 
-    def _send(self, message: Any) -> None:
+    def _answer(self, *message: Any) -> Any:
         try:
-            self.pipe.send(message)
-        except ConnectionError:
-            self._died()
-
-    def _receive(self) -> Any:
-        try:
+            for each in message:
+                self.pipe.send(each)
             answer = self.pipe.recv()
         except (EOFError, ConnectionError):
-            self._died()
+            self.process.join()
+            status = self.process.exitcode
+            raise ItuneError(f"the {self.name} process died with status {status}, perhaps out of memory") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def _died(self) -> NoReturn:
-        self.process.join()
-        status = self.process.exitcode
-        raise ItuneError(f"the {self.name} process died with status {status}, perhaps for want of memory") from None
-
-
-@contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Processes that are started meanwhile never see Ctrl-C: it is for this one, which then ends the others.
-
-    This one sees it afterwards. (Ignoring it in the meantime would lose it.)
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where such a process would print a traceback
-        yield
-        return
-    caught: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    # Blocked here, it may still come to another thread of this process, and Python would raise it in this one.
-    hold = callable(handler) and threading.current_thread() is threading.main_thread()
-    if hold:
-        signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
-    resource_tracker.ensure_running()  # if it were started meanwhile, it would let the signal through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if hold:
-            signal.signal(signal.SIGINT, handler)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
-
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     try:
         served = make(*arguments)
         pipe.send(None)
@@ -118,7 +80,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
 
 
 def peak_memory() -> float:
-    """The largest resident memory of this process so far, in MB."""
+    """The peak resident memory of this process in MB."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, getrusage would count what the parent had when it started this process
         lines = status.read_text(encoding="ascii").splitlines()

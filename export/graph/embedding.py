@@ -16,7 +16,8 @@ from ...runtime.engines.base import Float32, UInt8
 from ...runtime.engines.onnxruntime import available_cpus, open_session
 from ...runtime.graph_names import EMBEDDING
 from ..options import Precision
-from ..verify.checks import LIMITS, Check
+from ..verify.limits import LIMITS
+from ..verify.report import Check
 from .builder import Array, Graph
 from .ops import normalize, pool_cls
 

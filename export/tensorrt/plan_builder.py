@@ -1,6 +1,6 @@
 """The process that builds one TensorRT plan: `python -m itune.export.tensorrt.plan_builder REQUEST`.
 
-It prints a JSON object a line: {"progress": ...}, and at the end {"plan": ...} or {"error": ...}.
+It prints one JSON object per line, {"report": ...} or {"progress": ...}; an error is the last line on stderr.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from time import perf_counter
 from typing import Any
 
 from ...files import atomic_path
-from ..compare.worker import peak_memory
-from .library import LayerReport, Library, Plan, PlanRequest, TensorRTError
+from .library import LayerReport, Library, PlanRequest, TensorRTError
 
 OTHER = "other"
+_WORKSPACE = 2 << 30
 _ADDED = "ONNXTRT_"
-"""How the names of tensors begin that the parser made up."""
+"""Prefix of the names of tensors that the parser adds."""
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
 
 
 class Builder:
-    """A graph on its way to a plan."""
+    """Parses a graph and builds its plan."""
 
     def __init__(self, library: Library, request: PlanRequest) -> None:
         self.trt, self.request = library.module, request
         self.messages: list[str] = []
-        """The library's errors, the first is the cause."""
+        """The library's errors; the first is the cause."""
         self.logger = _logger(self.trt, self.messages)
         self.builder = self.trt.Builder(self.logger)
         flags = self.trt.NetworkDefinitionCreationFlag
@@ -39,75 +38,45 @@ class Builder:
         self.parser = self.trt.OnnxParser(self.network, self.logger)
 
     def parse(self) -> LayerReport:
-        """Read the graph.
-
-        Raises:
-            TensorRTError: an operator, or the way it is used, is not TensorRT's.
-        """
-        # From its file, which external weights are beside.
+        """Parse the graph; raises TensorRTError for an operator that TensorRT does not support."""
+        # By its path, so that external weights beside it are found.
         if not self.parser.parse_from_file(str(self.request.source)):
             error = self.parser.get_error(0)
             reason = " ".join(error.desc().split("\n", 1)[-1].split()).split(" [checkMacros")[0]
             raise TensorRTError(
-                f"node {error.node_name()}: TensorRT cannot take operator {error.node_operator()}: {reason}"
+                f"node {error.node_name()}: TensorRT does not support operator {error.node_operator()}: {reason}"
             )
         return report_layers(self.trt, self.network)
 
     def build(self) -> Any:
-        """The plan's bytes.
-
-        Raises:
-            TensorRTError: the profile is impossible, or the builder gave up.
-        """
+        """The plan's bytes; raises TensorRTError if the profile does not fit the graph or the builder fails."""
         config = self.builder.create_builder_config()
-        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, self.request.workspace)
-        config.clear_flag(self.trt.BuilderFlag.TF32)  # no more digits than fp16, where the graph asks for fp32
+        config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # no more digits than fp16, where the graph needs fp32
         if hasattr(config, "set_compute_capability"):
             config.num_compute_capabilities = len(self.request.compute_capabilities)
             for place, gpu in enumerate(self.request.compute_capabilities):
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, gpu.upper()), place)
         if hasattr(self.trt, "IProgressMonitor"):
             config.progress_monitor = monitor = _monitor(self.trt)  # noqa: F841  # must outlive the build
-        if config.add_optimization_profile(self.profile()) < 0:
-            raise TensorRTError(f"the profile is impossible: {self.reason()}")
+        profile = self.builder.create_optimization_profile()
+        for tensor in _all(self.network.get_input, self.network.num_inputs):
+            sizes = self.request.profile[tensor.name]
+            set_sizes = profile.set_shape_input if tensor.is_shape_tensor else profile.set_shape
+            set_sizes(tensor.name, sizes.min, sizes.opt, sizes.max)
+        config.add_optimization_profile(profile)
         plan = self.builder.build_serialized_network(self.network, config)
         if plan is None:
-            raise no_plan(self.reason())
+            first = next((text for text in self.messages if "catchCudaError" not in text), "TensorRT gave no reason")
+            raise no_plan(" ".join(first.split())[:300])
         return plan
 
-    def profile(self) -> Any:
-        """The request's profile; raises TensorRTError for an input that it lacks or does not fit."""
-        profile = self.builder.create_optimization_profile()
-        for tensor in (self.network.get_input(i) for i in range(self.network.num_inputs)):
-            sizes = self.request.profile.get(tensor.name)
-            if sizes is None:
-                raise TensorRTError(f"the profile is impossible: it has no range for input {tensor.name}")
-            fixed = [(size, low, high) for size, low, high in zip(tensor.shape, sizes.min, sizes.max, strict=False)]
-            if tensor.is_shape_tensor:
-                profile.set_shape_input(tensor.name, sizes.min, sizes.opt, sizes.max)
-                continue
-            if len(fixed) != len(tensor.shape) or any(size >= 0 and {size} != {low, high} for size, low, high in fixed):
-                raise TensorRTError(
-                    f"the profile is impossible: input {tensor.name} is {list(tensor.shape)} and not {sizes.min} to "
-                    f"{sizes.max}"
-                )
-            profile.set_shape(tensor.name, sizes.min, sizes.opt, sizes.max)
-        return profile
 
-    def reason(self) -> str:
-        """The first thing that the library complained about, in one line."""
-        first = next((message for message in self.messages if "catchCudaError" not in message), "it gives no reason")
-        return " ".join(first.split())[:300]
-
-
-def no_plan(reason: str = "") -> TensorRTError:
-    """What to say when the builder gave up for `reason`, or when there was no memory left."""
-    if reason and not any(word in reason.lower() for word in ("memory", "alloc", "workspace")):
-        return TensorRTError(f"no plan could be built: {reason}")
-    found = f" ({reason})" if reason else ""
-    return TensorRTError(
-        f"not enough memory{found}: give the machine more, or export smaller --max-batch and --max-beams"
-    )
+def no_plan(reason: str) -> TensorRTError:
+    """The error for a builder that failed for `reason`."""
+    short = any(word in reason.lower() for word in ("memory", "alloc", "workspace"))
+    mend = "; export smaller --max-batch and --max-beams, or use a machine with more memory" if short else ""
+    return TensorRTError(f"TensorRT built no plan: {reason}{mend}")
 
 
 def report_layers(trt: Any, network: Any) -> LayerReport:
@@ -131,7 +100,7 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
                 names.setdefault(_dtype(tensor), {})[_pattern(tensor.name)] = None
         if layer.type == kinds.DEQUANTIZE or (layer.type == kinds.SHUFFLE and read <= dequantized):
             dequantized.update(tensor.name for tensor in outputs)
-        # A product of dequantised values is one that TensorRT computes in int8.
+        # TensorRT computes a product of dequantised values in int8.
         if layer.type in (kinds.MATRIX_MULTIPLY, kinds.CONVOLUTION) and read and read <= dequantized:
             layers["int8"] += 1
         else:
@@ -148,7 +117,7 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
 
 
 def _pattern(name: str) -> str:
-    """A tensor's name without what made its type and without numbers: that of its like in every layer."""
+    """A tensor's name without type suffixes, its layer number replaced by *: the same in every layer."""
     name = re.sub(r"(_output|\.fp16|\.fp32|\.int8|_[0-9]+)+$", "", name)
     return re.sub(r"\b[0-9]+\b", "*", name)
 
@@ -163,7 +132,7 @@ def _dtype(tensor: Any) -> str:
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps errors; TensorRT wants one for the whole process."""
+    """A logger that keeps errors; TensorRT allows one in a process."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the module is only known at run time
         def __init__(self) -> None:
@@ -198,29 +167,24 @@ def _monitor(trt: Any) -> Any:
 
 
 def _say(**message: Any) -> None:
-    # In one piece: the library calls from several threads.
+    # In one write: the library calls from several threads.
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
 def main(text: str) -> None:
-    """Build what the request asks for."""
+    """Build the requested plan."""
     request = PlanRequest.model_validate_json(text)
-    start = perf_counter()
     try:
         builder = Builder(Library.find(), request)
-        report = builder.parse()
-        _say(report=report.model_dump())
+        _say(report=builder.parse().model_dump())
         plan = builder.build()
         with atomic_path(request.target) as temporary:
             temporary.write_bytes(memoryview(plan))
     except TensorRTError as error:
-        _say(error=str(error))
+        sys.exit(str(error))
     except MemoryError:
-        _say(error=str(no_plan()))
-    else:
-        built = Plan(report=report, bytes=plan.nbytes, seconds=perf_counter() - start, peak_mb=peak_memory())
-        _say(plan=built.model_dump())
+        sys.exit(str(no_plan("out of memory")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `--target tensorrt` adds to an export: typed graphs in place of ONNX Runtime's own, and plans built of them."""
+"""The TensorRT part of an export: typed graphs instead of ONNX Runtime's own, and the plans built from them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ...backbones import OnnxTower, VisionTower
 from ...runtime.bundle import GraphEntry, Manifest, PlanSettings
 from ...runtime.errors import ItuneError
 from ..graph.builder import Graph
 from ..options import ExportOptions, Precision
-from .calibrate import Ranges, calibrate, calibration_images, choose_ranges
+from .calibrate import calibrate, calibration_images, choose_ranges
 from .library import LayerReport, Library, PlanRequest, build_plan
 from .profiles import MAX_BATCH, MAX_BEAMS, PlanLimits, plan_profile
 from .typed_graph import FLOAT, HALF, cast_outputs, type_graph
 
 Role = Literal["vision", "decoder"]
-ENGINE = "tensorrt"
+Report: TypeAlias = Callable[[str, LayerReport], None]
+"""Receives a graph's role and its layers in TensorRT, before the build."""
 
 
 @dataclass(frozen=True)
@@ -27,48 +28,43 @@ class PlanWriter:
     """Writes the typed graphs of a bundle, and later its plans."""
 
     precisions: Mapping[Role, Precision]
+    limits: PlanLimits
     library: Library
     gpus: list[str]
     calibration: Path | None
-    """A folder of photos, or `random`; int8 needs it."""
-    limits: PlanLimits
-    report: Callable[[str, LayerReport], None]
-    """Called with what each graph became in TensorRT, before it is built."""
+    """A folder of photos, or `random`; only int8 is calibrated."""
+    report: Report
 
     @classmethod
     def prepare(
         cls,
         options: ExportOptions,
         precisions: Mapping[Role, Precision],
-        report: Callable[[str, LayerReport], None],
+        report: Report = lambda _role, _report: None,
     ) -> PlanWriter:
-        """Find everything wrong with the options that can be found before a model is loaded.
+        """Check the options before any model is loaded.
 
         Raises:
-            ItuneError: TensorRT is missing, a precision is not one of its own, a GPU is unknown, or int8 is asked for
-                without photos.
+            ItuneError: TensorRT is missing or does not support a precision or a GPU, or photos do not go with int8.
         """
         library = Library.find()
         gpus = library.choose_gpus(options.gpu)
-        if "int4" in precisions.values():
-            raise ItuneError("--precision int4 is ONNX Runtime's: with --target tensorrt give fp16, int8 or fp32")
-        if "int8" in precisions.values():
-            if options.calibration_data is None:
-                raise ItuneError(
-                    "--precision int8 with --target tensorrt needs photos to find the activations' ranges: name a "
-                    "folder with --calibration-data, or random"
-                )
-            calibration_images(options.calibration_data)
-        elif options.calibration_data is not None:
-            raise ItuneError("--calibration-data is for --precision int8: nothing else is calibrated")
+        photos, kinds = options.calibration_data, precisions.values()
+        if "int4" in kinds or ("int8" in kinds) != (photos is not None):
+            raise ItuneError(
+                f"--target tensorrt: --precision {'/'.join(dict.fromkeys(kinds))} with --calibration-data {photos}: "
+                "plans are fp32, fp16 or int8, and only int8 is calibrated, on a folder of photos or random"
+            )
+        if photos is not None:
+            calibration_images(photos)
         limits = PlanLimits(options.max_beams or MAX_BEAMS, options.max_batch or MAX_BATCH)
-        return cls(precisions, library, gpus, options.calibration_data, limits, report)
+        return cls(precisions, limits, library, gpus, photos, report)
 
     def for_tower(self, tower: VisionTower) -> PlanWriter:
-        """What is best for a tower when nothing was said about it: fp32 for a convolutional one in place of fp16.
+        """The writer with the tower's default precision: fp32 instead of fp16 for a convolutional tower.
 
-        Measured on an EfficientNet of 64 convolutions: rounding its weights alone to fp16 changed 4.5 % of 200
-        captions at 5 beams, rounding the whole decoder none.
+        Measured on an EfficientNet of 64 convolutions: rounding only its weights to fp16 changed 4.5 % of 200 captions
+        at 5 beams; rounding the whole decoder changed none.
         """
         if self.precisions["vision"] != "fp16" or not isinstance(tower, OnnxTower):
             return self
@@ -79,20 +75,18 @@ class PlanWriter:
     ) -> tuple[dict[Role, list[Path]], dict[str, float]]:
         """Write the typed graphs of the fp32 graphs `sources`.
 
-        Returns their files by role, the graph first, and by what int8 multiplied the visual values of each layer.
+        Returns their files by role, the graph first, and int8's factor on the visual values of each layer.
         """
-        histograms = None
-        if "int8" in self.precisions.values():
-            assert self.calibration is not None
-            images = calibration_images(self.calibration)
+        histograms, ranges = None, None
+        scales: dict[str, float] = {}
+        if self.calibration is not None:
 
             def count(done: int, total: int) -> None:
                 progress(f"calibrating on photo {done} of {total}")
 
+            images = calibration_images(self.calibration)
             histograms = calibrate(sources["vision"], sources["decoder"], folder, manifest, images, count)
         graphs = {role: Graph.load(path) for role, path in sources.items()}
-        ranges: Ranges | None = None
-        scales: dict[str, float] = {}
         if histograms is not None:
             ranges, scales = choose_ranges(graphs["vision"], graphs["decoder"], histograms)
         files = {}
@@ -108,11 +102,7 @@ class PlanWriter:
         return files, scales
 
     def build(self, manifest: Manifest, folder: Path, progress: Callable[[str], None]) -> list[GraphEntry]:
-        """Build a plan of every graph in the folder; the manifest's entries for them.
-
-        Raises:
-            ItuneError: TensorRT cannot build one.
-        """
+        """Build a plan of every graph in the folder; returns their entries in the manifest."""
         return [self._build(entry, manifest, folder, progress) for entry in manifest.graphs]
 
     def _build(
@@ -121,14 +111,10 @@ class PlanWriter:
         name = f"{entry.role}.plan"
         profile = plan_profile(entry.inputs, self.limits, manifest.tokens, manifest.decoder.visual_tokens)
         request = PlanRequest(
-            source=folder / entry.file,
-            target=folder / name,
-            profile=profile,
-            compute_capabilities=self.gpus,
+            source=folder / entry.file, target=folder / name, profile=profile, compute_capabilities=self.gpus
         )
         progress(f"building {name}")
-        plan = build_plan(request, progress, lambda report: self.report(entry.role, report))
-        check_types(entry, plan.report)
+        build_plan(request, progress, lambda report: self.report(entry.role, report))
         settings = PlanSettings(
             flavour=self.library.flavour,
             version=self.library.version,
@@ -137,21 +123,5 @@ class PlanWriter:
             source=entry.file,
             source_sha256=manifest.files[entry.file].sha256,
         )
-        return entry.model_copy(
-            update={
-                "engine": ENGINE,
-                "file": name,
-                "external_data": [],
-                "target": ",".join(self.gpus),
-                "plan": settings,
-            }
-        )
-
-
-def check_types(entry: GraphEntry, report: LayerReport) -> None:
-    """Raise ItuneError if the plan's inputs and outputs are not those of its graph."""
-    for specs, found in ((entry.inputs, report.inputs), (entry.outputs, report.outputs)):
-        expected = {spec.name: spec.dtype for spec in specs}
-        if expected != found:
-            name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
-            raise ItuneError(f"{entry.file}: TensorRT makes {name} {found.get(name)} instead of {expected.get(name)}")
+        plan = {"engine": "tensorrt", "file": name, "external_data": [], "target": ",".join(self.gpus)}
+        return GraphEntry.model_validate(entry.model_dump() | plan | {"plan": settings})

@@ -1,15 +1,15 @@
-"""What sizes a TensorRT plan is built for: the range of every input, from the limits that a user gives."""
+"""Optimisation profiles: the range of sizes of every input that a TensorRT plan is built for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...runtime.bundle import ProfileRange, TensorSpec, TokenSettings
 from ...runtime.errors import ItuneError
 
 MAX_K = 3840
-"""The most candidates that TensorRT's TopK returns."""
+"""The maximum number of candidates that TensorRT's TopK returns."""
 MAX_BEAMS = MAX_BATCH = 8
 _OPT_BEAMS = 5
 _NEW_TOKENS = 32
@@ -25,35 +25,24 @@ class PlanLimits:
     """None: 32, or as many as the model has positions for."""
 
     def of(self, tokens: TokenSettings) -> PlanLimits:
-        """The limits for a model, all of them numbers.
-
-        Raises:
-            ItuneError: the model has no room for them; the sentence names the flag.
-        """
-        for flag, value in (("--max-beams", self.max_beams), ("--max-batch", self.max_batch)):
-            if value < 1:
-                raise ItuneError(f"{flag} {value}: the profile would be empty; give at least 1")
-        room = tokens.room
-        longest = min(_NEW_TOKENS, room) if self.max_new_tokens is None else self.max_new_tokens
-        if not 1 <= longest <= room:
-            raise ItuneError(
-                f"--max-new-tokens {longest}: the profile is impossible, the language model has positions "
-                f"for 1 to {room} new tokens"
-            )
-        if self.max_beams > tokens.candidates // 2:
-            raise ItuneError(
-                f"--max-beams {self.max_beams}: the profile is impossible, a search with so many beams compares "
-                f"{2 * self.max_beams} tokens and the vocabulary has {tokens.candidates}"
-            )
-        return PlanLimits(self.max_beams, self.max_batch, longest)
+        """The limits for a model, all known; raises ItuneError naming the flag if the model has no room for them."""
+        longest = self.max_new_tokens or min(_NEW_TOKENS, tokens.room)
+        most_beams = tokens.candidates // 2  # a search compares two candidates for each beam
+        for flag, value, most in (
+            ("--max-new-tokens", longest, tokens.room),
+            ("--max-beams", self.max_beams, most_beams),
+        ):
+            if value > most:
+                raise ItuneError(f"{flag} {value}: the language model allows at most {most}")
+        return replace(self, max_new_tokens=longest)
 
 
 def plan_profile(
     inputs: Sequence[TensorSpec], limits: PlanLimits, tokens: TokenSettings, visual_tokens: int
 ) -> dict[str, ProfileRange]:
-    """The optimisation profile of a graph's inputs; for `k`, whose value decides shapes, the range of its value.
+    """The range of every input's shape; for `k`, which decides shapes by its value, the range of that value.
 
-    Rows go from one image's first step to a full batch of beams, the past from nothing to the longest caption.
+    Rows range from the first step of one image to a full batch of beams, the past from nothing to the longest caption.
     """
     limits = limits.of(tokens)
     assert limits.max_new_tokens is not None
@@ -71,12 +60,9 @@ def plan_profile(
         "N": (visual_tokens,) * 3,
     }
     most = min(MAX_K, tokens.candidates)
-    ranges = {}
+    ranges = {"k": ProfileRange(min=[1], opt=[min(2 * beams, most)], max=[most])}
     for spec in inputs:
-        if spec.name == "k":
-            ranges["k"] = ProfileRange(min=[1], opt=[min(2 * beams, most)], max=[most])
-            continue
         dims = [(size,) * 3 if isinstance(size, int) else sizes[size] for size in spec.shape]
         lowest, usual, highest = ([dim[place] for dim in dims] for place in range(3))
-        ranges[spec.name] = ProfileRange(min=lowest, opt=usual, max=highest)
-    return ranges
+        ranges.setdefault(spec.name, ProfileRange(min=lowest, opt=usual, max=highest))
+    return {spec.name: ranges[spec.name] for spec in inputs}

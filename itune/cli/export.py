@@ -15,7 +15,7 @@ from . import common, program
 from .program import BeamSearch, Flags, Options, Switch, chosen
 
 if TYPE_CHECKING:
-    from ..export.verify.checks import Check
+    from ..export.verify.report import Check
 
 
 class _Task(Options, title="What to write"):
@@ -62,12 +62,8 @@ def export(
             restore_bundle(task.restore, output, force=options.force)
         common.say(f"{output}: language-model, vision and checkpoint")
     elif task.import_ is not None:
-        from ..export.imports import clipcap
-
         with common.console().status("importing"):
-            clipcap.import_checkpoint(
-                task.import_, output, clipcap.ImportOptions(**chosen(published)), force=options.force
-            )
+            import_checkpoint(task.import_, output, ImportOptions(**chosen(published)), force=options.force)
         common.say(f"{output}: try itune-export {output} -o BUNDLE")
     elif checkpoint is not None:
         _export(checkpoint, output, options, chosen(search))
@@ -99,8 +95,8 @@ def _export(checkpoint: Path, output: Path, options: ExportOptions, search: dict
     from ..data.records import load_records
     from ..export.bundle import export_bundle
     from ..export.tensorrt.library import layer_table
-    from ..export.verify.checks import report_table
-    from ..export.verify.dev_split import DEV_PHOTOS
+    from ..export.verify.captions import DEV_PHOTOS
+    from ..export.verify.report import report_table
 
     console = common.console()
     tensorrt = options.target == "tensorrt"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from itune.export.verify import checks as verify
+from itune.export.verify import verification
 from itune.runtime.errors import ItuneError
 
 
@@ -14,12 +14,12 @@ from itune.runtime.errors import ItuneError
 def verification_in_this_process() -> Iterator[None]:
     """Both sides of a verification run here, where torch is loaded: `tests/itune/cli/test_export.py` starts them."""
 
-    def run(*arguments: object) -> None:
+    def run(_module: str, *arguments: object, error: Callable[[str], ItuneError]) -> None:
         try:
-            verify._main(*map(str, arguments))
-        except ItuneError as error:
-            raise verify.VerificationError(f"verification: {error}") from None
+            verification.main(*map(str, arguments))
+        except ItuneError as reason:
+            raise error(str(reason)) from None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_run", run)
+        patch.setattr(verification, "run_module", run)
         yield

@@ -7,7 +7,7 @@ import pytest
 
 from itune.export.bundle import export_bundle
 from itune.export.options import ExportOptions
-from itune.export.verify.checks import VerificationError
+from itune.export.verify.report import VerificationError
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import MANIFEST, Bundle

@@ -54,8 +54,8 @@ def run(monkeypatch, capsys):
 
 
 def test_compares_and_takes_up_again(onnx_checkpoint, captions, tmp_path, run, monkeypatch):
-    given = onnx_checkpoint, "--data", captions, "--precisions", "int8,int4+fp32,fp32@5", "-o", tmp_path / "c"
-    status, table, said = run(*given)
+    arguments = onnx_checkpoint, "--data", captions, "--precisions", "int8,int4+fp32,fp32@5", "-o", tmp_path / "c"
+    status, table, said = run(*arguments)
     assert status == 0, said
     assert [line.split()[0] for line in table.splitlines()[-5:-1]] == ["fp32", "int8", "int4+fp32", "fp32@5"]
     assert "covered" in table
@@ -86,12 +86,12 @@ def test_compares_and_takes_up_again(onnx_checkpoint, captions, tmp_path, run, m
     for name in ("export_bundle", "measure_fidelity"):
         monkeypatch.setattr(compare_module, name, unexpected)
     (tmp_path / "c" / "comparison.json").unlink()
-    status, _, said = run(*given)
+    status, _, said = run(*arguments)
     assert status == 0, said
-    assert said.splitlines()[0] == "taking turns for the time"
+    assert said.splitlines()[0] == "measuring latency"
     again = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert [row | {"latency": None} for row in again] == [row | {"latency": None} for row in result["rows"]]
-    status, _, said = run(*given[:4], "fp32", *given[5:], "--length-penalty", "-4")  # another search, other captions
+    status, _, said = run(*arguments[:4], "fp32", *arguments[5:], "--length-penalty", "-4")
     assert said.splitlines()[0] == "fp32: captioning"
 
 
@@ -111,7 +111,7 @@ def test_photos_without_captions(clip_checkpoint, photos, tmp_path, run):
     rows = json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"]
     assert [(row["name"], row["cider"], row["bleu4"]) for row in rows] == [("fp32", None, None), ("int8", None, None)]
     assert [row["photos"] for row in rows] == [2, 2]
-    assert "left out: 1 of 3 photos, which cannot be read" in said
+    assert "1 of 3 photos" in said
     written = json.loads((tmp_path / "c" / "fp32.json").read_text())["captions"]["result"]
     assert rows[1]["fidelity"]["positions"] == sum(len(each["tokens"]) + 1 for each in written.values())
 
@@ -131,20 +131,21 @@ def test_reference_captions_by_hand(clip_checkpoint, captions, tmp_path, run):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("int8", Variant("int8", "int8", None, None)),
-        (" int8+fp32", Variant("int8+fp32", "int8", "fp32", None)),
-        ("fp32@5000", Variant("fp32@5000", "fp32", None, "5000")),
-        ("int8+int8@a/words.txt", Variant("int8+int8@words.txt", "int8", "int8", "a/words.txt")),
+        ("int8", ("int8", "int8", None, None)),
+        (" int8+fp32", ("int8+fp32", "int8", "fp32", None)),
+        ("fp32@5000", ("fp32@5000", "fp32", None, "5000")),
+        ("int8+int8@a/words.txt", ("int8+int8@words.txt", "int8", "int8", "a/words.txt")),
     ],
 )
 def test_variants_are_read(text, expected):
-    assert Variant.parse(text) == expected
+    assert tuple(Variant.parse(text).model_dump().values()) == expected
 
 
 @pytest.mark.parametrize("text", ["", "int9", "int8+", "int8+x", "+int8", "int8@"])
 def test_other_variants_are_refused(text):
-    with pytest.raises(ItuneError, match="--precisions"):
+    with pytest.raises(ItuneError) as error:
         Variant.parse(text)
+    assert f"--precisions {text}:" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -170,24 +171,27 @@ def test_errors_are_one_sentence(arguments, named, run, photos, tmp_path, monkey
 
 
 def test_bundles_of_something_else_are_not_measured(clip_checkpoint, onnx_checkpoint, photos, tmp_path, run):
-    given = "--images", photos[0].parent, "--limit", 1, "--precisions", "fp32", "-o", tmp_path / "c"
-    status, _, said = run(clip_checkpoint, *given)
+    arguments = "--images", photos[0].parent, "--limit", 1, "--precisions", "fp32", "-o", tmp_path / "c"
+    status, _, said = run(clip_checkpoint, *arguments)
     assert status == 0, said
-    status, _, said = run(onnx_checkpoint, *given)
+    status, _, said = run(onnx_checkpoint, *arguments)
     assert status == 2
-    assert "is of another checkpoint, vocabulary or itune: delete it, or give another --output" in said
+    assert str(tmp_path / "c" / "fp32") in said.replace("\n", "")
+    assert "--output" in said
 
 
 def test_matplotlib_is_named_before_anything_is_done(run, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "find_spec", lambda name: None if name == "matplotlib" else name)
     status, _, said = run("c", "-o", tmp_path / "c")
     assert status == 2
-    assert "matplotlib not installed; this command needs: pip install 'itune[benchmark]'" in said
+    assert "matplotlib" in said
+    assert "itune[benchmark]" in said
 
 
-def test_a_bundle_that_cannot_be_loaded_ends_the_race(tmp_path, photos):
-    with pytest.raises(ItuneError, match="is not a bundle"):
+def test_a_bundle_that_cannot_be_loaded_is_named(tmp_path, photos):
+    with pytest.raises(ItuneError) as error:
         measure_latency({"a": tmp_path}, photos)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_ctrl_c_ends_every_process(clip_checkpoint, photos, tmp_path):
@@ -203,7 +207,7 @@ def test_ctrl_c_ends_every_process(clip_checkpoint, photos, tmp_path):
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("taking turns"):
+        if line.startswith("measuring latency"):
             break
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == common.INTERRUPTED

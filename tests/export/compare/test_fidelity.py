@@ -24,7 +24,7 @@ def tokens(loaded):
 
 @pytest.fixture(scope="module")
 def noisy(onnx_checkpoint):
-    """The same model, its weights a little off."""
+    """The same model, with noise in its weights."""
     model = LoadedCheckpoint.load(onnx_checkpoint).model
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def log_probs(model, loaded, pixels, caption, tokens):
 
 
 @pytest.mark.parametrize("shortlist", [False, True])
-def test_it_is_what_one_pass_over_the_captions_gives(shortlist, loaded, noisy, tokens, pixels):
+def test_fidelity_equals_one_pass_over_the_captions(shortlist, loaded, noisy, tokens, pixels):
     vocabulary = np.array([*range(0, 60), 70, 80, 95, 302, *tokens.prompt]) if shortlist else None
     if vocabulary is not None:
         vocabulary = np.unique(vocabulary)
@@ -77,11 +77,11 @@ def test_it_is_what_one_pass_over_the_captions_gives(shortlist, loaded, noisy, t
         assert found.covered == 1
 
 
-def test_a_model_is_true_to_itself(loaded, tokens, pixels):
+def test_a_model_agrees_with_itself(loaded, tokens, pixels):
     engine = EagerEngine(loaded.model, loaded.tower)
-    told = []
+    stages = []
     examples = [(pixels[i % len(pixels)], [5, 6]) for i in range(20)]
-    found = measure_fidelity(engine, engine, examples, tokens, progress=lambda *state: told.append(state))
+    found = measure_fidelity(engine, engine, examples, tokens, progress=lambda *state: stages.append(state))
     assert (found.top1, found.covered, found.positions) == (1, 1, 60)
     assert abs(found.kl) < 1e-12
-    assert told == [(16, 20), (20, 20)]
+    assert stages == [(16, 20), (20, 20)]

@@ -17,7 +17,7 @@ from itune.export.bundle import export_bundle
 from itune.export.methods.registry import build_vision
 from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
-from itune.export.verify.checks import Check
+from itune.export.verify.report import Check
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.retrieval.build import CaptionSource, DatastoreOptions, build_datastore
 from itune.retrieval.encoder import load_head

@@ -17,7 +17,7 @@ from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
 from itune.export.bundle import export_bundle
 from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
-from itune.export.verify.checks import Check
+from itune.export.verify.report import Check
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
 from itune.methods.smallcap.settings import SmallCapCheckpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,78 +32,71 @@ def one_operator(folder: Path, op: str, domain: str = "") -> PlanRequest:
     )
 
 
-def test_progress_and_report(tmp_path):
+def build(request):
+    """Stages and layer reports of a build."""
     stages, reports = [], []
-    plan = build_plan(one_operator(tmp_path, "Relu"), stages.append, reports.append)
-    assert plan.bytes == (tmp_path / "one.plan").stat().st_size
-    assert plan.peak_mb > 50
-    assert reports == [plan.report]
-    assert stages
+    build_plan(request, stages.append, reports.append)
+    return stages, reports
+
+
+def test_progress_and_report(tmp_path):
+    stages, (report,) = build(one_operator(tmp_path, "Relu"))
+    assert (tmp_path / "one.plan").stat().st_size > 1000
+    assert (report.inputs, report.outputs) == ({"x": "float32"}, {"y": "float32"})
     assert stages[0].startswith("building one.plan: ")
 
 
-def test_an_operator_that_tensorrt_lacks(tmp_path):
-    with pytest.raises(TensorRTError, match=r"^one.onnx: node QuickGelu: TensorRT cannot take operator QuickGelu: "):
-        build_plan(one_operator(tmp_path, "QuickGelu", "com.microsoft"))
+def test_an_operator_that_tensorrt_lacks_is_named(tmp_path):
+    with pytest.raises(TensorRTError) as error:
+        build(one_operator(tmp_path, "QuickGelu", "com.microsoft"))
+    assert "one.onnx" in str(error.value)
+    assert "QuickGelu" in str(error.value)
     assert not (tmp_path / "one.plan").exists()
 
 
-@pytest.mark.parametrize(
-    ("profile", "message"),
-    [
-        ({}, "the profile is impossible: it has no range for input x"),
-        (
-            {"x": ([1, 7], [1, 7], [1, 7])},
-            r"the profile is impossible: input x is \[-1, 8\] and not \[1, 7\] to \[1, 7\]",
-        ),
-        ({"x": ([1], [1], [1])}, "the profile is impossible: input x is"),
-    ],
-)
-def test_an_impossible_profile(tmp_path, profile, message):
-    request = one_operator(tmp_path, "Relu")
-    ranges = {name: ProfileRange(min=low, opt=usual, max=high) for name, (low, usual, high) in profile.items()}
-    with pytest.raises(TensorRTError, match=message):
-        build_plan(request.model_copy(update={"profile": ranges}))
-
-
-def test_a_builder_that_is_killed(tmp_path, monkeypatch):
-    """As by a kernel that is out of memory."""
-    script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    monkeypatch.setattr(tensorrt, "_command", lambda _request: ["python3", "-c", script])
-    with pytest.raises(TensorRTError, match=r"one.onnx: .* killed by signal 9, perhaps for want of memory"):
-        build_plan(one_operator(tmp_path, "Relu"))
-    monkeypatch.setattr(tensorrt, "_command", lambda _request: ["python3", "-c", "raise SystemExit('no room')"])
-    with pytest.raises(TensorRTError, match="ended without a plan: no room"):
-        build_plan(one_operator(tmp_path, "Relu"))
+@pytest.mark.parametrize("sizes", [[1, 7], [1]])
+def test_a_profile_of_another_shape_is_refused(tmp_path, sizes):
+    profile = {"x": ProfileRange(min=sizes, opt=sizes, max=sizes)}
+    with pytest.raises(TensorRTError) as error:
+        build(one_operator(tmp_path, "Relu").model_copy(update={"profile": profile}))
+    assert "one.onnx" in str(error.value)
+    assert " x " in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("reason", "message"),
-    [
-        (
-            "Unexpected exception std::bad_alloc",
-            r"not enough memory \(.*bad_alloc\): give the machine more, or export smaller",
-        ),
-        ("", "not enough memory: give the machine more, or export smaller --max-batch and --max-beams"),
-        ("Error Code 10: no implementation for h.0", "no plan could be built: Error Code 10: no implementation"),
-    ],
+    ("reason", "short"),
+    [("Unexpected exception std::bad_alloc", True), ("Error Code 10: no implementation for h.0", False)],
 )
-def test_a_builder_that_gives_up(reason, message):
+def test_a_builder_that_fails(reason, short):
     """The first is what it said in a process of 700 MB of address space."""
-    assert re.match(message, str(no_plan(reason)))
+    message = str(no_plan(reason))
+    assert reason in message
+    assert ("--max-batch" in message) == short
 
 
 def test_unknown_gpus_are_answered_with_the_known_ones():
-    with pytest.raises(TensorRTError, match=r"--gpu sm86,sm12: 'sm12' is no .* it knows sm80, sm86, sm89"):
+    with pytest.raises(TensorRTError) as error:
         Library.find().choose_gpus("sm86,sm12")
+    assert all(value in str(error.value) for value in ("--gpu sm86,sm12", "sm80, sm86, sm89"))
     assert Library.find().choose_gpus("SM89, sm86,sm89") == ["sm89", "sm86"]
     assert "sm86" in Library.find().choose_gpus(None)
 
 
 def test_without_tensorrt(monkeypatch):
     monkeypatch.setattr(tensorrt, "find_spec", lambda _name: None)
-    with pytest.raises(TensorRTError, match=r"TensorRT is not installed; .* pip install 'itune\[tensorrt\]'"):
+    with pytest.raises(TensorRTError) as error:
         Library.find()
+    assert "pip install 'itune[tensorrt]'" in str(error.value)
+
+
+def test_a_tensorrt_that_cannot_be_imported(monkeypatch):
+    def fail(_name):
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt, "import_module", fail)
+    with pytest.raises(TensorRTError) as error:
+        Library.find()
+    assert "libnvinfer.so.10" in str(error.value)
 
 
 def test_tensorrt_comes_first_and_must_be_new_enough(monkeypatch):
@@ -112,16 +104,20 @@ def test_tensorrt_comes_first_and_must_be_new_enough(monkeypatch):
     module = SimpleNamespace(__version__="10.13.2", IBuilderConfig=object)
     monkeypatch.setattr(tensorrt, "find_spec", lambda _name: object())
     monkeypatch.setattr(tensorrt, "import_module", lambda _name: module)
-    with pytest.raises(TensorRTError, match=r"tensorrt 10.13.2 is too old"):
+    with pytest.raises(TensorRTError) as error:
         Library.find()
+    assert "10.13.2" in str(error.value)
     module.__version__ = "11.0.0.114"
     library = Library.find()
     assert (library.flavour, library.version, library.known_gpus) == ("tensorrt", "11.0.0.114", [])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(TensorRTError, match="there is none here: use tensorrt-rtx"):
+    with pytest.raises(TensorRTError) as error:
         library.choose_gpus(None)
+    assert "tensorrt-rtx" in str(error.value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
     assert library.choose_gpus(None) == ["sm86"]
-    with pytest.raises(TensorRTError, match=r"--gpu sm89: .* own GPU only, sm86"):
+    with pytest.raises(TensorRTError) as error:
         library.choose_gpus("sm89")
+    assert "--gpu sm89" in str(error.value)
+    assert "sm86" in str(error.value)

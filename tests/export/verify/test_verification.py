@@ -14,10 +14,14 @@ from itune.evaluate import caption_records, score_captions
 from itune.export.bundle import export_bundle
 from itune.export.graph.builder import Graph
 from itune.export.options import ExportOptions
-from itune.export.verify import checks as verify
-from itune.export.verify.checks import LIMITS, Check, VerificationError, compare, report_table, write_reference
-from itune.export.verify.dev_split import compare_dev_split, write_dev_split
-from itune.export.verify.scenarios import Scenario, beside_loud_image, pick_images
+from itune.export.process import run_module
+from itune.export.verify import verification
+from itune.export.verify.captions import Written, compare_dev_split, write_dev_split
+from itune.export.verify.compare import compare
+from itune.export.verify.limits import LIMITS
+from itune.export.verify.reference import write_reference
+from itune.export.verify.report import Check, VerificationError, report_table
+from itune.export.verify.scenarios import Scenario, Step, beside_loud_image, pick_images
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import ItuneError
@@ -26,15 +30,14 @@ from itune.runtime.settings import ImageSettings, SearchDefaults
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-START = verify._run  # the tests' own verifications start no process
 
 
 @pytest.fixture(scope="module")
 def references(clip_checkpoint, onnx_checkpoint, tmp_path_factory):
     """Both checkpoints' references, by kind."""
     folders = {kind: tmp_path_factory.mktemp(f"{kind}-reference") for kind in ("clip", "onnx")}
-    write_reference(clip_checkpoint, folders["clip"], None)
-    write_reference(onnx_checkpoint, folders["onnx"], None)
+    write_reference(clip_checkpoint, folders["clip"])
+    write_reference(onnx_checkpoint, folders["onnx"])
     return folders
 
 
@@ -127,8 +130,9 @@ def test_one_wrong_scale_fails_in_int8(references, bundles, tmp_path):
 def test_not_a_number_fails(references, bundles, tmp_path):
     bundle = shutil.copytree(bundles / "clip-fp32", tmp_path / "b")
     change_weight(bundle, "vision", "visual.bias", lambda array: array * np.nan)
-    with pytest.raises(VerificationError, match=r"output visual\.1\.keys holds numbers that are not finite"):
+    with pytest.raises(VerificationError) as error:
         compare(bundle, references["clip"])
+    assert "visual.1.keys" in str(error.value)
 
 
 def test_another_image_normalisation_fails(references, bundles, tmp_path):
@@ -140,7 +144,7 @@ def test_another_image_normalisation_fails(references, bundles, tmp_path):
 
 @pytest.fixture(scope="module")
 def dev(photos):
-    """Six records, one of which is no photo."""
+    """Six records; the last has no photo."""
     captions = ("a dog runs through the grass", "two men in red shirts")
     return [Record(photo, captions, photo.stem) for photo in photos[:5]] + [Record(Path("none.jpg"), captions, "none")]
 
@@ -150,7 +154,7 @@ def dev_reference(clip_checkpoint, dev, tmp_path_factory):
     """The reference with a dev split in it."""
     folder = tmp_path_factory.mktemp("dev-reference")
     write_dev_split(dev, SearchDefaults(num_beams=2, max_new_tokens=8), folder)
-    write_reference(clip_checkpoint, folder, None)
+    write_reference(clip_checkpoint, folder)
     return folder
 
 
@@ -160,8 +164,8 @@ def test_dev_split_is_captioned_and_scored(dev, dev_reference, bundles, clip_che
     captions, failed = caption_records(eager, dev, num_beams=2, max_new_tokens=8)
     assert len(failed) == 1
     points = 100 * score_captions(captions, dev).cider
-    assert found["CIDEr-D, dev"].worst == f"{points:.1f}, PyTorch {points:.1f}"
-    assert found["captions, dev"].worst == f"{len(set(captions.values()))} different, 5 photos"
+    assert found["CIDEr-D, dev"].case == f"{points:.1f}, PyTorch {points:.1f}"
+    assert found["captions, dev"].case == f"{len(set(captions.values()))} different, 5 photos"
     assert found["captions, dev"].value == found["CIDEr-D, dev"].value == 1
     assert all(check.passed for check in found.values())
 
@@ -169,36 +173,36 @@ def test_dev_split_is_captioned_and_scored(dev, dev_reference, bundles, clip_che
 def test_dev_split_without_a_photo(references, bundles, tmp_path, dev):
     folder = shutil.copytree(references["clip"], tmp_path / "reference")
     write_dev_split(dev[5:], SearchDefaults(), folder)
-    with pytest.raises(ItuneError, match=r"--dev-data: .*none\.jpg cannot be read, nor can any other of 1 photos"):
+    with pytest.raises(ItuneError) as error:
         compare(bundles / "clip-fp32", folder)
+    assert "none.jpg" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("better", "photos", "passed"), [(0, 40, False), (30, 40, False), (2, 4, True), (39, 40, True)]
 )
-def test_what_chance_does_to_a_score_is_forgiven(better, photos, passed, tmp_path):
+def test_a_loss_within_two_standard_errors_passes(better, photos, passed, tmp_path):
     """`better` of the photos keep their good caption; the others get a bad one."""
     good = {f"{i}": f"a dog number {i} runs through the grass" for i in range(photos)}
     records = [Record(Path(f"{key}.jpg"), (text,), key) for key, text in good.items()]
     write_dev_split(records, SearchDefaults(), tmp_path)
-    written = {key: {"caption": text, "tokens": [i], "score": -1.0} for i, (key, text) in enumerate(good.items())}
-    other = {
-        key: one if int(key) < better else one | {"caption": "x y z", "tokens": [], "score": -2.0}
-        for key, one in written.items()
-    }
-    scores = compare_dev_split(written, other, tmp_path, 1e-4)
-    assert scores.same == pytest.approx(better / photos)
-    assert scores.kept == pytest.approx(better / photos, abs=0.02)
-    assert verify._dev_checks(scores, LIMITS["int8"])[1].passed == passed
+    written = {key: Written(caption=text, tokens=[i], score=-1) for i, (key, text) in enumerate(good.items())}
+    bad = Written(caption="x y z", tokens=[], score=-2)
+    other = {key: one if int(key) < better else bad for key, one in written.items()}
+    captions, cider = compare_dev_split(written, other, tmp_path, LIMITS["int8"])
+    assert captions.value == pytest.approx(better / photos)
+    assert cider.value == pytest.approx(better / photos, abs=0.02)
+    assert cider.passed == passed
 
 
-def test_equally_good_captions_are_the_same(tmp_path):
-    write_dev_split([Record(Path("a.jpg"), ("a dog",), "a")], SearchDefaults(), tmp_path)
-    one, other = (
-        {"a": {"caption": text, "tokens": [n], "score": -1 - n * 1e-5}} for n, text in enumerate(("a dog", "dog"))
+def test_equally_good_captions_are_the_same():
+    one, tied, worse = (
+        Written(caption=text, tokens=[number], score=score)
+        for number, (text, score) in enumerate([("a dog", -1), ("dog", -1.00001), ("dog", -1.001)])
     )
-    assert compare_dev_split(one, other, tmp_path, 1e-4).same == 1
-    assert compare_dev_split(one, other, tmp_path, 1e-6).same == 0
+    assert one.as_good_as(tied)
+    assert not one.as_good_as(worse)
+    assert one.as_good_as(one.model_copy(update={"score": -3}))
 
 
 def test_report_marks_what_failed():
@@ -213,17 +217,10 @@ def test_report_marks_what_failed():
     assert text.count("ok") == text.count("FAIL") == 1
 
 
-def test_errors_of_the_processes_are_told(tmp_path):
-    with pytest.raises(VerificationError, match=r"verification: .* is not a bundle: it has no bundle\.json"):
-        START("compare", tmp_path, tmp_path)
-
-
-def test_killed_process_is_told(monkeypatch):
-    real = verify.subprocess.run
-    killed = ["/bin/sh", "-c", "kill -9 $$"]
-    monkeypatch.setattr(verify.subprocess, "run", lambda _command, **options: real(killed, **options))
-    with pytest.raises(VerificationError, match="killed by signal 9, perhaps for want of memory"):
-        START("compare")
+def test_errors_of_a_process_are_passed_on(tmp_path):
+    with pytest.raises(VerificationError) as error:
+        run_module(verification.__name__, "compare", tmp_path, tmp_path, error=VerificationError)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_images_are_loud_quiet_and_real(photos):
@@ -236,7 +233,7 @@ def test_images_are_loud_quiet_and_real(photos):
 
 
 def test_loud_neighbour_goes_first():
-    alone = Scenario.from_json({"name": "n", "images": [0], "steps": [{"tokens": [[3, 4]], "parents": [0]}]})
+    alone = Scenario(name="n", images=[0], steps=[Step(tokens=[[3, 4]], parents=[0])])
     both = beside_loud_image(alone, np.arange(20))
     assert both.images == [-1, 0]
     assert both.steps[0].tokens == [[14, 1], [3, 4]]

@@ -1,0 +1,106 @@
+"""Captions that two sides write for the same photos: identical ones, and CIDEr-D on a dev split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ...data.records import Record
+from ...metrics import score
+from ...runtime.captioner import Caption, Captioner
+from ...runtime.errors import ImageError, ItuneError
+from ...runtime.settings import SearchDefaults, Settings
+from .limits import Limits
+from .report import Check
+
+DEV_PHOTOS = 200
+"""How many photos of a dev split are captioned by default."""
+_DEV = "dev.json"
+_TIE = 1e-4
+"""Captions whose scores differ by less are equally good: rounding decides which one the search finds."""
+
+
+class Written(Settings):
+    """The parts of a caption that are compared."""
+
+    caption: str
+    tokens: list[int]
+    score: float
+
+    @classmethod
+    def of(cls, caption: Caption) -> Self:
+        """Without timings and candidates."""
+        return cls(caption=caption.caption, tokens=list(caption.tokens), score=caption.score)
+
+    def as_good_as(self, other: Written) -> bool:
+        """Whether the tokens are the same or the scores tie."""
+        return self.tokens == other.tokens or abs(self.score - other.score) < _TIE
+
+
+class _DevSplit(Settings):
+    search: SearchDefaults
+    photos: dict[str, Path]
+    captions: dict[str, tuple[str, ...]]
+
+
+def caption_photos(
+    captioner: Captioner,
+    photos: Mapping[str, Path],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    **options: Any,
+) -> dict[str, Written]:
+    """Caption photos by id, without those that cannot be read; raises ItuneError if none can.
+
+    `options` are those of `Captioner.stream`.
+    """
+    written = {}
+    stream = captioner.stream(list(photos.values()), **options)
+    for done, (key, (_, result)) in enumerate(zip(photos, stream, strict=True), 1):
+        if not isinstance(result, ImageError):
+            written[key] = Written.of(result)
+        progress(done, len(photos))
+    if not written:
+        raise ItuneError(f"none of {len(photos)} photos can be read; the first is {next(iter(photos.values()))}")
+    return written
+
+
+def write_dev_split(records: Sequence[Record], search: SearchDefaults, folder: Path) -> None:
+    """Write the photos, their captions and the search options to the folder that both sides share."""
+    photos = {record.id: record.image.absolute() for record in records}
+    dev = _DevSplit(search=search, photos=photos, captions={record.id: tuple(record.captions) for record in records})
+    (folder / _DEV).write_text(dev.model_dump_json(), encoding="utf-8")
+
+
+def caption_dev_split(captioner: Captioner, folder: Path) -> dict[str, Written]:
+    """Caption the dev split in `folder`; empty if there is none."""
+    if not (folder / _DEV).exists():
+        return {}
+    dev = _read(folder)
+    return caption_photos(captioner, dev.photos, **dev.search.model_dump())
+
+
+def compare_dev_split(
+    reference: dict[str, Written], found: dict[str, Written], folder: Path, limits: Limits
+) -> list[Check]:
+    """Check how many captions are the same and how much of the reference's CIDEr-D is left."""
+    captions = _read(folder).captions
+    sides = [{key: own.caption for key, own in written.items()} for written in (reference, found)]
+    before, after = (score(side, {key: captions[key] for key in side}) for side in sides)
+    losses = np.array([before.per_image_cider[key] - after.per_image_cider[key] for key in reference])
+    forgiven = 2 * float(losses.std()) / len(losses) ** 0.5
+    same = float(np.mean([own.as_good_as(found[key]) for key, own in reference.items()]))
+    case = f"{len(set(sides[0].values()))} different, {len(reference)} photos"
+    points = f"{100 * after.cider:.1f}, PyTorch {100 * before.cider:.1f}"
+    kept = after.cider / before.cider if before.cider else 1.0
+    enough = after.cider + forgiven >= limits.cider * before.cider
+    return [
+        Check("captions, dev", case, None, same, limits.dev_captions, same >= limits.dev_captions),
+        Check("CIDEr-D, dev", points, None, kept, limits.cider, enough),
+    ]
+
+
+def _read(folder: Path) -> _DevSplit:
+    return _DevSplit.model_validate_json((folder / _DEV).read_bytes())

@@ -1,0 +1,41 @@
+"""Parts of an export in processes of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from itune.export.process import run_module
+from itune.runtime.errors import ItuneError
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Writes a program; returns the name of its module."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(text: str) -> str:
+        (tmp_path / "program.py").write_text(text)
+        return "program"
+
+    return write
+
+
+def test_lines_are_received(program):
+    lines = []
+    run_module(program("import sys; print(*sys.argv[1:], sep='\\n')"), "a", 1, error=ItuneError, receive=lines.append)
+    assert lines == ["a\n", "1\n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),  # as the kernel does when memory is short
+        ("print('first', file=__import__('sys').stderr); raise SystemExit('no room')", "no room"),
+        ("raise SystemExit(3)", "no message"),
+    ],
+)
+def test_a_failure_is_one_sentence(program, text, value):
+    with pytest.raises(ItuneError) as error:
+        run_module(program(text), error=ItuneError)
+    assert value in str(error.value)
+    assert "first" not in str(error.value)
