@@ -18,7 +18,7 @@ from .runtime import Captioner
 from .runtime.errors import ImageError
 from .runtime.search import SearchConfig, search
 from .runtime.settings import TextSettings
-from .training.batches import caption_head, special_token
+from .training.batches import prompt_tokens, special_token
 
 Progress = Callable[[int, int], None]
 """Told (images done, images in all)."""
@@ -40,7 +40,7 @@ def caption_features(
 
     `heads`: what stands before the caption of each photo, where that differs.
     """
-    head = caption_head(tokenizer, text, engine.model.prefix_ids)
+    head = prompt_tokens(tokenizer, text, engine.model.prefix_ids)
     end = special_token(tokenizer, text.end, "end")
     captions: list[str] = []
     for start in range(0, len(images), _BATCH):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+from itune.checkpoint import WEIGHTS_FILE, ModelSource, VisionSource, save_config
 from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel
 from itune.methods.clipcap.settings import ClipCapCheckpoint
 from itune.runtime.settings import TextSettings
@@ -41,7 +41,7 @@ def save_clipcap(folder: Path, language_model: Path, tower: Path, prompt: str = 
                 weight.normal_(float("norm" in name and name.endswith("weight")), 0.2)
     model.save_adapters(folder / WEIGHTS_FILE)
     checkpoint = ClipCapCheckpoint(
-        language_model=Source.of_language_model(language, str(language_model), folder),
+        language_model=ModelSource.of_language_model(language, str(language_model), folder),
         vision=VisionSource.of_tower(vision, str(tower), folder),
         image=vision.image,
         text=TextSettings(begin=None, prompt=prompt),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +171,7 @@ def make_checkpoint(
 ) -> Path:
     """An adapter checkpoint with random weights and biases that look hard at the image."""
     from itune.backbones import load_language_model, load_vision_tower
-    from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+    from itune.checkpoint import WEIGHTS_FILE, ModelSource, VisionSource, save_config
     from itune.methods.ituning.model import AdapterConfig, ITuningModel
     from itune.methods.ituning.settings import ITuningCheckpoint
     from itune.runtime.settings import TextSettings
@@ -185,7 +187,7 @@ def make_checkpoint(
     assert config.score_scale is not None
     save_config(
         ITuningCheckpoint(
-            language_model=Source.of_language_model(language, str(language_model), folder),
+            language_model=ModelSource.of_language_model(language, str(language_model), folder),
             vision=VisionSource.of_tower(tower, str(vision), folder),
             bottleneck=bottleneck,
             heads=heads,
@@ -256,6 +258,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for i, path in enumerate(paths):
         random_photo(i).save(path)
     return paths
+
+
+@contextmanager
+def refused(error: type[Exception], *values: object) -> Iterator[None]:
+    """The block raises `error`, whose message names the offending values."""
+    with pytest.raises(error) as caught:
+        yield
+    for value in values:
+        assert str(value) in str(caught.value)
 
 
 def assert_same_weights(found: LoadedCheckpoint, expected: LoadedCheckpoint) -> None:

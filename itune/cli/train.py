@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -219,7 +219,7 @@ def _prepare(
     from ..backbones import load_language_model, load_vision_tower
     from ..data.features import FeatureCache, LiveFeatures
     from ..methods.registry import MODELS
-    from ..training.loop import Trainer, left_out
+    from ..training.loop import Trainer, TrainingData, left_out
     from ..training.prompting import prepare_prompts
 
     console = common.console()
@@ -236,7 +236,7 @@ def _prepare(
     train, dev = left_out(train, unreadable), left_out(dev, unreadable)
     if not train:
         raise ItuneError(f"{splits.data}: no photo of the training split can be read")
-    prompting = None
+    data = TrainingData(train, dev, features)
     if config.datastore is not None:
         with common.progress("photos") as update:
             prompting = prepare_prompts(
@@ -244,22 +244,21 @@ def _prepare(
                 MODELS[config.method].text(config),
                 language,
                 tower,
-                features,
-                train,
-                dev,
+                data,
                 base=None if base is None else base.retrieval,
                 cache=cache,
                 progress=lambda _what, done, total: update(done, total),
             )
         assert prompting is not None
-        longest = max(map(len, prompting.heads.values()))
+        data = replace(data, prompting=prompting)
+        longest = max(map(len, prompting.prompts.values()))
         console.print(
             f"{prompting.captions:.2f} of {config.retrieved} retrieved captions fit into a prompt on average; the "
             f"longest takes {longest} of the language model's {language.model.config.n_positions} positions",
             highlight=False,
         )
     search = None if base is None else base.search
-    trainer = Trainer(config, language, tower, features, train, dev, output, prompting=prompting, search=search)
+    trainer = Trainer(config, language, tower, data, output, search=search)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     console.print(
         f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "
@@ -288,7 +287,7 @@ def _run(trainer: Trainer) -> None:
         raise typer.Exit(130) from None
     best = f", dev CIDEr-D {100 * progress.best_cider:.1f} in epoch {progress.best_epoch + 1}"
     console.print(
-        f"done: {trainer.output / 'best'}{best if trainer.dev else ''}\n"
+        f"done: {trainer.output / 'best'}{best if trainer.data.dev else ''}\n"
         f"next: itune-export {trainer.output / 'best'} --target onnx --precision int8 -o BUNDLE",
         highlight=False,
     )

@@ -25,7 +25,6 @@ from ..backbones import (
     ClipTower,
     VisionTower,
     fetch,
-    first_line,
     load_clip_projection,
     load_pretrained,
     load_vision_tower,
@@ -34,6 +33,7 @@ from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import atomic_path
 from ..runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
+from ..runtime.errors import reading
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.settings import EncoderIdentity
 
@@ -60,7 +60,7 @@ class RetrievalHead:
     def pool(self, visual: Tensor) -> Tensor:
         """Embeddings float32 [images, D] of length 1, of visual embeddings [images, N, d_v]."""
         visual = visual.float()
-        x = visual.mean(dim=1) if self.projection is None else self.projection.project(visual[:, 0])
+        x = visual.mean(dim=1) if self.projection is None else self.projection.to(visual.device)(visual[:, 0])
         pooled: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
         return pooled
 
@@ -130,11 +130,9 @@ class TextEncoder:
                 f"{folder}: has no text tower ({lacks[0]} is missing); give a full CLIP checkpoint, or build by images "
                 "with --kind image"
             )
-        try:
+        with reading(f"{folder}: tokenizer", BackboneError, "copy the model again"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._tokenizer("a")  # some damage is only found on use
-        except Exception as error:  # of a damaged file the libraries raise nearly everything
-            raise BackboneError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
         self.model, self._project = model.text_model.train(False), model.text_projection
 
     @torch.inference_mode()

@@ -20,14 +20,14 @@ from itune.data.records import load_records
 from itune.loading import load_captioner
 from itune.methods.base import CaptionModel
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
-from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel, count_parameters
+from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
 from itune.retrieval.build import Source, build_datastore
-from itune.runtime.errors import DatastoreError, ItuneError, SearchError
+from itune.runtime.errors import DatastoreError, SearchError
 from itune.runtime.settings import TextSettings
 from itune.training.batches import Batch, TokenizedRecord, make_batch, pack_batch, tokenize
 from itune.training.config import ConfigError, resolve
-from itune.training.prompting import Prompting, prepare_prompts
-from tests.conftest import CAPTIONS, make_language_model, random_photo
+from itune.training.prompting import Prompting, TrainingData, prepare_prompts
+from tests.conftest import CAPTIONS, make_language_model, random_photo, refused
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,6 @@ def test_parameters_are_as_many_as_the_paper_counts(width: int, millions: float)
     with torch.device("meta"):
         model = SmallCapModel(GPT2LMHeadModel(GPT2Config()), CrossAttentionConfig(768, 768, 12, width))
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert trainable == count_parameters(model.config, 12)
     assert round(trainable / 1e6, 1) == millions
 
 
@@ -154,18 +153,18 @@ def test_packed_captions_have_the_loss_and_gradients_of_rows_of_their_own(
 
 
 def test_conflicting_settings_are_named_by_their_flag() -> None:
-    for message, settings in (
-        ("--method smallcap retrieves captions: name a --datastore", {"method": "smallcap"}),
-        ("--retrieve 4 needs the captions to choose from", {"retrieve": 4}),
-        ("--retrieve 0 takes nothing", {"retrieve": 0, "datastore": "store"}),
-        ("--prompt contradicts --datastore", {"prompt": "a photo of ", "datastore": "store"}),
-        ("--bottleneck belongs to --method i-tuning", {"method": "smallcap", "retrieve": 0, "bottleneck": 8}),
-        ("--attention-width belongs to --method smallcap", {"attention_width": 8}),
-        ("--attention-width must be at least 1", {"method": "smallcap", "retrieve": 0, "attention_width": 0}),
-        ("--retrieve must be at least 0", {"datastore": "store", "retrieve": -1}),
-        ("--heads must be at least 1", {"heads": 0}),
+    for named, settings in (
+        (["--method smallcap", "--datastore"], {"method": "smallcap"}),
+        (["--retrieve 4"], {"retrieve": 4}),
+        (["--retrieve 0"], {"retrieve": 0, "datastore": "store"}),
+        (["--prompt", "--datastore"], {"prompt": "a photo of ", "datastore": "store"}),
+        (["--bottleneck", "smallcap"], {"method": "smallcap", "retrieve": 0, "bottleneck": 8}),
+        (["--attention-width", "i-tuning"], {"attention_width": 8}),
+        (["--attention-width", "0"], {"method": "smallcap", "retrieve": 0, "attention_width": 0}),
+        (["--retrieve", "-1"], {"datastore": "store", "retrieve": -1}),
+        (["--heads", "0"], {"heads": 0}),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with refused(ConfigError, *named):
             resolve("small-data", **settings)  # type: ignore[arg-type]
 
 
@@ -221,23 +220,15 @@ def test_trained_with_retrieved_captions_from_the_command_line(
 ) -> None:
     common = [
         *("--preset", "small-data", "--data", data / "captions.jsonl", "--dev-fraction", "0.3", "--precision", "fp32"),
-        *(
-            "--batch-size",
-            "8",
-            "--images-per-forward",
-            "2",
-            "--max-new-tokens",
-            "6",
-            "--cache-features",
-            tmp_path / "f",
-        ),
+        *("--batch-size", "8", "--images-per-forward", "2", "--max-new-tokens", "6"),
+        *("--cache-features", tmp_path / "f"),
         *("--learning-rate", "0.01", "--datastore", data / "store", "--flip"),
     ]
     parts = ["--language-model", long_language, "--vision", clip_folder]
     first = [*common, *parts, "--method", method, "--retrieve", "2", "-o", tmp_path / "run", "--epochs", "4"]
     code, told = run(monkeypatch, capsys, *first)
     assert code == 0, told
-    assert "2.00 of 2 retrieved captions fit" in " ".join(told.split())
+    assert "2.00 of 2" in told
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in metrics] == [1, 2, 3, 4]
     config = json.loads((tmp_path / "run" / "best" / "itune.json").read_text())
@@ -256,12 +247,13 @@ def test_trained_with_retrieved_captions_from_the_command_line(
     without = [argument for argument in again if argument not in ("--datastore", data / "store")]
     code, told = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
     assert code == 2
-    assert "retrieves 2 captions: name a --datastore, or go without by --retrieve 0" in " ".join(told.split())
+    assert "--init-from" in told
+    assert "--datastore" in told
 
     captioner = load_captioner(tmp_path / "run", datastore=data / "store")
     found = captioner.caption([data / "0.png", data / "1.png"], num_beams=2, max_new_tokens=6)
     assert [len(each.retrieved or ()) for each in found] == [2, 2]
-    with pytest.raises(DatastoreError, match="there is no datastore in"):
+    with refused(DatastoreError, tmp_path / "run"):
         load_captioner(tmp_path / "run")
     assert load_captioner(tmp_path / "run", retrieve=0).caption(data / "0.png", max_new_tokens=4).retrieved == ()
 
@@ -272,32 +264,32 @@ def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
     records = load_records(data / "captions.jsonl")
     features = LiveFeatures(load_vision_tower(str(clip_folder)))
     language, text = load_language_model(str(long_language)), TextSettings()
+    split = TrainingData(records[:8], records[8:], features)
 
     def prepare(**settings: object) -> Prompting:
         config = resolve("small-data", **{"vision": str(clip_folder), "datastore": str(data / "store"), **settings})
-        prompting = prepare_prompts(config, text, language, features.tower, features, records[:8], records[8:])
+        prompting = prepare_prompts(config, text, language, features.tower, split)
         assert prompting is not None
         return prompting
 
     everything = prepare(retrieve=4)
     assert everything.captions == 4
     for record in records:
-        head = everything.heads[record.image]
-        prompt = language.tokenizer.decode(list(head[1:]))
-        assert head[0] == 0
+        begin, *ids = everything.prompts[record.image]
+        prompt = language.tokenizer.decode(ids)
+        assert begin == 0
         assert prompt.startswith("Similar images show\n\n")
         assert prompt.endswith(".\n\nThis image shows ")
         own = [caption for caption in record.captions if f"\n\n{caption.rstrip(' .')}" in prompt]
         # What another photo says as well is left out in training only.
         assert own == [] if record in records[:8] else record.captions[1] not in own
     few = prepare(retrieve=4, max_new_tokens=260)
-    longest = max(map(len, few.heads.values()))
-    assert longest <= 320 - 260 + 1 < max(map(len, everything.heads.values()))
+    longest = max(map(len, few.prompts.values()))
+    assert longest <= 320 - 260 + 1 < max(map(len, everything.prompts.values()))
     assert few.captions < 4
-    with pytest.raises(SearchError, match="the retrieval prompt takes"):
-        prepare(max_new_tokens=315)
-    with pytest.raises(ItuneError, match="has 320 positions, and captions take 320: lower"):
-        prepare(max_new_tokens=320)
-    batch = pack_batch(tokenize(records[:8], language.tokenizer, text, 64, heads=few.heads), [False] * 8)
+    for too_long in (315, 320):
+        with pytest.raises(SearchError):
+            prepare(max_new_tokens=too_long)
+    batch = pack_batch(tokenize(records[:8], language.tokenizer, text, 64, prompts=few.prompts), [False] * 8)
     assert batch.packing is not None
     assert batch.packing.positions.max() < 320
