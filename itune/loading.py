@@ -48,7 +48,7 @@ def check_hashes(
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedCheckpoint:
     """A checkpoint with its frozen parts; `language` has the tokenizer."""
 

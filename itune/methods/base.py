@@ -50,7 +50,7 @@ class CaptionModel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:
-        """A model to be trained, on visual embeddings [images, tokens, width]."""
+        """A model with fresh adapters for visual embeddings [images, tokens, width]."""
 
     @classmethod
     @abstractmethod

@@ -107,8 +107,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, _MLP_RATIO * width)
-        self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, _MLP_RATIO * width), nn.Linear(_MLP_RATIO * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,11 +119,12 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, config: ClipCapConfig) -> None:
         super().__init__()
+        width = config.hidden_size
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.mlp = FeedForward(width, dropout)
+        self.attn = Attention(width, config.mapper_heads)
+        self.mlp = FeedForward(width, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [images, n, d] to the same."""
@@ -133,28 +133,14 @@ class Layer(nn.Module):
         return output
 
 
-class Transformer(nn.Module):
-    """The mapper's layers, without a norm after the last."""
-
-    def __init__(self, config: ClipCapConfig) -> None:
-        super().__init__()
-        shape = config.hidden_size, config.mapper_heads, config.dropout
-        self.layers = nn.ModuleList(Layer(*shape) for _ in range(config.mapper_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [images, n, d] to the same."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class TransformerMapper(nn.Module):
     """A transformer over the image's vectors and learned constants; its outputs at the constants are the prefix."""
 
     def __init__(self, config: ClipCapConfig) -> None:
         super().__init__()
         self.clip_length = config.clip_length
-        self.transformer = Transformer(config)
+        layers = nn.Sequential(*(Layer(config) for _ in range(config.mapper_layers)))
+        self.transformer = nn.ModuleDict({"layers": layers})
         self.linear = nn.Linear(config.input_width, config.clip_length * config.hidden_size)
         self.prefix_const = nn.Parameter(torch.randn(config.prefix_length, config.hidden_size))
 
@@ -162,7 +148,7 @@ class TransformerMapper(nn.Module):
         """Prefix [images, prefix_length, d] from the images' embeddings [images, width]."""
         image = self.linear(embedding).unflatten(-1, (self.clip_length, -1))
         constants = self.prefix_const.expand(len(image), -1, -1).to(image.dtype)
-        output: Tensor = self.transformer(torch.cat([image, constants], dim=1))[:, self.clip_length :]
+        output: Tensor = self.transformer["layers"](torch.cat([image, constants], dim=1))[:, self.clip_length :]
         return output
 
 
@@ -173,9 +159,8 @@ class MlpMapper(nn.Module):
         super().__init__()
         self.prefix_length = config.prefix_length
         width = config.prefix_length * config.hidden_size
-        self.model = nn.Sequential(
-            nn.Linear(config.input_width, width // 2), nn.Tanh(), nn.Linear(width // 2, width)
-        )  # fmt: skip
+        linears = nn.Linear(config.input_width, width // 2), nn.Linear(width // 2, width)
+        self.model = nn.Sequential(linears[0], nn.Tanh(), linears[1])
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -191,11 +176,9 @@ class ImagePrefix(nn.Module):
     def __init__(self, config: ClipCapConfig) -> None:
         super().__init__()
         self.config = config
-        self.projection = (
-            None
-            if config.projected_width is None
-            else ClipProjection(config.visual_width, config.projected_width, config.layer_norm_eps)
-        )
+        self.projection: ClipProjection | None = None
+        if config.projected_width is not None:
+            self.projection = ClipProjection(config.visual_width, config.projected_width, config.layer_norm_eps)
         self.mapper = TransformerMapper(config) if config.mapper == "transformer" else MlpMapper(config)
 
     def pool(self, visual: Tensor) -> Tensor:
@@ -245,7 +228,7 @@ class ClipCapModel(CaptionModel):
 
     @classmethod
     def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:
-        """A model to be trained, on visual embeddings [images, tokens, width]; CLIP's projection comes from its folder.
+        """A model with a fresh mapper for visual embeddings [images, tokens, width], with CLIP's projection if needed.
 
         Raises:
             ConfigError: the tower has no projection, or visual dropout could remove the one embedding that is read.
@@ -259,23 +242,10 @@ class ClipCapModel(CaptionModel):
                 f"--visual-dropout {config.visual_dropout} drops some of an image's embeddings and --pooling {pooling} "
                 "reads only one: set --visual-dropout 0 or --pooling mean"
             )
-        model = cls(
-            language_model,
-            ClipCapConfig(
-                hidden_size=language_model.config.n_embd,
-                visual_width=width,
-                mapper=config.mapper,
-                prefix_length=config.prefix_length,
-                clip_length=config.clip_length,
-                mapper_layers=config.mapper_layers,
-                mapper_heads=config.mapper_heads,
-                pooling=pooling,
-                projected_width=None if projection is None else len(projection.weight),
-                layer_norm_eps=1e-5 if projection is None else projection.epsilon,
-                normalize=config.normalize,
-                dropout=config.dropout,
-            ),
-        )
+        shape = {name: getattr(config, name) for name in (*_MAPPER, "normalize", "dropout")} | {"pooling": pooling}
+        if projection is not None:
+            shape |= {"projected_width": len(projection.weight), "layer_norm_eps": projection.epsilon}
+        model = cls(language_model, ClipCapConfig(language_model.config.n_embd, width, **shape))
         if projection is not None:
             model.load_projection(projection)
         return model
@@ -326,10 +296,8 @@ class ClipCapModel(CaptionModel):
             del self.embedding.prefix
 
 
-_SHAPE = (
-    "mapper", "prefix_length", "clip_length", "mapper_layers", "mapper_heads",
-    "pooling", "projected_width", "layer_norm_eps", "normalize",
-)  # fmt: skip
+_MAPPER = ("mapper", "prefix_length", "clip_length", "mapper_layers", "mapper_heads")
+_SHAPE = (*_MAPPER, "pooling", "projected_width", "layer_norm_eps", "normalize")
 
 
 def _default_pooling(vision: str, projection: ClipProjection | None) -> Pooling:

@@ -118,8 +118,14 @@ class ITuningModel(AttendingModel):
         self.config = config
 
     @classmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:  # noqa: ARG003
-        """A model to be trained, on visual embeddings [images, tokens, width]."""
+    def create(
+        cls,
+        config: TrainConfig | ITuningCheckpoint,
+        language_model: GPT2LMHeadModel,
+        tokens: int,  # noqa: ARG003
+        width: int,
+    ) -> Self:
+        """A model with fresh adapters for visual embeddings [images, tokens, width]."""
         gpt2 = language_model.config
         bottleneck, heads = config.bottleneck or gpt2.n_embd // 2, config.heads or gpt2.n_head
         shape = (gpt2.n_embd, width, bottleneck, heads, config.lambda_, config.score_scale, config.dropout)
@@ -129,9 +135,7 @@ class ITuningModel(AttendingModel):
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """The model that a checkpoint describes; its adapters are not loaded yet."""
         assert isinstance(config, ITuningCheckpoint)
-        widths = (language_model.config.n_embd, config.vision.width, config.bottleneck)
-        adapters = AdapterConfig(*widths, config.heads, config.lambda_, config.score_scale, config.dropout)
-        return cls(language_model, adapters, config.first_adapter_layer)
+        return cls.create(config, language_model, config.vision.tokens, config.vision.width)
 
     def describe(self) -> dict[str, Any]:
         """The adapters' shape and scales, and the first layer with an adapter."""

@@ -115,8 +115,14 @@ class SmallCapModel(AttendingModel):
         self.config = config
 
     @classmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:  # noqa: ARG003
-        """A model to be trained, on visual embeddings [images, tokens, width]."""
+    def create(
+        cls,
+        config: TrainConfig | SmallCapCheckpoint,
+        language_model: GPT2LMHeadModel,
+        tokens: int,  # noqa: ARG003
+        width: int,
+    ) -> Self:
+        """A model with fresh adapters for visual embeddings [images, tokens, width]."""
         gpt2 = language_model.config
         heads, norm_epsilon = config.heads or gpt2.n_head, gpt2.layer_norm_epsilon
         shape = (gpt2.n_embd, width, heads, config.attention_width, config.dropout, norm_epsilon)
@@ -126,9 +132,7 @@ class SmallCapModel(AttendingModel):
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """The model that a checkpoint describes; its adapters are not loaded yet."""
         assert isinstance(config, SmallCapCheckpoint)
-        gpt2 = language_model.config
-        widths = (gpt2.n_embd, config.vision.width, config.heads, config.attention_width)
-        return cls(language_model, CrossAttentionConfig(*widths, config.dropout, gpt2.layer_norm_epsilon))
+        return cls.create(config, language_model, config.vision.tokens, config.vision.width)
 
     def describe(self) -> dict[str, Any]:
         """The heads and their width."""
