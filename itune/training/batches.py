@@ -176,12 +176,8 @@ def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batc
             start, end = len(record.prompt), len(record.prompt) + len(caption)
             input_ids[row, :end] = (*record.prompt, *caption)
             mask[row, start:end] = True
-    return Batch(
-        tuple(record.image for record in records),
-        tuple(flip),
-        torch.from_numpy(input_ids),
-        torch.from_numpy(mask),
-    )
+    images = tuple(record.image for record in records)
+    return Batch(images, tuple(flip), torch.from_numpy(input_ids), torch.from_numpy(mask))
 
 
 def _length(record: TokenizedRecord) -> int:

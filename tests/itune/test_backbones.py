@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from itune.backbones import BackboneError, load_clip_projection, load_language_model, load_vision_tower
@@ -120,3 +121,43 @@ def test_preprocessing_that_we_do_not_reproduce(change: dict[str, object], field
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with refused(BackboneError, file, field):
         load_vision_tower(str(clip))
+
+
+def make_onnx_tower(folder: Path, pixels: list[int | str], embeddings: list[int | str], *more: str) -> Path:
+    """A graph that returns its pixels, reshaped; `more` are further inputs."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, pixels) for name in ("pixels", *more)]
+    output = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, embeddings)
+    shape = helper.make_tensor("shape", TensorProto.INT64, [len(embeddings)], [0, *embeddings[1:]])
+    nodes = [helper.make_node("Sum", [each.name for each in inputs], ["sum"])]
+    nodes += [helper.make_node("Reshape", ["sum", "shape"], ["embeddings"])]
+    graph = helper.make_graph(nodes, "tower", inputs, [output], [shape])
+    opsets = [helper.make_opsetid("", 17)]
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(
+        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    )
+    size = {"height": 4, "width": 4}
+    settings = {"size": size, "do_center_crop": False, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_onnx_towers_take_pixels_and_give_embeddings(tmp_path: Path) -> None:
+    folder = make_onnx_tower(tmp_path / "tower", ["B", 3, 4, 4], ["B", 6, 8])
+    tower = load_vision_tower(str(folder))
+    assert (tower.tokens, tower.width) == (6, 8)
+    for name, pixels, embeddings, more in (
+        ("other-size", ["B", 3, 5, 5], ["B", 5, 15], []),
+        ("flat", ["B", 48], ["B", 6, 8], []),
+        ("two-inputs", ["B", 3, 4, 4], ["B", 6, 8], ["more"]),
+        ("one-vector", ["B", 3, 4, 4], ["B", 48], []),
+    ):
+        wrong = make_onnx_tower(tmp_path / name, pixels, embeddings, *more)
+        with refused(BackboneError, wrong / "model.onnx"):
+            load_vision_tower(str(wrong))
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with refused(BackboneError, folder / "model.onnx"):
+        load_vision_tower(str(folder))
+    (folder / "preprocessor_config.json").unlink()
+    with refused(BackboneError, folder / "preprocessor_config.json"):
+        load_vision_tower(str(folder))
