@@ -49,8 +49,8 @@ class CaptionModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:
-        """A model with fresh adapters for visual embeddings [images, tokens, width]."""
+    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
 
     @classmethod
     @abstractmethod

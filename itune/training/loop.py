@@ -81,11 +81,11 @@ class Trainer:
             # The fused kernel's bf16 backward is several times slower on CPUs for sequences as short as captions.
             language.model.set_attn_implementation("eager")
         torch.manual_seed(config.seed)
-        model = MODELS[config.method].create(config, language.model, data.features.tokens, data.features.width)
-        self.model = model.to(self.device)
+        visual = data.features.tokens, data.features.width
+        self.model = MODELS[config.method].create(config, language.model, visual).to(self.device)
         self.records = self._tokenize()
-        self.weights = {name: w for name, w in model.adapters.named_parameters() if w.requires_grad}
-        self.average = moving_average(model.adapters, config.ema_decay)
+        self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
+        self.average = moving_average(self.model.adapters, config.ema_decay)
         matrices = [w for w in self.weights.values() if w.ndim > 1]
         vectors = [w for w in self.weights.values() if w.ndim < 2]
         self.optimizer = torch.optim.AdamW(

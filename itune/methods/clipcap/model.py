@@ -227,8 +227,8 @@ class ClipCapModel(CaptionModel):
         language_model.transformer.wte = self.embedding
 
     @classmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:
-        """A model with a fresh mapper for visual embeddings [images, tokens, width], with CLIP's projection if needed.
+    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v), and CLIP's projection.
 
         Raises:
             ConfigError: the tower has no projection, or visual dropout could remove the one embedding that is read.
@@ -237,7 +237,7 @@ class ClipCapModel(CaptionModel):
         pooling = config.pooling or _default_pooling(config.vision, projection)
         if pooling == "projected" and projection is None:
             raise ConfigError(f"--pooling projected: {config.vision} has no CLIP projection; choose cls or mean")
-        if pooling != "mean" and config.visual_dropout and tokens > 1:
+        if pooling != "mean" and config.visual_dropout and visual[0] > 1:
             raise ConfigError(
                 f"--visual-dropout {config.visual_dropout} drops some of an image's embeddings and --pooling {pooling} "
                 "reads only one: set --visual-dropout 0 or --pooling mean"
@@ -245,7 +245,7 @@ class ClipCapModel(CaptionModel):
         shape = {name: getattr(config, name) for name in (*_MAPPER, "normalize", "dropout")} | {"pooling": pooling}
         if projection is not None:
             shape |= {"projected_width": len(projection.weight), "layer_norm_eps": projection.epsilon}
-        model = cls(language_model, ClipCapConfig(language_model.config.n_embd, width, **shape))
+        model = cls(language_model, ClipCapConfig(language_model.config.n_embd, visual[1], **shape))
         if projection is not None:
             model.load_projection(projection)
         return model

@@ -119,23 +119,19 @@ class ITuningModel(AttendingModel):
 
     @classmethod
     def create(
-        cls,
-        config: TrainConfig | ITuningCheckpoint,
-        language_model: GPT2LMHeadModel,
-        tokens: int,  # noqa: ARG003
-        width: int,
+        cls, config: TrainConfig | ITuningCheckpoint, language_model: GPT2LMHeadModel, visual: tuple[int, int]
     ) -> Self:
-        """A model with fresh adapters for visual embeddings [images, tokens, width]."""
+        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
         gpt2 = language_model.config
         bottleneck, heads = config.bottleneck or gpt2.n_embd // 2, config.heads or gpt2.n_head
-        shape = (gpt2.n_embd, width, bottleneck, heads, config.lambda_, config.score_scale, config.dropout)
+        shape = (gpt2.n_embd, visual[1], bottleneck, heads, config.lambda_, config.score_scale, config.dropout)
         return cls(language_model, AdapterConfig(*shape), config.first_adapter_layer)
 
     @classmethod
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """The model that a checkpoint describes; its adapters are not loaded yet."""
         assert isinstance(config, ITuningCheckpoint)
-        return cls.create(config, language_model, config.vision.tokens, config.vision.width)
+        return cls.create(config, language_model, (config.vision.tokens, config.vision.width))
 
     def describe(self) -> dict[str, Any]:
         """The adapters' shape and scales, and the first layer with an adapter."""

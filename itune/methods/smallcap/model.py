@@ -116,23 +116,19 @@ class SmallCapModel(AttendingModel):
 
     @classmethod
     def create(
-        cls,
-        config: TrainConfig | SmallCapCheckpoint,
-        language_model: GPT2LMHeadModel,
-        tokens: int,  # noqa: ARG003
-        width: int,
+        cls, config: TrainConfig | SmallCapCheckpoint, language_model: GPT2LMHeadModel, visual: tuple[int, int]
     ) -> Self:
-        """A model with fresh adapters for visual embeddings [images, tokens, width]."""
+        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
         gpt2 = language_model.config
         heads, norm_epsilon = config.heads or gpt2.n_head, gpt2.layer_norm_epsilon
-        shape = (gpt2.n_embd, width, heads, config.attention_width, config.dropout, norm_epsilon)
+        shape = (gpt2.n_embd, visual[1], heads, config.attention_width, config.dropout, norm_epsilon)
         return cls(language_model, CrossAttentionConfig(*shape))
 
     @classmethod
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
         """The model that a checkpoint describes; its adapters are not loaded yet."""
         assert isinstance(config, SmallCapCheckpoint)
-        return cls.create(config, language_model, config.vision.tokens, config.vision.width)
+        return cls.create(config, language_model, (config.vision.tokens, config.vision.width))
 
     def describe(self) -> dict[str, Any]:
         """The heads and their width."""
