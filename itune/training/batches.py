@@ -206,10 +206,7 @@ def epoch_steps(
     for start in range(0, len(order), size):
         chosen = sorted(order[start : start + size], key=lambda i: (length(records[i]), i), reverse=True)
         yield [
-            batch(
-                [records[i] for i in part],
-                [config.flip and bool(flips[i]) and records[i].mirrorable for i in part],
-            )
+            batch([records[i] for i in part], [config.flip and bool(flips[i]) and records[i].mirrorable for i in part])
             for part in (
                 chosen[at : at + config.images_per_forward] for at in range(0, len(chosen), config.images_per_forward)
             )

@@ -86,15 +86,9 @@ class Trainer:
         self.records = self._tokenize()
         self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
         self.average = moving_average(self.model.adapters, config.ema_decay)
-        matrices = [w for w in self.weights.values() if w.ndim > 1]
-        vectors = [w for w in self.weights.values() if w.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=1.0,  # `learning_rate` is the whole rate
-        )
+        matrices = {"params": [w for w in self.weights.values() if w.ndim > 1], "weight_decay": config.weight_decay}
+        vectors = {"params": [w for w in self.weights.values() if w.ndim < 2], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW([matrices, vectors], lr=1.0)  # the schedule multiplies it by `learning_rate`
         self.steps_per_epoch = steps_per_epoch(self.records, config)
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
@@ -105,23 +99,18 @@ class Trainer:
 
     def _tokenize(self) -> list[TokenizedRecord]:
         """The training captions as token ids that fit the language model's positions and vocabulary."""
-        tokenizer, gpt2 = self.language.tokenizer, self.language.model.config
+        tokenizer, gpt2, prefix = self.language.tokenizer, self.language.model.config, self.model.prefix_ids
         # Retrieved prompts leave room for captions; the other prompt is the same for all photos.
-        prompt = [] if self.prompts else prompt_tokens(tokenizer, self.text, self.model.prefix_ids)
+        prompt = [] if self.prompts else prompt_tokens(tokenizer, self.text, prefix)
         room = max(0, gpt2.n_positions - len(prompt) + 1)  # the model does not read the last token of a caption
         if self.config.max_new_tokens > room:
             raise ConfigError(
                 f"--max-new-tokens {self.config.max_new_tokens}: the language model has {gpt2.n_positions} positions, "
                 f"{len(prompt)} of them before a caption: set at most {room}, or shorten --prompt or --prefix-length"
             )
+        longest, positions = self.config.max_caption_tokens, gpt2.n_positions
         records = tokenize(
-            self.data.train,
-            tokenizer,
-            self.text,
-            self.config.max_caption_tokens,
-            self.model.prefix_ids,
-            prompts=self.prompts,
-            positions=gpt2.n_positions,
+            self.data.train, tokenizer, self.text, longest, prefix, prompts=self.prompts, positions=positions
         )
         largest = max((max(caption) for record in records for caption in record.captions), default=0)
         if largest >= gpt2.vocab_size:
@@ -253,15 +242,10 @@ class Trainer:
                 raise Interrupted
 
         with self._averaged():
+            engine, images = EagerEngine(self.model, self.tower), [record.image for record in self.data.dev]
+            settings = self.language.tokenizer, self.text, SearchConfig(**self.search.model_dump())
             captions = caption_features(
-                EagerEngine(self.model, self.tower),
-                self.data.features,
-                [record.image for record in self.data.dev],
-                self.language.tokenizer,
-                self.text,
-                SearchConfig(**self.search.model_dump()),
-                heads=self.prompts,
-                progress=report,
+                engine, self.data.features, images, *settings, heads=self.prompts, progress=report
             )
         return {"cider": self.cider.score(dict(zip((r.id for r in self.data.dev), captions, strict=True)))}
 
