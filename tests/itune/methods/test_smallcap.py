@@ -226,9 +226,9 @@ def test_trained_with_retrieved_captions_from_the_command_line(
     ]
     parts = ["--language-model", long_language, "--vision", clip_folder]
     first = [*common, *parts, "--method", method, "--retrieve", "2", "-o", tmp_path / "run", "--epochs", "4"]
-    code, told = run(monkeypatch, capsys, *first)
-    assert code == 0, told
-    assert "2.00 of 2" in told
+    code, stderr = run(monkeypatch, capsys, *first)
+    assert code == 0, stderr
+    assert "2.00 of 2" in stderr
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in metrics] == [1, 2, 3, 4]
     config = json.loads((tmp_path / "run" / "best" / "itune.json").read_text())
@@ -238,17 +238,17 @@ def test_trained_with_retrieved_captions_from_the_command_line(
     # The run goes on, and another from it, with the captions that it was trained with.
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"epochs": 5}))
-    code, told = run(monkeypatch, capsys, *common, "-o", tmp_path / "run", "--resume", "--retrieve", "2")
-    assert code == 0, told
+    code, stderr = run(monkeypatch, capsys, *common, "-o", tmp_path / "run", "--resume", "--retrieve", "2")
+    assert code == 0, stderr
     again = [*common, "--init-from", tmp_path / "run", "--epochs", "1"]
-    code, told = run(monkeypatch, capsys, *again, "-o", tmp_path / "again")
-    assert code == 0, told
+    code, stderr = run(monkeypatch, capsys, *again, "-o", tmp_path / "again")
+    assert code == 0, stderr
     assert json.loads((tmp_path / "again" / "last" / "itune.json").read_text())["retrieval"]["k"] == 2
     without = [argument for argument in again if argument not in ("--datastore", data / "store")]
-    code, told = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
+    code, stderr = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
     assert code == 2
-    assert "--init-from" in told
-    assert "--datastore" in told
+    assert "--init-from" in stderr
+    assert "--datastore" in stderr
 
     captioner = load_captioner(tmp_path / "run", datastore=data / "store")
     found = captioner.caption([data / "0.png", data / "1.png"], num_beams=2, max_new_tokens=6)

@@ -31,7 +31,7 @@ from tests.conftest import CAPTIONS, refused
 
 
 class Quiet:
-    """A reporter that remembers losses, and stops the run after some steps."""
+    """A reporter that records losses, and stops the run after some steps."""
 
     def __init__(self, stop: Trainer | None = None, after: int = 0) -> None:
         self.losses: list[float] = []
@@ -116,7 +116,7 @@ def test_cached_features_give_the_same_losses_within_half_precision(
         reporter = Quiet()
         make_trainer(language_model_folder, clip_folder, records, tmp_path / name, features).run(reporter)
         losses.append(reporter.losses)
-    # The README states this tolerance: fp16 has 11 significant bits.
+    # The documentation states this tolerance: fp16 has 11 significant bits.
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
 
 
@@ -166,7 +166,7 @@ def test_epoch_covers_every_caption_once(language_model_folder: Path, records: l
     assert all(c[-1] != 0 for c in cut), "a caption that was cut does not end"
 
 
-def test_a_stop_while_evaluating_is_heeded_and_loses_nothing(
+def test_a_stop_while_evaluating_loses_nothing(
     language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
 ) -> None:
     class Impatient(Quiet):
@@ -199,7 +199,7 @@ def test_captions_are_cut_to_the_language_models_positions(
     long = [replace(record, captions=(" ".join(["dog"] * 200),)) for record in records]
     settings: dict[str, Any] = {"max_caption_tokens": 500, "epochs": 1, "prompt": "A photo of"}
     trainer = make_trainer(language_model_folder, clip_folder, long, tmp_path / "run", live, **settings)
-    trainer.run(Quiet())  # positions beyond the last would be a traceback of torch's
+    trainer.run(Quiet())  # a position beyond the last would raise in torch
     positions = trainer.language.model.config.n_positions
     assert {len(record.prompt) + len(caption) for record in trainer.records for caption in record.captions} == {
         positions

@@ -1,4 +1,4 @@
-"""What a run that was killed leaves, and who may write to its folder."""
+"""Recovery after a killed run, and the lock on a run's folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.conftest import make_checkpoint, make_clip, make_language_model, refu
 
 
 class Killed(BaseException):
-    """What nothing can be done about."""
+    """Not an Exception, like a kill signal."""
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_sentence(error: Exception, tmp_path: Path, monkeypat
         write_tensors({"w": torch.zeros(1)}, tmp_path / "w")
 
 
-def test_other_frozen_parts_are_told(
+def test_other_frozen_parts_are_refused(
     checkpoint_folder: Path, language_model_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     config = load_config(checkpoint_folder)
@@ -122,7 +122,7 @@ def test_other_frozen_parts_are_told(
         check_hashes(checkpoint_folder, config, None, load_vision_tower(str(make_clip(tmp_path / "clip", seed=5))))
 
 
-def test_a_hang_up_is_heeded_unless_it_is_ignored() -> None:
+def test_a_hang_up_stops_the_run_unless_it_is_ignored() -> None:
     heard: list[int] = []
     before = {each: signal.getsignal(each) for each in ENDING}
     try:
@@ -141,7 +141,7 @@ Run = Callable[..., tuple[object, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run itune-train: its status, and what it said."""
+    """Run itune-train; returns its exit status and stderr."""
 
     def runner(*arguments: object) -> tuple[object, str]:
         monkeypatch.setattr("sys.argv", ["itune-train", *map(str, arguments)])
@@ -154,7 +154,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return runner
 
 
-def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: list[Record], tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_its_own_data_and_state(
+    run: Run, checkpoint_folder: Path, records: list[Record], tmp_path: Path
+) -> None:
     lines = [json.dumps({"image": str(r.image), "captions": r.captions}) for r in records]
     data, output = tmp_path / "captions.jsonl", tmp_path / "run"
     data.write_text("\n".join(lines))
