@@ -155,7 +155,7 @@ def test_other_variants_are_refused(text):
         (["c"], "Missing option '--output'"),
         (["c", "-o", "o", "--images", "photos", "--precisions", "int8,x"], "--precisions x: 'x' is none of fp32"),
         (["c", "-o", "o", "--images", "photos", "--precisions", "int8,int8"], "--precisions: int8 is there twice"),
-        (["c", "-o", "o", "--images", "photos"], "c is not an adapter checkpoint"),
+        (["c", "-o", "o", "--images", "photos"], "c/itune.json: "),
     ],
 )
 def test_errors_are_one_sentence(arguments, message, run, photos, tmp_path, monkeypatch):

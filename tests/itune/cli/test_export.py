@@ -84,7 +84,7 @@ def test_vocabulary(onnx_checkpoint, photos, tmp_path, run):
     [
         (["c"], "Missing option '--output'"),
         (["-o", "b"], "CHECKPOINT is missing: name an adapter checkpoint, or a bundle with --restore"),
-        (["c", "-o", "b"], "c is not an adapter checkpoint: it has no itune.json"),
+        (["c", "-o", "b"], "c/itune.json: "),
         (["c", "-o", "b", "--target", "tensor"], "'tensor' is not one of 'onnx', 'tensorrt'"),
         (["c", "-o", "b", "--gpu", "sm86"], "--gpu is for TensorRT plans: give --target tensorrt, too"),
         (["c", "-o", "b", "--calibration-data", "x"], "--calibration-data is for TensorRT plans"),
