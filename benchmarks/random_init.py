@@ -23,7 +23,7 @@ from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    Source,
+    ModelSource,
     VisionSource,
     load_config,
     save_config,
@@ -179,7 +179,7 @@ def _write_adapters(geometry: Geometry, folder: Path, recipe: dict[str, Any], ge
     with atomic_folder(folder / CHECKPOINT) as staging:
         model.save_adapters(staging / WEIGHTS_FILE)
         config = ITuningCheckpoint(
-            language_model=Source.of_language_model(language, str(language.folder), folder / CHECKPOINT),
+            language_model=ModelSource.of_language_model(language, str(language.folder), folder / CHECKPOINT),
             vision=VisionSource.of_tower(tower, str(tower.folder), folder / CHECKPOINT),
             bottleneck=adapters.bottleneck,
             lambda_=adapters.lambda_,

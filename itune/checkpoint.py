@@ -1,7 +1,7 @@
-"""The adapter checkpoint: a folder with `adapters.safetensors` and `itune.json` (DESIGN section 4).
+"""The adapter checkpoint: a folder with `adapters.safetensors` and `itune.json` (docs/design.md).
 
-The frozen language model and vision tower are referenced, by hub id or by a path relative to the folder, and
-held to a hash; they are not copied.
+A checkpoint does not copy its frozen language model and vision tower. It refers to them by hub id or by a path relative
+to the folder, and keeps the hash of their weights.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from .files import atomic_path
-from .runtime.errors import ItuneError
+from .runtime.errors import ItuneError, reading
 from .runtime.settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, TextSettings
 
 if TYPE_CHECKING:
@@ -28,21 +28,21 @@ class CheckpointError(ItuneError):
     """A checkpoint is missing, incomplete, or does not fit its language model or tower."""
 
 
-class Source(Settings):
-    """Where a frozen backbone comes from, and the hash of its weight files."""
+class ModelSource(Settings):
+    """Where a frozen model comes from, and the hash of its weight files."""
 
     source: str
     revision: str | None = None
     sha256: str | None = None
 
     @staticmethod
-    def of_language_model(language: LanguageModel, source: str, folder: Path) -> Source:
-        """The language model that was loaded from `source`, as a checkpoint in `folder` names it."""
-        return Source(source=relative_source(source, folder), sha256=language.sha256)
+    def of_language_model(language: LanguageModel, source: str, folder: Path) -> ModelSource:
+        """The reference to the language model loaded from `source`, for a checkpoint in `folder`."""
+        return ModelSource(source=relative_source(source, folder), sha256=language.sha256)
 
 
-class VisionSource(Source):
-    """The vision tower, with the shape of its embeddings: `tokens` = N, `width` = d_v."""
+class VisionSource(ModelSource):
+    """A vision tower, with the shape of its embeddings: `tokens` = N, `width` = d_v."""
 
     kind: Literal["clip", "onnx"]
     tokens: int = Field(gt=0)
@@ -50,7 +50,7 @@ class VisionSource(Source):
 
     @staticmethod
     def of_tower(tower: VisionTower, source: str, folder: Path) -> VisionSource:
-        """The tower that was loaded from `source`, as a checkpoint in `folder` names it."""
+        """The reference to the tower loaded from `source`, for a checkpoint in `folder`."""
         return VisionSource(
             source=relative_source(source, folder),
             sha256=tower.sha256,
@@ -61,23 +61,24 @@ class VisionSource(Source):
 
 
 class CheckpointConfig(Settings):
-    """`itune.json`, as far as all methods have it; each adds the shape of its adapters."""
+    """The fields of `itune.json` that all methods share; each method adds its own."""
 
     format: Literal[1] = 1
     method: Method
-    language_model: Source
+    language_model: ModelSource
     vision: VisionSource
     image: ImageSettings
     text: TextSettings
     retrieval: RetrievalSettings | None = None
-    """The retrieved captions that the training put before a caption; None where there were none."""
+    """How training put retrieved captions before a caption; None if it did not."""
     search: SearchDefaults = SearchDefaults()
-    """How captions are searched for unless told otherwise, by a bundle, too: as in the training's dev evaluation."""
+    """The default search options, here and in bundles: those of the training's dev evaluation."""
     training: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
-    def _searched_as_trained(cls, content: Any) -> Any:
+    def _search_of_training(cls, content: Any) -> Any:
+        """Checkpoints that were written without `search` have its options under `training`."""
         if not isinstance(content, dict) or "search" in content or not isinstance(content.get("training"), dict):
             return content
         training = content["training"]
@@ -85,49 +86,38 @@ class CheckpointConfig(Settings):
 
     @property
     def dropout(self) -> float:
-        """The training's dropout on what an adapter retrieves; 0 where it is not told."""
+        """The dropout of the adapters in training; 0 if the checkpoint does not say."""
         return float(self.training.get("dropout", 0.0))
 
     @model_validator(mode="after")
-    def _dropout_is_a_share(self) -> Self:
+    def _valid_dropout(self) -> Self:
         value = self.training.get("dropout", 0.0)
         if not (isinstance(value, int | float) and 0 <= value < 1):
-            raise ValueError(f"training.dropout must be a number from 0 to below 1, not {value!r}")
+            raise ValueError(f"training.dropout must be at least 0 and below 1, not {value!r}")
         return self
 
 
 def parse_config(content: dict[str, Any]) -> CheckpointConfig:
-    """The content of an `itune.json`; raises pydantic's ValidationError."""
+    """Validate the content of an `itune.json` with its method's schema; raises pydantic's ValidationError."""
     from .methods.schemas import CHECKPOINTS
 
-    method = content.get("method", "i-tuning")
+    method = content.get("method", "i-tuning") if isinstance(content, dict) else None
     # The base class refuses an unknown method.
     schema = next((schema for name, schema in CHECKPOINTS.items() if name == method), CheckpointConfig)
     return schema.model_validate(content)
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a folder stands for: itself, or the best one of a training's output folder."""
+    """The checkpoint in a folder: the folder itself, or the best one of a training's output folder."""
     best = folder / "best"
     return best if not (folder / CONFIG_FILE).is_file() and (best / CONFIG_FILE).is_file() else folder
 
 
 def load_config(folder: Path) -> CheckpointConfig:
-    """Read and check `itune.json`."""
+    """Read and validate `itune.json`."""
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not an adapter checkpoint: it has no {CONFIG_FILE}")
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: is not a JSON object")
-        return parse_config(content)
-    except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise CheckpointError(f"{path} is not JSON ({error}): copy the checkpoint again") from None
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise CheckpointError(f"{path}: field {field}: {first['msg']}") from None
+    with reading(path, CheckpointError, "give the folder of an adapter checkpoint"):
+        return parse_config(json.loads(path.read_bytes()))
 
 
 def save_config(config: CheckpointConfig, folder: Path) -> None:
@@ -138,18 +128,12 @@ def save_config(config: CheckpointConfig, folder: Path) -> None:
 
 
 def resolve_source(source: str, folder: Path) -> str:
-    """A source as `itune.json` in `folder` means it: an existing path beside it, else a hub id."""
+    """A source in the `itune.json` of `folder`: a path relative to the folder, or a hub id."""
     beside = folder / source
-    if beside.exists():
-        return str(beside)
-    if source.startswith((".", "/")):
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: source {source} does not exist: put the model there, or correct the path"
-        )
-    return source
+    return str(beside) if beside.exists() or source.startswith((".", "/")) else source
 
 
 def relative_source(source: str, folder: Path) -> str:
-    """The inverse of `resolve_source`: existing paths become relative to the checkpoint folder."""
+    """The inverse of `resolve_source`: existing paths become relative to the checkpoint's folder."""
     path = Path(source)
     return os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else source

@@ -18,7 +18,7 @@ from .runtime import Captioner
 from .runtime.errors import ImageError
 from .runtime.search import SearchConfig, search
 from .runtime.settings import TextSettings
-from .training.batches import caption_head, special_token
+from .training.batches import prompt_tokens, special_token
 
 _BATCH = 16  # images per search
 
@@ -38,7 +38,7 @@ def caption_features(
 
     `heads` maps each photo to the prompt tokens before its caption; by default all photos share those of `text`.
     """
-    head = caption_head(tokenizer, text, engine.model.prefix_ids)
+    head = prompt_tokens(tokenizer, text, engine.model.prefix_ids)
     end = special_token(tokenizer, text.end, "end")
     captions: list[str] = []
     for start in range(0, len(images), _BATCH):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from .checkpoint import (
@@ -23,6 +22,7 @@ from .retrieval.encoder import RetrievalHead, load_head
 from .runtime import Captioner
 from .runtime.bundle import TokenSettings
 from .runtime.engines.base import Int64
+from .runtime.errors import reading
 from .runtime.retrieval.retriever import Retriever
 from .runtime.settings import RetrievalSettings
 from .training.batches import encode_text, special_token
@@ -31,40 +31,41 @@ from .training.batches import encode_text, special_token
 def check_hashes(
     folder: Path, config: CheckpointConfig, language: LanguageModel | None, tower: VisionTower | None
 ) -> None:
-    """Raise CheckpointError where a frozen part is not the one that a checkpoint names; None is not looked at."""
-    for what, recorded, found in (
-        ("language model", config.language_model, language),
-        ("vision tower", config.vision, tower),
-    ):
-        if found is not None and recorded.sha256 not in (None, found.sha256):
+    """Refuse a language model or tower other than the one that the adapters were trained with; None is not checked."""
+    wanted, vision = config.language_model, config.vision
+    pairs: list[tuple[str, object, object]] = []
+    if language is not None:
+        pairs.append((f"sha256 of the language model {wanted.source}", wanted.sha256, language.sha256))
+    if tower is not None:
+        pairs.append((f"sha256 of the vision tower {vision.source}", vision.sha256, tower.sha256))
+        shapes = (vision.tokens, vision.width), (tower.tokens, tower.width)
+        pairs.append((f"shape of the embeddings of {vision.source}", *shapes))
+    for what, trained, found in pairs:
+        if trained not in (None, found):
             raise CheckpointError(
-                f"{folder}: the {what} at {recorded.source} is not the one that the adapters were trained with (its "
-                f"weights hash to {found.sha256[:12]}, itune.json says {str(recorded.sha256)[:12]})"
+                f"{folder / CONFIG_FILE}: the {what} is {found}, but the adapters were trained with {trained}: "
+                "put back the model that they were trained with"
             )
 
 
+@dataclass
 class LoadedCheckpoint:
-    """A checkpoint with its frozen parts: `config`, `model`, `language` (tokenizer included) and `tower`."""
+    """A checkpoint with its frozen parts; `language` has the tokenizer."""
 
-    def __init__(
-        self, config: CheckpointConfig, model: CaptionModel, language: LanguageModel, tower: VisionTower
-    ) -> None:
-        self.config, self.model, self.language, self.tower = config, model, language, tower
+    config: CheckpointConfig
+    model: CaptionModel
+    language: LanguageModel
+    tower: VisionTower
 
     @classmethod
     def load(cls, folder: Path) -> LoadedCheckpoint:
-        """Load a checkpoint folder, its language model and tower; hashes are held to `itune.json`."""
+        """Load a checkpoint folder, its language model and its tower, and compare their hashes with `itune.json`."""
         folder = find_checkpoint(folder)
         config = load_config(folder)
         lm, vision = config.language_model, config.vision
         language = load_language_model(resolve_source(lm.source, folder), lm.revision)
         tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
         check_hashes(folder, config, language, tower)
-        if (tower.tokens, tower.width) != (vision.tokens, vision.width):
-            raise CheckpointError(
-                f"{folder}: the vision tower gives {tower.tokens} x {tower.width} embeddings, "
-                f"itune.json says {vision.tokens} x {vision.width}"
-            )
         model = MODELS[config.method].from_checkpoint(config, language.model)
         model.load_adapters(folder / WEIGHTS_FILE)
         return cls(config, model, language, tower)
@@ -78,9 +79,9 @@ def load_captioner(
     datastore: Path | None = None,
     retrieve: int | None = None,
 ) -> Captioner:
-    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle (`engine`, as in `Captioner.load`).
+    """The captioner of an adapter checkpoint (eager PyTorch) or of a bundle, with the options of `Captioner.load`.
 
-    `datastore` and `retrieve` as in `Captioner.load`; of a checkpoint that was trained without retrieval, too.
+    `engine` and `threads` apply to bundles only. A checkpoint that was trained without retrieval may use a `datastore`.
     """
     checkpoint = find_checkpoint(folder)
     if not (checkpoint / CONFIG_FILE).is_file():
@@ -108,7 +109,7 @@ def eager_captioner(
 ) -> Captioner:
     """The captioner that runs a checkpoint in eager PyTorch; `vocabulary` and `head` as in `EagerEngine`."""
     text, tokenizer, gpt2 = loaded.config.text, loaded.language.tokenizer, loaded.language.model.config
-    try:
+    with reading(loaded.language.folder, CheckpointError, "the checkpoint's text settings do not fit this model"):
         tokens = TokenSettings(
             begin=None if text.begin is None else special_token(tokenizer, text.begin, "begin"),
             end=special_token(tokenizer, text.end, "end"),
@@ -118,8 +119,5 @@ def eager_captioner(
             shortlist=None if vocabulary is None else len(vocabulary),
             max_positions=gpt2.n_positions,
         )
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"the checkpoint does not fit its language model: {reason}") from None
     engine = EagerEngine(loaded.model, loaded.tower, vocabulary, head)
     return Captioner(engine, tokenizer, loaded.config.image, tokens, loaded.config.search.within(tokens.room))

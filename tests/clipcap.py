@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+from itune.checkpoint import WEIGHTS_FILE, ModelSource, VisionSource, save_config
 from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel
 from itune.methods.clipcap.settings import ClipCapCheckpoint
 from itune.runtime.settings import TextSettings
@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def save_clipcap(folder: Path, language_model: Path, tower: Path, prompt: str = "", **shape: Any) -> Path:
-    """Write a checkpoint whose prefix depends much on the image."""
+    """Write a checkpoint whose prefix depends strongly on the image."""
     torch.manual_seed(7)
     language, vision = load_language_model(str(language_model)), load_vision_tower(str(tower))
     shape = {"pooling": "mean" if vision.kind == "onnx" else "cls", "mapper_heads": 4} | shape
@@ -41,7 +41,7 @@ def save_clipcap(folder: Path, language_model: Path, tower: Path, prompt: str = 
                 weight.normal_(float("norm" in name and name.endswith("weight")), 0.2)
     model.save_adapters(folder / WEIGHTS_FILE)
     checkpoint = ClipCapCheckpoint(
-        language_model=Source.of_language_model(language, str(language_model), folder),
+        language_model=ModelSource.of_language_model(language, str(language_model), folder),
         vision=VisionSource.of_tower(vision, str(tower), folder),
         image=vision.image,
         text=TextSettings(begin=None, prompt=prompt),
@@ -53,7 +53,7 @@ def save_clipcap(folder: Path, language_model: Path, tower: Path, prompt: str = 
 
 
 def make_projecting_clip(folder: Path) -> Path:
-    """A CLIP that has its projection, to 20."""
+    """A CLIP with its projection, of width 20."""
     make_clip(folder)
     config = CLIPVisionConfig.from_pretrained(folder)
     config.projection_dim, config.layer_norm_eps = 20, 1e-3

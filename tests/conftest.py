@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +37,9 @@ CAPTIONS = [
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest -n 2 --dist loadfile` a file's tests stay in one process, as its fixtures are dear and some build on
-    the ones before them; here so do those of the folder whose files share one run of a benchmark.
+    """With `pytest -n 2 --dist loadfile` the tests of a file stay in one process, since they share expensive fixtures.
+
+    So do all tests of the benchmarks: their files share one run.
     """
     if config.getoption("dist") != "loadfile":
         return None
@@ -52,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def base_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random GPT-2 base with CLIP ViT-B/16 and adapters, as the latency benchmark makes them: for slow tests."""
+    """Random GPT-2 base with CLIP ViT-B/16 and adapters, as the latency benchmark makes them; for slow tests."""
     from benchmarks.random_init import GEOMETRIES, build_checkpoint
 
     return build_checkpoint(GEOMETRIES["base"], tmp_path_factory.mktemp("base"))
@@ -60,7 +63,7 @@ def base_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with Flickr8k and the metric tie-outs; tests that need it skip without it."""
+    """The folder with Flickr8k and the reference scores; tests that need it are skipped without it."""
     folder = Path(os.environ.get("ITUNE_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder} (set ITUNE_DATA)")
@@ -85,7 +88,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 def make_language_model(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 0, **config: object) -> Path:
-    """A random GPT-2 folder; weights are large, so that its choices are far apart."""
+    """A random GPT-2 folder; its weights are large, so its candidates' scores are far apart."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = make_tokenizer(folder)
@@ -126,7 +129,7 @@ def make_clip(folder: Path, *, seed: int = 0, **config: object) -> Path:
 
 
 def make_full_clip(folder: Path, *, seed: int = 0) -> Path:
-    """A random CLIP with both towers, its projections 20 wide, and a tokenizer that knows letters only."""
+    """A random CLIP with both towers, projections of width 20, and a tokenizer of single letters."""
     from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -143,7 +146,7 @@ def make_full_clip(folder: Path, *, seed: int = 0) -> Path:
             projection_dim=20,
         )
     )
-    with torch.no_grad():  # as they are, they are no test
+    with torch.no_grad():  # initialized as ones and zeros, the norm would not be tested
         for weight in model.vision_model.post_layernorm.parameters():
             weight.add_(torch.randn(weight.shape) * 0.3)
         for projection in (model.visual_projection, model.text_projection):
@@ -167,9 +170,9 @@ def make_checkpoint(
     prompt: str = "",
     seed: int = 0,
 ) -> Path:
-    """An adapter checkpoint with random weights and biases that look hard at the image."""
+    """An adapter checkpoint with random weights and biases, large enough for captions to depend on the image."""
     from itune.backbones import load_language_model, load_vision_tower
-    from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+    from itune.checkpoint import WEIGHTS_FILE, ModelSource, VisionSource, save_config
     from itune.methods.ituning.model import AdapterConfig, ITuningModel
     from itune.methods.ituning.settings import ITuningCheckpoint
     from itune.runtime.settings import TextSettings
@@ -185,7 +188,7 @@ def make_checkpoint(
     assert config.score_scale is not None
     save_config(
         ITuningCheckpoint(
-            language_model=Source.of_language_model(language, str(language_model), folder),
+            language_model=ModelSource.of_language_model(language, str(language_model), folder),
             vision=VisionSource.of_tower(tower, str(vision), folder),
             bottleneck=bottleneck,
             heads=heads,
@@ -220,7 +223,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def records(photos: list[Path]) -> list[Record]:
-    """Five photos with two captions each, where a test file has no records of its own."""
+    """Five photos with two captions each, for test files without records of their own."""
     from itune.data.records import Record
 
     return [Record(path, (CAPTIONS[i], CAPTIONS[i + 1]), path.stem) for i, path in enumerate(photos[:5])]
@@ -228,7 +231,7 @@ def records(photos: list[Path]) -> list[Record]:
 
 @pytest.fixture(scope="session")
 def projecting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP that has its projection, to 20."""
+    """A CLIP with its projection, of width 20."""
     from tests.clipcap import make_projecting_clip
 
     return make_projecting_clip(tmp_path_factory.mktemp("models") / "projecting")
@@ -258,8 +261,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@contextmanager
+def refused(error: type[Exception], *values: object) -> Iterator[None]:
+    """The block raises `error`, whose message names the offending values."""
+    with pytest.raises(error) as caught:
+        yield
+    for value in values:
+        assert str(value) in str(caught.value)
+
+
 def assert_same_weights(found: LoadedCheckpoint, expected: LoadedCheckpoint) -> None:
-    """Of the language model and the adapters."""
+    """The language model and the adapters have the same weights."""
     for new, old in (
         (found.language.model.state_dict(), expected.language.model.state_dict()),
         (found.model.adapter_state(), expected.model.adapter_state()),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ...backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
-from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, Source, VisionSource, save_config
+from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, ModelSource, VisionSource, save_config
 from ...files import hash_files
 from ...methods.base import write_tensors
 from ...methods.schemas import CHECKPOINTS
@@ -44,12 +44,12 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)
         imported = importer(file, state, language, tower, options)
-        source = Source.of_language_model(language, options.language_model, output)
+        source = ModelSource.of_language_model(language, options.language_model, output)
         if imported.fine_tuned:
             language.model.save_pretrained(folder / _FINE_TUNED)
             language.tokenizer.save(str(folder / _FINE_TUNED / TOKENIZER))
             weights = list((folder / _FINE_TUNED).glob("*.safetensors"))
-            source = Source(source=_FINE_TUNED, sha256=hash_files(weights))
+            source = ModelSource(source=_FINE_TUNED, sha256=hash_files(weights))
         write_tensors(dict(imported.tensors), folder / WEIGHTS_FILE)
         config = CHECKPOINTS[imported.model.method](
             language_model=source,

@@ -62,6 +62,8 @@ def export(
             restore_bundle(task.restore, output, force=options.force)
         common.say(f"{output}: language-model, vision and checkpoint")
     elif task.import_ is not None:
+        from ..export.imports.checkpoint import import_checkpoint
+
         with common.console().status("importing"):
             import_checkpoint(task.import_, output, ImportOptions(**chosen(published)), force=options.force)
         common.say(f"{output}: try itune-export {output} -o BUNDLE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,19 +154,19 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return defaults | overrides | shape
 
 
-def _prepare(config: TrainConfig, data: _Data, output: Path, base: CheckpointConfig | None) -> Trainer:
+def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointConfig | None) -> Trainer:
     """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps."""
     from ..backbones import load_language_model, load_vision_tower
     from ..data.features import FeatureCache, LiveFeatures
     from ..methods.registry import MODELS
-    from ..training.loop import Trainer, left_out
+    from ..training.loop import Trainer, TrainingData, left_out
     from ..training.prompting import prepare_prompts
 
     common.console().print_json(data=config.to_json())
-    train, dev = data.load(config.seed)
+    train, dev = splits.load(config.seed)
     language = load_language_model(config.language_model)
     tower = load_vision_tower(config.vision)
-    cache = data.cache_features
+    cache = splits.cache_features
     features: Features = FeatureCache(cache, tower) if cache else LiveFeatures(tower)
     with common.progress("photos") as update:
         unreadable = features.prepare([r.image for r in train], flip=config.flip, progress=update)
@@ -174,8 +175,8 @@ def _prepare(config: TrainConfig, data: _Data, output: Path, base: CheckpointCon
         common.warn(f"left out: {reason}")
     train, dev = left_out(train, unreadable), left_out(dev, unreadable)
     if not train:
-        raise ItuneError(f"{data.data}: no photo of the training split can be read")
-    prompting = None
+        raise ItuneError(f"{splits.data}: no photo of the training split can be read")
+    data = TrainingData(train, dev, features)
     if config.datastore is not None:
         with common.progress("photos") as update:
             prompting = prepare_prompts(
@@ -183,21 +184,20 @@ def _prepare(config: TrainConfig, data: _Data, output: Path, base: CheckpointCon
                 MODELS[config.method].text(config),
                 language,
                 tower,
-                features,
-                train,
-                dev,
+                data,
                 base=None if base is None else base.retrieval,
                 cache=cache,
                 progress=lambda _what, done, total: update(done, total),
             )
         assert prompting is not None
-        longest = max(map(len, prompting.heads.values()))
+        data = replace(data, prompting=prompting)
+        longest = max(map(len, prompting.prompts.values()))
         common.say(
             f"{prompting.captions:.2f} of {config.retrieved} retrieved captions fit into a prompt on average; the "
             f"longest takes {longest} of the language model's {language.model.config.n_positions} positions"
         )
     search = None if base is None else base.search
-    trainer = Trainer(config, language, tower, features, train, dev, output, prompting=prompting, search=search)
+    trainer = Trainer(config, language, tower, data, output, search=search)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     common.say(
         f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "
@@ -224,7 +224,7 @@ def _train(trainer: Trainer) -> int:
         return common.INTERRUPTED
     best = f", dev CIDEr-D {100 * progress.best_cider:.1f} in epoch {progress.best_epoch + 1}"
     common.say(
-        f"done: {trainer.output / 'best'}{best if trainer.dev else ''}\n"
+        f"done: {trainer.output / 'best'}{best if trainer.data.dev else ''}\n"
         f"next: itune-export {trainer.output / 'best'} --target onnx --precision int8 -o BUNDLE"
     )
     return 0

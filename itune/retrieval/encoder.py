@@ -59,7 +59,7 @@ class RetrievalHead:
     def pool(self, visual: Tensor) -> Tensor:
         """Pool visual embeddings [images, N, d_v] into float32 [images, D] of length 1."""
         visual = visual.float()
-        x = visual.mean(dim=1) if self.projection is None else self.projection.project(visual[:, 0])
+        x = visual.mean(dim=1) if self.projection is None else self.projection.to(visual.device)(visual[:, 0])
         pooled: Tensor = x / x.norm(dim=1, keepdim=True).clamp(min=EPSILON)
         return pooled
 

@@ -1,47 +1,28 @@
-"""The moving average of a training's weights, which is what is evaluated and saved."""
+"""The moving average of a training's weights, which is evaluated and saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+_Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-class WeightAverage:
-    """An exponential moving average of weights by name."""
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a module that follows its weights; call `update_parameters(module)` after every optimizer step.
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float) -> None:
-        """`decay` per step; 0 makes the average the weights themselves."""
-        self.weights, self.decay = weights, decay
-        self.values: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights in, after optimiser step `step`."""
-        # The decay ramps up, or the average would remember the initialisation for hundreds of steps.
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, weight in self.weights.items():
-            self.values[name].lerp_(weight, 1 - decay)
+    The n-th update keeps the share min(decay, n / (9 + n)) of the average: without this ramp it would remember the
+    initialization for hundreds of steps. A decay of 0 makes the average equal to the weights.
+    """
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Begin with the weights as they are."""
-        for name, weight in self.weights.items():
-            self.values[name].copy_(weight)
+    def update(averages: _Tensors, weights: _Tensors, updates: Tensor | int) -> None:
+        n = int(updates)
+        kept = min(decay, n / (9 + n))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1 - kept)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within the block, the weights hold the average."""
-        kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self._set(self.values)
-        try:
-            yield
-        finally:
-            self._set(kept)
-
-    @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(values[name])
+    average = AveragedModel(module, multi_avg_fn=update)
+    average.n_averaged.fill_(1)  # at 0 the first update would copy the weights
+    return average

@@ -1,4 +1,4 @@
-"""Retrieved captions in the prompts of a training: which photo's captions are preceded by what."""
+"""The data of a training run, and the retrieved captions in its prompts."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from ..backbones import LanguageModel, VisionTower
 from ..data.features import Features
 from ..data.records import Record
 from ..retrieval.encoder import Own, load_head, retrieve_for
-from ..runtime.errors import ItuneError
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.retrieval.prompts import PromptWriter
 from ..runtime.settings import RetrievalSettings, TextSettings
-from .batches import caption_head, encode_caption
+from .batches import encode_caption, prompt_tokens
 from .config import TrainConfig
-
-Progress = Callable[[str, int, int], None]
-"""Told (what, done, in all)."""
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """What a training retrieved, once for all its epochs."""
+    """The prompts of retrieved captions, prepared once for all epochs."""
 
     settings: RetrievalSettings
-    heads: dict[Path, tuple[int, ...]]
-    """By photo: the token ids that stand before each of its captions: begin, then the prompt."""
+    prompts: dict[Path, tuple[int, ...]]
+    """By photo: the token ids before each of its captions: begin, then the prompt."""
     captions: float
-    """How many retrieved captions a prompt holds on average: fewer than k where the positions are too few."""
+    """Retrieved captions per prompt on average: fewer than k if the language model has too few positions."""
     datastore: dict[str, Any]
-    """Where the captions come from, for `itune.json`."""
+    """The origin of the captions, for `itune.json`."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The splits of a training run; `features` are prepared for the photos of both."""
+
+    train: Sequence[Record]
+    dev: Sequence[Record]
+    features: Features
+    prompting: Prompting | None = None
+    """None: every caption has the same prompt."""
 
 
 def prepare_prompts(
@@ -40,23 +47,21 @@ def prepare_prompts(
     text: TextSettings,
     language: LanguageModel,
     tower: VisionTower,
-    features: Features,
-    train: Sequence[Record],
-    dev: Sequence[Record],
+    data: TrainingData,
     *,
     base: RetrievalSettings | None = None,
     cache: Path | None = None,
-    progress: Progress = lambda _what, _done, _total: None,
+    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> Prompting | None:
-    """Retrieve for every photo of the training and dev splits, as `config` says; None where it retrieves nothing.
+    """Retrieve captions for every photo of both splits; None if the configuration names no datastore.
 
-    Photos' own captions are left out (SmallCap, section 3.3), of dev photos, too: a datastore may hold both splits.
-    `features` have been prepared with all photos; `base` are the settings of the checkpoint that a training starts
-    from; `cache` is a folder that keeps what was retrieved.
+    A photo never retrieves its own captions (SmallCap, section 3.3), not even a dev photo: a datastore may hold both
+    splits. `base` are the retrieval settings of the checkpoint that the training starts from. The folder `cache` keeps
+    the retrieved captions. `progress` receives what is being done, the photos done and all photos.
 
     Raises:
-        DatastoreError: the datastore cannot be read, or is of another encoder than `tower`.
-        ItuneError: the language model has no positions for a prompt.
+        DatastoreError: the datastore cannot be read, or another encoder than `tower` built it.
+        SearchError: the language model has no positions left for a prompt.
     """
     if config.datastore is None:
         return None
@@ -67,13 +72,14 @@ def prepare_prompts(
         update={"k": config.retrieved, "encoder": head.encoder}
     )
     writer = PromptWriter(language.tokenizer, text, settings)
-    begin = caption_head(language.tokenizer, text.model_copy(update={"prompt": ""}))
-    heads: dict[Path, tuple[int, ...]] = {}
+    begin = prompt_tokens(language.tokenizer, text.model_copy(update={"prompt": ""}))
+    positions: int = language.model.config.n_positions
+    prompts: dict[Path, tuple[int, ...]] = {}
     captions = 0
-    for what, records in (("train", train), ("dev", dev)):
+    for what, records in (("train", data.train), ("dev", data.dev)):
         found = retrieve_for(
             records,
-            features,
+            data.features,
             store,
             settings.k,
             head,
@@ -82,25 +88,20 @@ def prepare_prompts(
             progress=lambda done, total, what=what: progress(f"retrieving for {what} photos", done, total),  # type: ignore[misc]
         )
         for record in records:
-            room = _room(config, text, language, record if what == "train" else None)
-            ids, written = writer.write(found[record.id], room + 1 - len(begin))
-            heads.setdefault(record.image, (*begin, *ids))  # of a photo in both splits, that without its captions
+            longest = _longest_caption(config, text, language, record.captions if what == "train" else ())
+            # The last token of a caption needs no position: the language model does not read it.
+            ids, written = writer.write(found[record.id], positions - longest + 1 - len(begin))
+            prompts.setdefault(record.image, (*begin, *ids))  # a photo in both splits keeps its training prompt
             captions += len(written)
     manifest = store.manifest
     origin = {"kind": manifest.kind, "entries": manifest.entries, "captions": manifest.captions}
-    return Prompting(settings, heads, captions / len(heads), origin | manifest.provenance)
+    return Prompting(settings, prompts, captions / len(prompts), origin | manifest.provenance)
 
 
-def _room(config: TrainConfig, text: TextSettings, language: LanguageModel, record: Record | None) -> int:
-    """How many positions the captions of a training photo, and such as the captioner may write, leave."""
+def _longest_caption(config: TrainConfig, text: TextSettings, language: LanguageModel, captions: Sequence[str]) -> int:
+    """Tokens of the longest of these captions, or of the captions to be written if that is more; with the end token."""
     longest = config.max_new_tokens
-    for caption in () if record is None else record.captions:
-        length = len(encode_caption(language.tokenizer, text, caption)) + 1  # the end token
+    for caption in captions:
+        length = len(encode_caption(language.tokenizer, text, caption)) + 1
         longest = max(longest, min(length, config.max_caption_tokens + 1))
-    room: int = language.model.config.n_positions - longest
-    if room < 1:
-        raise ItuneError(
-            f"{config.language_model} has {language.model.config.n_positions} positions, and captions take {longest}: "
-            "lower --max-caption-tokens or --max-new-tokens"
-        )
-    return room
+    return longest

@@ -1,48 +1,41 @@
-"""Where a training stands, and what it tells while it goes on."""
+"""The state of a training run, and the interface that reports it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Annotated, Protocol
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 class Reporter(Protocol):
-    """What a run tells while it goes on; the command line shows it."""
+    """Callbacks of a run; the command line displays them."""
 
     def step(self, progress: Progress, metrics: dict[str, float], images: int) -> None:
-        """An optimiser step was made, over this many images."""
+        """An optimizer step over this many images is done."""
         ...
 
     def evaluating(self, done: int, images: int) -> None:
-        """The dev split is being captioned."""
+        """So many images of the dev split have been captioned."""
         ...
 
     def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
-        """An epoch ended and was evaluated."""
+        """An epoch is done and evaluated."""
         ...
 
 
-@dataclass
+@dataclass(config=ConfigDict(extra="forbid", strict=True))
 class Progress:
-    """Where a run stands."""
+    """How far a run has come; saved in `trainer.json`."""
 
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best_cider: float = -1.0
-    best_epoch: int = -1
-
-    @classmethod
-    def parse(cls, values: dict[str, Any]) -> Progress:
-        """What was saved as JSON; raises ValueError for anything else."""
-        progress = cls(**values)
-        for field in fields(cls):
-            value = values[field.name]
-            kinds = (int, float) if field.name == "best_cider" else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or value < -1:
-                raise ValueError(f"{field.name} is {value!r}")
-        return progress
+    epoch: _Count = 0
+    step_in_epoch: _Count = 0
+    step: _Count = 0
+    best_cider: Annotated[float, Field(ge=-1)] = -1.0
+    best_epoch: Annotated[int, Field(ge=-1)] = -1
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and is saved
-    """The run stopped at a step boundary, with everything saved in `last/`."""
+    """The run stopped between two steps, with everything saved in `last/`."""

@@ -1,4 +1,4 @@
-"""The folder of a training run: who may write to it, what an interruption left there, and its log of epochs."""
+"""The folder of a training run: its lock, its recovery after an interruption, and its log of epochs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from ..data.records import Record
 from ..files import atomic_path, only_writer, recover_folder
-from ..runtime.errors import ItuneError
+from ..runtime.errors import reading
 
 BEST, LAST, METRICS = "best", "last", "metrics.jsonl"
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a run has saved anything in a folder."""
+    """Whether a run has saved anything in the folder."""
     return any((output / name).exists() for name in (BEST, LAST, METRICS)) or any(output.glob(f".{LAST}.*.old"))
 
 
@@ -26,16 +26,14 @@ def holds_run(output: Path) -> bool:
 def only_run(output: Path) -> Iterator[None]:
     """Make the folder, and within the block be the only run that writes to it.
 
-    What one that was killed has left half-written is put back or cleared away.
+    This also restores or removes what a killed run has left half-written.
 
     Raises:
-        ItuneError: there can be no such folder, or another run is writing to it.
+        ItuneError: the folder cannot be made, or another run is writing to it.
     """
-    try:
+    with reading(f"--output {output}", mend="choose another folder"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ItuneError(f"--output {output} cannot be a folder ({error.strerror}): name another") from None
-    busy = f"--output {output}: another training is writing to it; name another folder"
+    busy = f"--output {output}: another training run is writing to it; choose another folder"
     with _gone_if_empty(output), only_writer(output / ".lock", busy):
         for name in (BEST, LAST):
             recover_folder(output / name)
@@ -54,7 +52,7 @@ def _gone_if_empty(folder: Path) -> Iterator[None]:
 
 
 def log_epoch(output: Path, epoch: int, values: Mapping[str, Any]) -> None:
-    """Add an epoch's line to `metrics.jsonl`, in place of one that a killed run has written before it saved."""
+    """Add an epoch's line to `metrics.jsonl`; it replaces a line that a killed run wrote before it saved."""
     path = output / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _epoch(line) not in (None, epoch)]
@@ -70,7 +68,7 @@ def _epoch(line: str) -> object:
 
 
 def fingerprint(*splits: Sequence[Record]) -> str:
-    """Of the photos' ids and captions, split by split, in their order."""
+    """Hash of the photos' ids and captions, in the order of the splits and of their records."""
     digest = hashlib.sha256()
     for records in splits:
         for record in records:

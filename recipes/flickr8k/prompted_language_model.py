@@ -42,7 +42,7 @@ from itune.retrieval.encoder import Own, load_head, retrieve_for
 from itune.runtime.retrieval.datastore import Datastore
 from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import RetrievalSettings, TextSettings
-from itune.training.batches import Batch, TokenizedRecord, caption_head, pack_batch, tokenize
+from itune.training.batches import Batch, TokenizedRecord, pack_batch, prompt_tokens, tokenize
 
 POSITIONS = 128
 LONGEST_PROMPT = 100  # tokens
@@ -61,7 +61,7 @@ class Prompts:
         tower, store = load_vision_tower(str(work / "vision")), Datastore.load(work / "datastore")
         head = load_head(tower, str(work / "vision"), store.manifest.encoder.pooling)
         self.writer = PromptWriter(self.tokenizer, TEXT, RetrievalSettings(encoder=head.encoder))
-        self.begin = caption_head(self.tokenizer, TEXT)
+        self.begin = prompt_tokens(self.tokenizer, TEXT)
         features, cache = FeatureCache(work / "features", tower), work / "features"
         self.records: dict[str, list[Record]] = {}
         self.found: dict[str, list[str]] = {}
@@ -79,13 +79,13 @@ class Prompts:
         for record, count in zip(records, captions, strict=True):
             prompt = [] if count is None else self.writer.write(self.found[record.id][:count], LONGEST_PROMPT)[0]
             heads[record.image] = (*self.begin, *prompt)
-        return tokenize(records, self.tokenizer, TEXT, POSITIONS, heads=heads, positions=POSITIONS)
+        return tokenize(records, self.tokenizer, TEXT, POSITIONS, prompts=heads, positions=POSITIONS)
 
 
 def batches(records: Sequence[TokenizedRecord], rng: np.random.Generator | None) -> Iterator[Batch]:
     """Batches of photos whose prompts have about the same length, in random order if there is an `rng`."""
     order = np.arange(len(records)) if rng is None else rng.permutation(len(records))
-    order = order[np.argsort([len(records[i].head) for i in order], kind="stable")]
+    order = order[np.argsort([len(records[i].prompt) for i in order], kind="stable")]
     starts = np.arange(0, len(order), PHOTOS)
     for start in starts if rng is None else rng.permutation(starts):
         chosen = [records[i] for i in order[start : start + PHOTOS]]

@@ -199,7 +199,7 @@ def test_usage_errors_are_one_sentence(
 
     for arguments, message in (
         (("--random-init", "huge"), "invalid choice"),
-        (("--checkpoint", tmp_path), "not an adapter checkpoint"),
+        (("--checkpoint", tmp_path), "itune.json"),
         (("--random-init", "base", "--num-beams", "0"), "--num-beams must be at least 1"),
         (("--random-init", "base", "--json", tmp_path / "no" / "out.json"), "is not a folder"),
         (("--checkpoint", tmp_path, "--images", tmp_path), "there is no photo in it"),

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import Source, VisionSource, save_config
+from itune.checkpoint import ModelSource, VisionSource, save_config
 from itune.export.graph.builder import Graph
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.methods.ituning.settings import ITuningCheckpoint
@@ -148,7 +148,7 @@ def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str
     randomize(model.adapters)
     model.save_adapters(folder / "adapters.safetensors")
     config = ITuningCheckpoint(
-        language_model=Source.of_language_model(language, str(language_model), folder),
+        language_model=ModelSource.of_language_model(language, str(language_model), folder),
         vision=VisionSource.of_tower(vision, str(tower), folder),
         bottleneck=adapters.bottleneck,
         heads=adapters.heads,

@@ -1,4 +1,4 @@
-"""What is said of language models and vision towers that are damaged, incomplete or something else."""
+"""Language models and vision towers that are damaged, incomplete or something else are refused by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from itune.backbones import BackboneError, load_clip_projection, load_language_model, load_vision_tower
 from itune.retrieval.encoder import TextEncoder
+from tests.conftest import refused
 
 WEIGHTS = "model.safetensors"
 CHANGES: dict[str, Callable[[bytes], bytes]] = {
@@ -47,22 +49,20 @@ def clip(full_clip_folder: Path, tmp_path: Path) -> Path:
 def test_damaged_weights_name_their_folder(change: str, language_model: Path, clip: Path) -> None:
     for folder in (language_model, clip):
         damaged(folder, WEIGHTS, CHANGES[change])
-    with pytest.raises(BackboneError, match=f"^{language_model}: cannot be loaded as GPT-2: "):
+    with refused(BackboneError, language_model):
         load_language_model(str(language_model))
-    with pytest.raises(BackboneError, match=f"^{clip}: cannot be loaded as a CLIP vision model: "):
+    with refused(BackboneError, clip):
         load_vision_tower(str(clip))
-    with pytest.raises(BackboneError, match=f"^{clip}: cannot be loaded as a CLIP with a text tower: "):
+    with refused(BackboneError, clip):
         TextEncoder(str(clip))
 
 
 def test_missing_weights_are_not_made_up(language_model: Path, clip: Path) -> None:
     without(language_model, "h.2.mlp")
-    with pytest.raises(
-        BackboneError, match=r"config.json asks for transformer\.h\.2\.mlp\.c_fc\.bias, which its weight"
-    ):
+    with refused(BackboneError, language_model, "transformer.h.2.mlp.c_fc.bias"):
         load_language_model(str(language_model))
     without(clip, "vision_model.encoder.layers.1.")
-    with pytest.raises(BackboneError, match=r"config.json asks for .*encoder\.layers\.1\.layer_norm1\.bias"):
+    with refused(BackboneError, clip, "encoder.layers.1.layer_norm1.bias"):
         load_vision_tower(str(clip))
 
 
@@ -88,36 +88,76 @@ def test_a_language_model_in_the_hubs_layout(language_model: Path) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_damaged_tokenizers(change: str, language_model: Path, clip: Path) -> None:
     damaged(language_model, "tokenizer.json", CHANGES[change])
-    with pytest.raises(BackboneError, match=r"tokenizer\.json is not a tokenizer: "):
+    with refused(BackboneError, language_model / "tokenizer.json"):
         load_language_model(str(language_model))
     for file in clip.glob("tokenizer*.json"):
         file.unlink()
     damaged(clip, "vocab.json", CHANGES[change])
-    with pytest.raises(BackboneError, match=f"^{clip}: tokenizer: "):
+    with refused(BackboneError, clip):
         TextEncoder(str(clip))
 
 
 @pytest.mark.parametrize("content", [[], {}, {"size": 1, "crop_size": []}, {"size": {"height": "x", "width": 2}}])
 def test_preprocessors_that_are_none(content: object, clip: Path) -> None:
     (clip / "preprocessor_config.json").write_text(json.dumps(content))
-    with pytest.raises(BackboneError, match=r"preprocessor_config\.json: not an image preprocessor's configuration: "):
+    with refused(BackboneError, clip / "preprocessor_config.json"):
         load_vision_tower(str(clip))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field"),
     [
-        ({"do_normalize": False}, "do_resize and do_normalize must be true"),
-        ({"do_rescale": False}, "pixels must be rescaled by 1/255"),
-        ({"rescale_factor": 1 / 127.5}, "pixels must be rescaled by 1/255"),
-        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "longest_edge is not supported"),
-        ({"image_std": [0, 1, 1]}, "not an image preprocessor's configuration: .*"),
-        ({"image_mean": [float("nan"), 0, 0]}, "not an image preprocessor's configuration: .*"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"do_rescale": False}, "do_rescale"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "size.longest_edge"),
+        ({"image_std": [0, 1, 1]}, "std.0"),
+        ({"image_mean": [float("nan"), 0, 0]}, "mean.0"),
     ],
 )
-def test_preprocessing_that_would_be_another(change: dict[str, object], message: str, clip: Path) -> None:
+def test_preprocessing_that_we_do_not_reproduce(change: dict[str, object], field: str, clip: Path) -> None:
     file = clip / "preprocessor_config.json"
     load_vision_tower(str(clip))
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(BackboneError, match=message):
+    with refused(BackboneError, file, field):
         load_vision_tower(str(clip))
+
+
+def make_onnx_tower(folder: Path, pixels: list[int | str], embeddings: list[int | str], *more: str) -> Path:
+    """A graph that returns its pixels, reshaped; `more` are further inputs."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, pixels) for name in ("pixels", *more)]
+    output = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, embeddings)
+    shape = helper.make_tensor("shape", TensorProto.INT64, [len(embeddings)], [0, *embeddings[1:]])
+    nodes = [helper.make_node("Sum", [each.name for each in inputs], ["sum"])]
+    nodes += [helper.make_node("Reshape", ["sum", "shape"], ["embeddings"])]
+    graph = helper.make_graph(nodes, "tower", inputs, [output], [shape])
+    opsets = [helper.make_opsetid("", 17)]
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(
+        helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    )
+    size = {"height": 4, "width": 4}
+    settings = {"size": size, "do_center_crop": False, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_onnx_towers_take_pixels_and_give_embeddings(tmp_path: Path) -> None:
+    folder = make_onnx_tower(tmp_path / "tower", ["B", 3, 4, 4], ["B", 6, 8])
+    tower = load_vision_tower(str(folder))
+    assert (tower.tokens, tower.width) == (6, 8)
+    for name, pixels, embeddings, more in (
+        ("other-size", ["B", 3, 5, 5], ["B", 5, 15], []),
+        ("flat", ["B", 48], ["B", 6, 8], []),
+        ("two-inputs", ["B", 3, 4, 4], ["B", 6, 8], ["more"]),
+        ("one-vector", ["B", 3, 4, 4], ["B", 48], []),
+    ):
+        wrong = make_onnx_tower(tmp_path / name, pixels, embeddings, *more)
+        with refused(BackboneError, wrong / "model.onnx"):
+            load_vision_tower(str(wrong))
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with refused(BackboneError, folder / "model.onnx"):
+        load_vision_tower(str(folder))
+    (folder / "preprocessor_config.json").unlink()
+    with refused(BackboneError, folder / "preprocessor_config.json"):
+        load_vision_tower(str(folder))

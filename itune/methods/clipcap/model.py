@@ -1,16 +1,18 @@
 """ClipCap: Mokady et al., "ClipCap: CLIP Prefix for Image Captioning" (https://arxiv.org/abs/2111.09734).
 
-A mapper turns one embedding of the image into `prefix_length` embeddings that stand before the caption of a frozen
-GPT-2, in place of tokens:
+A mapper turns one embedding of the image into `prefix_length` embeddings, which a frozen GPT-2 reads in place of tokens
+before the caption:
 
     p_1 ... p_k = mapper(pool(V))            GPT-2 reads p_1 ... p_k c_1 ... c_l, the loss covers c_1 ... c_l
 
-Modules have the names of the paper's code, so that its checkpoints are read as they are. The prefix stands in
-`input_ids` as the ids that follow the vocabulary's: batching, masks and the search know nothing of it.
+Modules have the names of the authors' code, so their checkpoints load unchanged. In `input_ids` the ids after the
+vocabulary's stand for the prefix, so batching, masks and search need not know about it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -33,7 +35,7 @@ _MLP_RATIO = 2
 
 @dataclass(frozen=True)
 class ClipCapConfig:
-    """Shape of a mapper and of what it reads."""
+    """Shape of a mapper and of its input."""
 
     hidden_size: int
     """Width d of the language model."""
@@ -47,34 +49,31 @@ class ClipCapConfig:
     """The paper's k: embeddings before the caption."""
 
     clip_length: int = 10
-    """Transformer mapper: how many vectors of width d the image's embedding becomes."""
+    """Transformer mapper: the image's embedding becomes this many vectors of width d."""
 
     mapper_layers: int = 8
     mapper_heads: int = 8
 
     pooling: Pooling = "cls"
-    """Which embedding of the image is read: position 0, the mean of all, or position 0 projected as CLIP does it."""
+    """Which embedding of the image the mapper reads: `cls` position 0, `mean` the mean of all, `projected` position 0
+    after CLIP's projection."""
 
     projected_width: int | None = None
-    """With `pooling` projected: the width of that projection."""
+    """Width of CLIP's projection; only with `pooling` projected."""
 
     layer_norm_eps: float = 1e-5
-    """Of the layer norm before the projection."""
+    """Epsilon of the layer norm before the projection."""
 
     normalize: bool = False
     """Scale the embedding to length 1."""
 
     dropout: float = 0.0
-    """Within the mapper's feed-forward blocks, while training."""
+    """Dropout in the mapper's feed-forward blocks while training."""
 
     def __post_init__(self) -> None:
-        sizes = (self.hidden_size, self.visual_width, self.prefix_length, self.clip_length, self.mapper_layers)
-        if min(*sizes, self.mapper_heads) < 1:
-            raise ItuneError(f"mapper sizes must be positive: {self}")
         if self.mapper == "transformer" and self.hidden_size % self.mapper_heads:
             raise ItuneError(
-                f"--mapper-heads {self.mapper_heads} does not divide the language model's width {self.hidden_size}: "
-                "choose another"
+                f"--mapper-heads {self.mapper_heads} does not divide the language model's width {self.hidden_size}"
             )
 
     @property
@@ -84,7 +83,7 @@ class ClipCapConfig:
 
 
 class Attention(nn.Module):
-    """Self-attention of the mapper: no biases but the output's."""
+    """Self-attention of the mapper; only the output has a bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class Attention(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[images, n, d] to the same."""
+        """Hidden states [images, n, d] to the same."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [images, heads, n, d / heads]
             for part in (self.to_queries(x), *self.to_keys_values(x).chunk(2, dim=-1))
@@ -108,12 +107,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, _MLP_RATIO * width)
-        self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, _MLP_RATIO * width), nn.Linear(_MLP_RATIO * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[images, n, d] to the same."""
+        """Hidden states [images, n, d] to the same."""
         output: Tensor = self.dropout(self.fc2(self.dropout(self.fc1(x).relu())))
         return output
 
@@ -121,49 +119,36 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, config: ClipCapConfig) -> None:
         super().__init__()
+        width = config.hidden_size
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.mlp = FeedForward(width, dropout)
+        self.attn = Attention(width, config.mapper_heads)
+        self.mlp = FeedForward(width, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[images, n, d] to the same."""
+        """Hidden states [images, n, d] to the same."""
         x = x + self.attn(self.norm1(x))
         output: Tensor = x + self.mlp(self.norm2(x))
         return output
 
 
-class Transformer(nn.Module):
-    """The layers, no norm after the last."""
-
-    def __init__(self, config: ClipCapConfig) -> None:
-        super().__init__()
-        shape = config.hidden_size, config.mapper_heads, config.dropout
-        self.layers = nn.ModuleList(Layer(*shape) for _ in range(config.mapper_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[images, n, d] to the same."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class TransformerMapper(nn.Module):
-    """A transformer over the image's vectors and learned constants; where the constants were, the prefix comes out."""
+    """A transformer over the image's vectors and learned constants; its outputs at the constants are the prefix."""
 
     def __init__(self, config: ClipCapConfig) -> None:
         super().__init__()
         self.clip_length = config.clip_length
-        self.transformer = Transformer(config)
+        layers = nn.Sequential(*(Layer(config) for _ in range(config.mapper_layers)))
+        self.transformer = nn.ModuleDict({"layers": layers})
         self.linear = nn.Linear(config.input_width, config.clip_length * config.hidden_size)
         self.prefix_const = nn.Parameter(torch.randn(config.prefix_length, config.hidden_size))
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Prefix [images, prefix_length, d] of the images' embeddings [images, width]."""
+        """Prefix [images, prefix_length, d] from the images' embeddings [images, width]."""
         image = self.linear(embedding).unflatten(-1, (self.clip_length, -1))
         constants = self.prefix_const.expand(len(image), -1, -1).to(image.dtype)
-        output: Tensor = self.transformer(torch.cat([image, constants], dim=1))[:, self.clip_length :]
+        output: Tensor = self.transformer["layers"](torch.cat([image, constants], dim=1))[:, self.clip_length :]
         return output
 
 
@@ -174,149 +159,117 @@ class MlpMapper(nn.Module):
         super().__init__()
         self.prefix_length = config.prefix_length
         width = config.prefix_length * config.hidden_size
-        self.model = nn.Sequential(
-            nn.Linear(config.input_width, width // 2), nn.Tanh(), nn.Linear(width // 2, width)
-        )  # fmt: skip
+        linears = nn.Linear(config.input_width, width // 2), nn.Linear(width // 2, width)
+        self.model = nn.Sequential(linears[0], nn.Tanh(), linears[1])
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Prefix [images, prefix_length, d] of the images' embeddings [images, width]."""
+        """Prefix [images, prefix_length, d] from the images' embeddings [images, width]."""
         first, tanh, second = self.model
         output: Tensor = second(self.dropout(tanh(first(embedding)))).unflatten(-1, (self.prefix_length, -1))
         return output
 
 
-class Projection(nn.Module):
-    """CLIP's way to the space that it shares with text: a layer norm and a product, both frozen.
-
-    Buffers: they travel in the checkpoint, since towers come without them, and are not trained.
-    """
-
-    norm_weight: Tensor  # [d_v]
-    norm_bias: Tensor  # [d_v]
-    weight: Tensor  # [projected width, d_v]
-
-    def __init__(self, width: int, projected_width: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.register_buffer("norm_weight", torch.ones(width))
-        self.register_buffer("norm_bias", torch.zeros(width))
-        self.register_buffer("weight", torch.zeros(projected_width, width))
-
-    def forward(self, cls: Tensor) -> Tensor:
-        """[images, d_v] to [images, projected width]."""
-        normed = F.layer_norm(cls, cls.shape[-1:], self.norm_weight, self.norm_bias, self.epsilon)
-        return F.linear(normed, self.weight)
-
-
 class ImagePrefix(nn.Module):
-    """Visual embeddings to the prefix: pooling, projection, normalisation, mapper."""
+    """Visual embeddings to the prefix: pooling, projection, normalization, mapper."""
 
     def __init__(self, config: ClipCapConfig) -> None:
         super().__init__()
         self.config = config
-        self.projection = (
-            None
-            if config.projected_width is None
-            else Projection(config.visual_width, config.projected_width, config.layer_norm_eps)
-        )
+        self.projection: ClipProjection | None = None
+        if config.projected_width is not None:
+            self.projection = ClipProjection(config.visual_width, config.projected_width, config.layer_norm_eps)
         self.mapper = TransformerMapper(config) if config.mapper == "transformer" else MlpMapper(config)
 
     def pool(self, visual: Tensor) -> Tensor:
-        """What the mapper reads [images, width], from visual embeddings [images, N, d_v]."""
+        """The mapper's input [images, width] from visual embeddings [images, N, d_v]."""
         embedding = visual.mean(dim=1) if self.config.pooling == "mean" else visual[:, 0]
         if self.projection is not None:
             embedding = self.projection(embedding)
         return F.normalize(embedding, dim=-1) if self.config.normalize else embedding
 
     def forward(self, visual: Tensor) -> Tensor:
-        """Prefix [images, prefix_length, d] of visual embeddings [images, N, d_v]."""
+        """Prefix [images, prefix_length, d] from visual embeddings [images, N, d_v]."""
         prefix: Tensor = self.mapper(self.pool(visual))
         return prefix
 
 
+class PrefixedEmbedding(nn.Embedding):
+    """GPT-2's token embedding, in which the ids after the vocabulary's stand for the image's prefix."""
+
+    prefix: Tensor  # [images, prefix_length, d]
+
+    def __init__(self, wte: nn.Embedding) -> None:
+        super().__init__(wte.num_embeddings, wte.embedding_dim, _weight=wte.weight)
+        self.weight = wte.weight  # the same parameter, which the output head shares
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [rows, T, d] of ids [rows, T], whose rows are grouped by image."""
+        vocab_size = self.num_embeddings
+        tokens = super().forward(input_ids.clamp(max=vocab_size - 1))
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        images = rows * len(self.prefix) // len(input_ids)
+        prefix = self.prefix[images[:, None], (input_ids - vocab_size).clamp(min=0)].to(tokens.dtype)
+        return torch.where((input_ids >= vocab_size)[..., None], prefix, tokens)
+
+
 class ClipCapModel(CaptionModel):
-    """A frozen language model that reads the image as a prefix; it gives `prefix` [images, prefix_length, d]."""
+    """A frozen language model that reads the image as a prefix, `prefix` [images, prefix_length, d]."""
 
     method: ClassVar[Method] = "clipcap"
     weights_prefix: ClassVar[str] = ""
 
     def __init__(self, language_model: GPT2LMHeadModel, config: ClipCapConfig) -> None:
-        positions = language_model.config.n_positions
-        if config.prefix_length >= positions:
-            raise ItuneError(
-                f"--prefix-length {config.prefix_length} leaves no room for a caption: the language model has "
-                f"{positions} positions"
-            )
         super().__init__(language_model, ImagePrefix(config))
         self.config = config
         self.prefix_length = config.prefix_length
-        language_model.transformer.register_forward_pre_hook(self._embed, with_kwargs=True)
+        self.embedding = PrefixedEmbedding(language_model.transformer.wte)
+        language_model.transformer.wte = self.embedding
 
     @classmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, tokens: int, width: int) -> Self:
-        """See `CaptionModel.create`; CLIP's projection is read from the tower's folder.
+    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v), and CLIP's projection.
 
         Raises:
-            ConfigError: the tower has no projection, or embeddings are to be dropped of which one alone is read.
+            ConfigError: the tower has no projection, or visual dropout could remove the one embedding that is read.
         """
         projection = None if config.pooling in ("cls", "mean") else load_clip_projection(config.vision)
         pooling = config.pooling or _default_pooling(config.vision, projection)
         if pooling == "projected" and projection is None:
-            raise ConfigError(f"--pooling projected: {config.vision} has no CLIP projection; give cls or mean")
-        if pooling != "mean" and config.visual_dropout and tokens > 1:
+            raise ConfigError(f"--pooling projected: {config.vision} has no CLIP projection; choose cls or mean")
+        if pooling != "mean" and config.visual_dropout and visual[0] > 1:
             raise ConfigError(
-                f"--visual-dropout {config.visual_dropout} leaves out some of an image's embeddings, and --pooling "
-                f"{pooling} reads one alone: give --visual-dropout 0, or --pooling mean"
+                f"--visual-dropout {config.visual_dropout} drops some of an image's embeddings and --pooling {pooling} "
+                "reads only one: set --visual-dropout 0 or --pooling mean"
             )
-        model = cls(
-            language_model,
-            ClipCapConfig(
-                hidden_size=language_model.config.n_embd,
-                visual_width=width,
-                mapper=config.mapper,
-                prefix_length=config.prefix_length,
-                clip_length=config.clip_length,
-                mapper_layers=config.mapper_layers,
-                mapper_heads=config.mapper_heads,
-                pooling=pooling,
-                projected_width=None if projection is None else len(projection.weight),
-                layer_norm_eps=1e-5 if projection is None else projection.epsilon,
-                normalize=config.normalize,
-                dropout=config.dropout,
-            ),
-        )
+        shape = {name: getattr(config, name) for name in (*_MAPPER, "normalize", "dropout")} | {"pooling": pooling}
+        if projection is not None:
+            shape |= {"projected_width": len(projection.weight), "layer_norm_eps": projection.epsilon}
+        model = cls(language_model, ClipCapConfig(language_model.config.n_embd, visual[1], **shape))
         if projection is not None:
             model.load_projection(projection)
         return model
 
     @classmethod
     def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """See `CaptionModel.from_checkpoint`."""
+        """The model that a checkpoint describes; its mapper is not loaded yet."""
         assert isinstance(config, ClipCapCheckpoint)
         shape = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
-        return cls(
-            language_model,
-            ClipCapConfig(
-                hidden_size=language_model.config.n_embd,
-                visual_width=config.vision.width,
-                dropout=config.dropout,
-                **shape,
-            ),
-        )
+        widths = (language_model.config.n_embd, config.vision.width)
+        return cls(language_model, ClipCapConfig(*widths, dropout=config.dropout, **shape))
 
     @classmethod
     def text(cls, config: TrainConfig) -> TextSettings:
-        """See `CaptionModel.text`; as in the paper, the caption follows the prefix at once.
+        """The text settings of a model to be trained; as in the paper, the caption directly follows the prefix.
 
-        GPT-2 has learned that what comes before its begin token, the end of a text, does not matter after it.
+        GPT-2 has learned to ignore what stands before its begin token, which ends a text.
         """
         return super().text(config).model_copy(update={"begin": None})
 
     def describe(self) -> dict[str, Any]:
-        """See `CaptionModel.describe`."""
-        left_out = ("clip_length", "mapper_layers", "mapper_heads") if self.config.mapper == "mlp" else ()
-        return {name: getattr(self.config, name) for name in _SHAPE if name not in left_out}
+        """The mapper's shape and what it reads."""
+        unused = ("clip_length", "mapper_layers", "mapper_heads") if self.config.mapper == "mlp" else ()
+        return {name: getattr(self.config, name) for name in _SHAPE if name not in unused}
 
     @property
     def image_prefix(self) -> ImagePrefix:
@@ -327,36 +280,27 @@ class ClipCapModel(CaptionModel):
     def load_projection(self, projection: ClipProjection) -> None:
         """Put CLIP's projection before the mapper."""
         assert self.image_prefix.projection is not None
-        self.image_prefix.projection.load_state_dict(
-            {"norm_weight": projection.norm_weight, "norm_bias": projection.norm_bias, "weight": projection.weight}
-        )
+        self.image_prefix.projection.load_state_dict(projection.state_dict())
 
     def project(self, visual: Tensor) -> Visual:
         """The prefix, `prefix` [images, prefix_length, d]."""
         return {"prefix": self.image_prefix(visual)}
 
-    def _embed(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give the language model embeddings in place of ids, those of the image where a prefix id stands."""
-        input_ids: Tensor = kwargs.pop("input_ids", None) if not args else args[0]
-        prefix = self.seen()["prefix"]
-        vocab_size = self.prefix_ids.start
-        wte: Any = module.wte
-        tokens = wte(input_ids.clamp(max=vocab_size - 1))
-        rows = torch.arange(len(input_ids), device=input_ids.device) * len(prefix) // len(input_ids)  # their images
-        image = prefix[rows[:, None], (input_ids - vocab_size).clamp(min=0)].to(tokens.dtype)
-        kwargs["inputs_embeds"] = torch.where((input_ids >= vocab_size)[..., None], image, tokens)
-        return args[1:] and (None, *args[1:]), kwargs
+    @contextmanager
+    def looking_at(self, visual: Visual) -> Iterator[None]:
+        """Within the block the ids after the vocabulary's stand for the prefixes of these images."""
+        self.embedding.prefix = visual["prefix"]
+        try:
+            yield
+        finally:
+            del self.embedding.prefix
 
 
-_SHAPE = (
-    "mapper", "prefix_length", "clip_length", "mapper_layers", "mapper_heads",
-    "pooling", "projected_width", "layer_norm_eps", "normalize",
-)  # fmt: skip
+_MAPPER = ("mapper", "prefix_length", "clip_length", "mapper_layers", "mapper_heads")
+_SHAPE = (*_MAPPER, "pooling", "projected_width", "layer_norm_eps", "normalize")
 
 
 def _default_pooling(vision: str, projection: ClipProjection | None) -> Pooling:
     if vision_kind(vision) == "onnx":
-        return "mean"  # it need not have a CLS position
+        return "mean"  # an ONNX tower need not have a CLS position
     return "cls" if projection is None else "projected"

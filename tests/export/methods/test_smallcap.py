@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import WEIGHTS_FILE, Source, VisionSource, save_config
+from itune.checkpoint import WEIGHTS_FILE, ModelSource, VisionSource, save_config
 from itune.export.bundle import export_bundle
 from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
@@ -63,7 +63,7 @@ def save_smallcap(folder: Path, clip_folder: Path, **language_model: Any) -> Pat
             layer.norm.weight.add_(1)
     model.save_adapters(folder / "checkpoint" / WEIGHTS_FILE)
     config = SmallCapCheckpoint(
-        language_model=Source.of_language_model(language, str(language_folder), folder / "checkpoint"),
+        language_model=ModelSource.of_language_model(language, str(language_folder), folder / "checkpoint"),
         vision=VisionSource.of_tower(tower, str(clip_folder), folder / "checkpoint"),
         heads=6,
         attention_width=8,
@@ -161,7 +161,7 @@ def test_heatmaps_are_those_of_the_retrieved_prompt(
         head = [captioner.tokens.begin, *writer.write(own.retrieved or (), 200)[0]]
         visual = loaded.tower.embed(preprocess(decode(photo), loaded.config.image)[None])
         weights: list[torch.Tensor] = []
-        with torch.inference_mode(), model.looking_at(model.project(visual)), model.watched(weights):
+        with torch.inference_mode(), model.looking_at(model.project(visual)), model.recording(weights):
             model.language_model(torch.tensor([[*head, *own.tokens]]))
         for layer in (0, 2):
             expected = weights[layer][0].mean(0)[len(head) - 1 : -1]

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from itune.methods.ituning.model import AdapterConfig, ITuningAdapter, count_parameters
+from itune.methods.ituning.model import AdapterConfig, ITuningAdapter
 from itune.runtime.errors import ItuneError
+from tests.conftest import refused
 
 
 def random_adapter(**config: object) -> ITuningAdapter:
@@ -67,7 +68,7 @@ def test_default_score_scale_is_that_of_attention() -> None:
 
 
 def test_bottleneck_must_divide_into_heads() -> None:
-    with pytest.raises(ItuneError, match="--bottleneck 9 is not a multiple of --heads 2"):
+    with refused(ItuneError, "--bottleneck 9", "--heads 2"):
         AdapterConfig(12, 10, 9, heads=2)
 
 
@@ -78,5 +79,4 @@ def test_the_papers_parameter_counts(hidden_size: int, layers: int, millions: fl
     config = AdapterConfig(hidden_size, 768, hidden_size // 2)
     with torch.device("meta"):
         built = sum(weight.numel() for weight in ITuningAdapter(config).parameters()) * layers
-    assert built == count_parameters(config, layers)
     assert round(built / 1e6, 1) == millions

@@ -22,11 +22,11 @@ from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel, ImagePrefix
 from itune.runtime.errors import ItuneError
 from itune.runtime.search import SearchConfig, search
 from itune.runtime.settings import TextSettings
-from itune.training.batches import caption_head, encode_caption
+from itune.training.batches import encode_caption, prompt_tokens
 from itune.training.config import PRESETS, ConfigError, resolve
-from itune.training.loop import Interrupted, Trainer
+from itune.training.loop import Interrupted, Trainer, TrainingData
 from tests.clipcap import SHAPES, papers_transformer, save_clipcap
-from tests.conftest import CAPTIONS, make_clip
+from tests.conftest import CAPTIONS, make_clip, refused
 from tests.itune.training.test_loop import Quiet
 
 
@@ -64,8 +64,7 @@ def test_projection_is_clips(projecting: Path, clip_folder: Path) -> None:
     assert projection.epsilon == 1e-3
     prefix = ImagePrefix(ClipCapConfig(32, 24, "mlp", pooling="projected", projected_width=20, layer_norm_eps=1e-3))
     assert prefix.projection is not None
-    for name in ("norm_weight", "norm_bias", "weight"):
-        prefix.projection.get_buffer(name).copy_(getattr(projection, name))
+    prefix.projection.load_state_dict(projection.state_dict())
     mean, std = np.array(tower.image.mean), np.array(tower.image.std)
     normalized = ((pixels / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
     with torch.inference_mode():
@@ -79,12 +78,12 @@ def test_projection_is_clips(projecting: Path, clip_folder: Path) -> None:
 def test_captions_are_those_of_generate_with_inputs_embeds(
     prompt: str, language_model_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """Our search with prefix ids, `generate` with them, and a GPT-2 without hooks: token for token."""
+    """Our search with prefix ids, `generate` with them, and an untouched GPT-2: token for token."""
     checkpoint = save_clipcap(tmp_path / "c", language_model_folder, clip_folder, prompt, **SHAPES["transformer"])
     loaded = LoadedCheckpoint.load(checkpoint)
     model, config = loaded.model, loaded.config
     visual = torch.randn(4, loaded.tower.tokens, loaded.tower.width, generator=torch.Generator().manual_seed(1))
-    head = caption_head(loaded.language.tokenizer, config.text, model.prefix_ids)
+    head = prompt_tokens(loaded.language.tokenizer, config.text, model.prefix_ids)
     assert len(head) == 4 + len(encode_caption(loaded.language.tokenizer, TextSettings(), prompt))
     untouched: Any = GPT2LMHeadModel.from_pretrained(language_model_folder).eval()
     engine, found_captions = EagerEngine(model, loaded.tower), set()
@@ -124,13 +123,11 @@ def test_gradients_reach_the_mapper_and_nothing_else(language_model_folder: Path
     assert all(weight.grad is None for weight in language.model.parameters())
     # The first token is predicted by the last prefix position: cross-entropies computed by hand agree.
     with torch.no_grad():
-        embeds = torch.cat([model.project(visual)["prefix"], language.model.transformer.wte(input_ids[:, 3:])], dim=1)
         untouched: Any = load_language_model(str(language_model_folder)).model
+        embeds = torch.cat([model.project(visual)["prefix"], untouched.transformer.wte(input_ids[:, 3:])], dim=1)
         logits = untouched(inputs_embeds=embeds).logits[:, 2:-1].log_softmax(-1)
         by_hand = -logits.gather(2, input_ids[:, 3:, None]).sum()
     assert float(model.loss(input_ids, mask, visual).detach()) == pytest.approx(float(by_hand), rel=1e-5)
-    with pytest.raises(RuntimeError, match="looking_at"):
-        language.model(input_ids)
 
 
 def make_trainer(lm: Path, vision: Path, records: list[Record], output: Path, **settings: Any) -> Trainer:
@@ -142,8 +139,8 @@ def make_trainer(lm: Path, vision: Path, records: list[Record], output: Path, **
     config = resolve("small-data", **(values | settings))
     tower = load_vision_tower(str(vision))
     language = load_language_model(str(lm))
-    cpu = torch.device("cpu")
-    return Trainer(config, language, tower, LiveFeatures(tower), records, records[3:], output, cpu)
+    data = TrainingData(records, records[3:], LiveFeatures(tower))
+    return Trainer(config, language, tower, data, output, device=torch.device("cpu"))
 
 
 def test_training_learns_resumes_and_saves_a_checkpoint(
@@ -182,41 +179,40 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     mlp = {"method": "clipcap", "mapper": "mlp"}
     for named, overrides in (
-        (["--bottleneck", "--method i-tuning"], {"method": "clipcap", "bottleneck": 8}),
-        (["--mapper", "--method clipcap"], {"mapper": "mlp"}),
-        (["--clip-length", "--mapper transformer"], mlp | {"clip_length": 3}),
-        (["--mapper", "rnn", "'transformer'"], {"method": "clipcap", "mapper": "rnn"}),
-        (["--pooling", "max", "'projected'"], {"method": "clipcap", "pooling": "max"}),
+        (["--bottleneck", "clipcap"], {"method": "clipcap", "bottleneck": 8}),
+        (["--mapper", "i-tuning"], {"mapper": "mlp"}),
+        (["--clip-length", "mlp"], mlp | {"clip_length": 3}),
+        (["--mapper", "rnn"], {"method": "clipcap", "mapper": "rnn"}),
+        (["--pooling", "max"], {"method": "clipcap", "pooling": "max"}),
         (["--prefix-length", "0"], {"method": "clipcap", "prefix_length": 0}),
     ):
-        with pytest.raises(ConfigError) as error:
+        with refused(ConfigError, *named):
             resolve("base", **overrides)
-        assert all(part in str(error.value) for part in named)
     preset = PRESETS["clipcap"]
     assert (preset.learning_rate, preset.batch_size, preset.epochs, preset.prefix_length) == (2e-5, 40, 10, 10)
-    for message, settings in (
-        ("--visual-dropout 0.5 leaves out .* --pooling cls reads one", {"visual_dropout": 0.5}),
-        ("--pooling projected: .* has no CLIP projection; give cls or mean", {"pooling": "projected"}),
-        ("--mapper-heads 5 does not divide the language model's width 32", {"mapper_heads": 5}),
-        ("--prefix-length 64 leaves no room", {"prefix_length": 64}),
+    for named, settings in (
+        (["--visual-dropout 0.5", "--pooling cls"], {"visual_dropout": 0.5}),
+        (["--pooling projected", clip_folder], {"pooling": "projected"}),
+        (["--mapper-heads 5", "32"], {"mapper_heads": 5}),
+        (["--max-new-tokens 6", "64", "--prefix-length"], {"prefix_length": 64}),
     ):
-        with pytest.raises(ItuneError, match=message):
+        with refused(ItuneError, *named):
             make_trainer(language_model_folder, clip_folder, records, tmp_path / "t", **settings)
 
 
 def test_damaged_checkpoints_and_towers_say_why(language_model_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     folder = save_clipcap(tmp_path / "c", language_model_folder, clip_folder, **SHAPES["transformer"])
     content = json.loads((folder / "itune.json").read_text(encoding="utf-8"))
-    for message, changes in (
-        ("mapper transformer needs clip_length", {"clip_length": None}),
-        ("pooling projected and projected_width: give both or neither", {"pooling": "projected"}),
-        ("has shape .* itune.json asks for", {"prefix_length": 6}),
-        ("field mapper", {"mapper": "rnn"}),
+    for named, changes in (
+        (["itune.json", "clip_length"], {"clip_length": None}),
+        (["itune.json", "projected_width"], {"pooling": "projected"}),
+        (["mapper.prefix_const", "[4, 32]", "[6, 32]"], {"prefix_length": 6}),
+        (["itune.json", "mapper", "rnn"], {"mapper": "rnn"}),
     ):
         (folder / "itune.json").write_text(json.dumps(content | changes), encoding="utf-8")
-        with pytest.raises(CheckpointError, match=message):
+        with refused(CheckpointError, *named):
             LoadedCheckpoint.load(folder)
     broken = make_clip(tmp_path / "clip")
     (broken / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(BackboneError, match=r"model\.safetensors cannot be read"):
+    with refused(BackboneError, broken / "model.safetensors"):
         load_clip_projection(str(broken))

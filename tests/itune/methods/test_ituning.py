@@ -17,7 +17,9 @@ from itune.checkpoint import CheckpointError
 from itune.eager import EagerEngine, candidates
 from itune.loading import LoadedCheckpoint
 from itune.methods.ituning.model import ITuningModel
+from itune.runtime.errors import ItuneError
 from itune.runtime.search import SearchConfig, search
+from tests.conftest import refused
 from tests.runtime.tables import best_of
 
 
@@ -143,39 +145,51 @@ def test_checkpoint_errors_name_file_field_and_mend(checkpoint_folder: Path, tmp
     broken = copy(checkpoint_folder, tmp_path)
     config = json.loads((broken / "itune.json").read_text())
 
-    def expect(message: str, **changes: object) -> None:
+    def expect(*named: object, **changes: object) -> None:
         (broken / "itune.json").write_text(json.dumps(config | changes))
-        with pytest.raises(CheckpointError, match=message):
+        with refused(ItuneError, *named):
             LoadedCheckpoint.load(broken)
 
-    expect("bottleneck", bottleneck=-1)
-    expect("field method", method="telepathy")
-    expect("field method", method=["i-tuning"])
-    expect(r"training\.dropout must be a number", training={"dropout": "much"})
-    expect(r"training\.dropout must be a number", training={"dropout": 2})
-    expect("field speed: Extra", speed=9)
-    expect("first adapter layer 7 does not exist", first_adapter_layer=7)
-    expect("is not the one", language_model={**config["language_model"], "sha256": "0" * 64})
-    expect(
-        r"itune\.json: source \.\./moved does not exist: put the model there",
-        vision={**config["vision"], "source": "../moved"},
-    )
-    expect("vision tower gives 17 x 24", vision={**config["vision"], "tokens": 5})
-    expect(r"shape \[16\], itune.json asks for \[8\]", bottleneck=8)
-    (broken / "itune.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"itune\.json"):
-        LoadedCheckpoint.load(broken)
+    expect("itune.json", "bottleneck", "-1", bottleneck=-1)
+    expect("itune.json", "method", "telepathy", method="telepathy")
+    expect("itune.json", "method", "['i-tuning']", method=["i-tuning"])
+    expect("itune.json", "training.dropout", "much", training={"dropout": "much"})
+    expect("itune.json", "training.dropout", "2", training={"dropout": 2})
+    expect("itune.json", "speed", speed=9)
+    expect("first_adapter_layer 7", "3 layers", first_adapter_layer=7)
+    expect("itune.json", "language model", "0" * 64, language_model={**config["language_model"], "sha256": "0" * 64})
+    expect("../moved", vision={**config["vision"], "source": "../moved"})
+    expect("itune.json", "(17, 24)", "(5, 24)", vision={**config["vision"], "tokens": 5})
+    expect("adapters.safetensors", "layers.0.key.bias", "[16]", "[8]", bottleneck=8)
+    for content in ("{", "[]"):
+        (broken / "itune.json").write_text(content)
+        with refused(CheckpointError, "itune.json"):
+            LoadedCheckpoint.load(broken)
     (broken / "itune.json").write_text(json.dumps(config))
     tensors = load_file(broken / "adapters.safetensors")
     del tensors["layers.1.key.bias"]
     save_file(tensors, broken / "adapters.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks tensor layers.1.key.bias"):
+    with refused(CheckpointError, "layers.1.key.bias"):
+        LoadedCheckpoint.load(broken)
+    complete = load_file(checkpoint_folder / "adapters.safetensors")
+    save_file(complete | {"layers.9.key.bias": torch.zeros(16)}, broken / "adapters.safetensors")
+    with refused(CheckpointError, "layers.9.key.bias"):
         LoadedCheckpoint.load(broken)
     (broken / "adapters.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with refused(CheckpointError, broken / "adapters.safetensors"):
         LoadedCheckpoint.load(broken)
-    with pytest.raises(CheckpointError, match="not an adapter checkpoint"):
+    with refused(CheckpointError, tmp_path / "itune.json"):
         LoadedCheckpoint.load(tmp_path)
+
+
+def test_gpt2_keeps_its_own_weights_and_names(language_model_folder: Path, loaded: LoadedCheckpoint) -> None:
+    untouched = load_language_model(str(language_model_folder)).model.state_dict()
+    found = loaded.model.language_model.state_dict()
+    assert found.keys() == untouched.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in untouched.items())
+    own = loaded.model.language_model_state()
+    assert untouched.keys() - own.keys() == {"lm_head.weight"}, "it is tied to the embedding"
+    assert own.keys() <= untouched.keys()
 
 
 def test_checkpoint_names_are_the_published_ones(checkpoint_folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,12 +26,12 @@ from itune.loading import LoadedCheckpoint
 from itune.runtime.settings import SearchDefaults, TextSettings
 from itune.training.batches import epoch_steps, tokenize
 from itune.training.config import PRESETS, ConfigError, TrainConfig, flag, resolve
-from itune.training.loop import Interrupted, Progress, Trainer
-from tests.conftest import CAPTIONS
+from itune.training.loop import Interrupted, Progress, Trainer, TrainingData
+from tests.conftest import CAPTIONS, refused
 
 
 class Quiet:
-    """A reporter that remembers losses, and stops the run after some steps."""
+    """A reporter that records losses, and stops the run after some steps."""
 
     def __init__(self, stop: Trainer | None = None, after: int = 0) -> None:
         self.losses: list[float] = []
@@ -72,16 +71,9 @@ def make_trainer(
         "max_new_tokens": 6,
     }
     config = resolve("small-data", language_model=str(language_model), vision=str(vision), **({**values, **settings}))
-    return Trainer(
-        config,
-        load_language_model(str(language_model)),
-        load_vision_tower(str(vision)),
-        features,
-        records[:5],
-        records[4:],
-        output,
-        torch.device("cpu"),
-    )
+    language, tower = load_language_model(str(language_model)), load_vision_tower(str(vision))
+    data = TrainingData(records[:5], records[4:], features)
+    return Trainer(config, language, tower, data, output, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -124,7 +116,7 @@ def test_cached_features_give_the_same_losses_within_half_precision(
         reporter = Quiet()
         make_trainer(language_model_folder, clip_folder, records, tmp_path / name, features).run(reporter)
         losses.append(reporter.losses)
-    # The README states this tolerance: fp16 has 11 significant bits.
+    # The documentation states this tolerance: fp16 has 11 significant bits.
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
 
 
@@ -174,7 +166,7 @@ def test_epoch_covers_every_caption_once(language_model_folder: Path, records: l
     assert all(c[-1] != 0 for c in cut), "a caption that was cut does not end"
 
 
-def test_a_stop_while_evaluating_is_heeded_and_loses_nothing(
+def test_a_stop_while_evaluating_loses_nothing(
     language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
 ) -> None:
     class Impatient(Quiet):
@@ -197,7 +189,7 @@ def test_a_stop_while_evaluating_is_heeded_and_loses_nothing(
     second.run(rest)
     assert before.losses + rest.losses == unbroken.losses
     assert rest.ciders == unbroken.ciders
-    with pytest.raises(CheckpointError, match="stopped before anything was saved: start again without --resume"):
+    with refused(CheckpointError, tmp_path / "never" / "last", "without --resume"):
         trainer("never").resume()
 
 
@@ -207,11 +199,13 @@ def test_captions_are_cut_to_the_language_models_positions(
     long = [replace(record, captions=(" ".join(["dog"] * 200),)) for record in records]
     settings: dict[str, Any] = {"max_caption_tokens": 500, "epochs": 1, "prompt": "A photo of"}
     trainer = make_trainer(language_model_folder, clip_folder, long, tmp_path / "run", live, **settings)
-    trainer.run(Quiet())  # positions beyond the last would be a traceback of torch's
+    trainer.run(Quiet())  # a position beyond the last would raise in torch
     positions = trainer.language.model.config.n_positions
-    assert {len(record.head) + len(caption) for record in trainer.records for caption in record.captions} == {positions}
+    assert {len(record.prompt) + len(caption) for record in trainer.records for caption in record.captions} == {
+        positions
+    }
     settings["max_new_tokens"] = positions
-    with pytest.raises(ConfigError, match=rf"--max-new-tokens {positions}: .* give at most \d+, or a shorter --prompt"):
+    with refused(ConfigError, f"--max-new-tokens {positions}", "--prompt"):
         make_trainer(language_model_folder, clip_folder, long, tmp_path / "other", live, **settings)
 
 
@@ -240,10 +234,8 @@ def test_presets_are_the_papers() -> None:
     ],
 )
 def test_settings_out_of_range_are_named_by_their_flag(field: str, value: object) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused(ConfigError, flag(field), str(value)):
         resolve("base", **{field: value})
-    assert flag(field) in str(error.value)
-    assert str(value) in str(error.value)
 
 
 # The command line
@@ -275,14 +267,14 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "add --resume to go on" in stderr
+    assert "--resume" in stderr
     assert "Traceback" not in stderr
     stopped = json.loads((output / "last" / "trainer.json").read_text())
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps(config | {"epochs": stopped["epoch"] + 1}))
     changed = itune_train(*arguments, "-o", output, "--resume", "--heads", "2")
-    assert "--heads 2" in changed.stderr
-    assert "--resume" in changed.stderr
+    assert changed.returncode == 2
+    assert "--heads" in changed.stderr
     resumed = itune_train(*arguments, "-o", output, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((output / "last" / "trainer.json").read_text())["epoch"] == stopped["epoch"] + 1
@@ -299,7 +291,7 @@ def test_ctrl_c_saves_and_resume_goes_on(arguments: list[object], tmp_path: Path
     state.write_bytes(state.read_bytes()[:-100])
     damaged = itune_train(*arguments, "-o", output, "--resume")
     assert damaged.returncode == 2
-    assert "last cannot be resumed (SafetensorError" in damaged.stderr
+    assert str(output / "last") in damaged.stderr
     assert "Traceback" not in damaged.stderr
 
 
@@ -329,25 +321,20 @@ def test_init_from_takes_shape_and_frozen_parts_over(
     assert load_config(tmp_path / "run" / "last").search == search.model_copy(update=own)
     before, after = (load_file(f / "adapters.safetensors") for f in (checkpoint_folder, tmp_path / "run" / "last"))
     assert all(torch.allclose(after[name], tensor, atol=1e-5) for name, tensor in before.items())
-    refused = itune_train(*data, "--init-from", checkpoint_folder, "--heads", "4", "-o", tmp_path / "other")
-    assert refused.returncode == 2
-    assert re.search(r"error: --heads 4 contradicts --init-from .* has 2$", refused.stderr.strip())
+    changed = itune_train(*data, "--init-from", checkpoint_folder, "--heads", "4", "-o", tmp_path / "other")
+    assert changed.returncode == 2
+    assert "--heads 4" in changed.stderr
+    assert str(checkpoint_folder) in changed.stderr
 
 
 def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], tmp_path: Path) -> None:
-    def expect(message: str, *extra: object) -> None:
-        done = itune_train(*arguments, *extra, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    def expect(named: object, *extra: object) -> None:
+        done = itune_train(*arguments, "-o", tmp_path / "x", *extra, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         assert done.returncode == 2, done.stderr
-        assert re.search(message, done.stderr), done.stderr
+        assert str(named) in " ".join(done.stderr.split())
         assert "Traceback" not in done.stderr
 
-    expect(f"{tmp_path / 'none' / 'config.json'}.*--resume", "-o", tmp_path / "none", "--resume")
-    expect(
-        "cannot be fetched from the hub .* give the path of its folder",
-        "-o",
-        tmp_path / "x",
-        "--language-model",
-        "somebody/gpt2",
-    )
-    expect("absent.jsonl", "-o", tmp_path / "x", "--data", tmp_path / "absent.jsonl")
-    expect("--dev-data contradicts --dev-fraction", "-o", tmp_path / "x", "--dev-data", arguments[3])
+    expect("--resume", "--resume")
+    expect("somebody/gpt2", "--language-model", "somebody/gpt2")
+    expect("absent.jsonl", "--data", tmp_path / "absent.jsonl")
+    expect("--dev-fraction", "--dev-data", arguments[3])

@@ -1,4 +1,4 @@
-"""What a run that was killed leaves, and who may write to its folder."""
+"""Recovery after a killed run, and the lock on a run's folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from itune.methods import base as captioning
 from itune.methods.base import write_tensors
 from itune.runtime.errors import ItuneError
 from itune.training.run_folder import fingerprint, holds_run, log_epoch, only_run
-from tests.conftest import make_checkpoint, make_clip, make_language_model
+from tests.conftest import make_checkpoint, make_clip, make_language_model, refused
 
 
 class Killed(BaseException):
-    """What nothing can be done about."""
+    """Not an Exception, like a kill signal."""
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -62,15 +62,12 @@ def test_a_folder_is_whole_wherever_its_writer_was_killed(
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     output = tmp_path / "run"
     with only_run(output):
-        with pytest.raises(ItuneError, match="another training is writing to it"), only_run(output):
+        with refused(ItuneError, output), only_run(output):
             pass
         assert (output / ".lock").exists()
     assert not output.exists(), "nothing came of it"
     (tmp_path / "file").write_text("mine")
-    with (
-        pytest.raises(ItuneError, match=r"file cannot be a folder \(File exists\)"),
-        only_run(tmp_path / "file"),
-    ):
+    with refused(ItuneError, tmp_path / "file"), only_run(tmp_path / "file"):
         pass
     assert not holds_run(tmp_path)
     for name in ("best", "last"):
@@ -107,29 +104,25 @@ def test_a_full_disk_is_one_sentence(error: Exception, tmp_path: Path, monkeypat
         raise error
 
     monkeypatch.setattr(captioning, "save_file", full)
-    with pytest.raises(
-        CheckpointError, match=r"w cannot be written .*No space left.*make room; a training goes on by --resume"
-    ):
+    with refused(CheckpointError, tmp_path / "w", "No space left"):
         write_tensors({"w": torch.zeros(1)}, tmp_path / "w")
 
 
-def test_other_frozen_parts_are_told(
+def test_other_frozen_parts_are_refused(
     checkpoint_folder: Path, language_model_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     config = load_config(checkpoint_folder)
     language, tower = load_language_model(str(language_model_folder)), load_vision_tower(str(clip_folder))
     check_hashes(checkpoint_folder, config, language, tower)
     other = load_language_model(str(make_language_model(tmp_path / "lm", seed=5)))
-    with pytest.raises(
-        CheckpointError, match=r"the language model at .* is not the one that the adapters were trained"
-    ):
+    with refused(CheckpointError, "language model", other.sha256):
         check_hashes(checkpoint_folder, config, other, tower)
     check_hashes(checkpoint_folder, config, None, tower)
-    with pytest.raises(CheckpointError, match=r"the vision tower at .* is not the one"):
+    with refused(CheckpointError, "vision tower", config.vision.sha256):
         check_hashes(checkpoint_folder, config, None, load_vision_tower(str(make_clip(tmp_path / "clip", seed=5))))
 
 
-def test_a_hang_up_is_heeded_unless_it_is_ignored() -> None:
+def test_a_hang_up_stops_the_run_unless_it_is_ignored() -> None:
     heard: list[int] = []
     before = {each: signal.getsignal(each) for each in ENDING}
     try:
@@ -148,7 +141,7 @@ Run = Callable[..., tuple[object, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run itune-train: its status, and what it said."""
+    """Run itune-train; returns its exit status and stderr."""
 
     def runner(*arguments: object) -> tuple[object, str]:
         monkeypatch.setattr("sys.argv", ["itune-train", *map(str, arguments)])
@@ -161,7 +154,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return runner
 
 
-def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: list[Record], tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_its_own_data_and_state(
+    run: Run, checkpoint_folder: Path, records: list[Record], tmp_path: Path
+) -> None:
     lines = [json.dumps({"image": str(r.image), "captions": r.captions}) for r in records]
     data, output = tmp_path / "captions.jsonl", tmp_path / "run"
     data.write_text("\n".join(lines))
@@ -181,23 +176,23 @@ def test_what_a_run_goes_on_with(run: Run, checkpoint_folder: Path, records: lis
     data.write_text("\n".join(lines[:-1]))
     status, said = run(*command, "--resume")
     assert status == 2
-    assert "last: its training and dev photos or captions were others: resume with the same --data" in said
+    assert str(output / "last") in "".join(said.split())
     data.write_text("\n".join(lines))
     best = (output / "best" / "adapters.safetensors").read_bytes()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text((output / "config.json").read_text())
     status, said = run(*command[:-1], tmp_path / "begun", "--resume")
-    assert (status, "was stopped before anything was saved: start again without --resume" in said) == (2, True)
+    assert (status, "without --resume" in said) == (2, True)
     status, said = run(*command[:-1], tmp_path / "begun", "--epochs", 1)
     assert status == 0, said
     for path in sorted((output / "last").iterdir()):
         path.unlink()
     (output / "last").rmdir()
     status, said = run(*command, "--resume")
-    assert (status, "last is missing, which a run goes on from: train into a new folder" in said) == (2, True)
+    assert (status, "--init-from" in said) == (2, True)
     status, said = run(*command)
     assert status == 2
-    assert all(part in said for part in (str(output), "--resume", "--output"))
+    assert "--resume" in said
     assert ((output / "best" / "adapters.safetensors").read_bytes(), (output / "metrics.jsonl").read_text()) == (
         best,
         log,
@@ -209,7 +204,7 @@ def test_a_prompt_that_leaves_no_position_for_a_caption(
 ) -> None:
     prompt = "a dog runs " * 60
     checkpoint = make_checkpoint(tmp_path / "c", language_model_folder, clip_folder, prompt=prompt)
-    with pytest.raises(CheckpointError, match=r"\d+ tokens stand before a caption, and there are \d+ positions"):
+    with refused(CheckpointError, language_model_folder.name, "64"):
         load_captioner(checkpoint)
 
 
@@ -221,9 +216,9 @@ def test_a_tokenizer_of_another_model(run: Run, clip_folder: Path, records: list
     options = ["--data", tmp_path / "c.jsonl", "--language-model", language_model, "--vision", clip_folder]
     status, said = run("--preset", "small-data", *options, "--dev-fraction", "0.3", "-o", tmp_path / "run")
     assert status == 2
-    assert "its tokenizer writes token" in said
-    assert "and its vocabulary has 40" in said
+    assert str(language_model) in "".join(said.split())
+    assert " 40" in said
     assert not (tmp_path / "run").exists()
     for fraction in ("0", "1", "-1"):
         status, said = run("--preset", "small-data", *options, "--dev-fraction", fraction, "-o", tmp_path / "run")
-        assert (status, f"fraction {float(fraction)}" in said) == (2, True)
+        assert (status, fraction in said) == (2, True)
