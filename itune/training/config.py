@@ -232,10 +232,14 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     except ValidationError as error:
         raise ConfigError(refusal(error)) from None
     # The fields that do not apply, with what they belong to.
-    foreign = {name: f"--method {other}" for other, settings in SETTINGS.items() for name in settings.model_fields}
+    foreign = {
+        name: f"--method {other}, not to {config.method}"
+        for other, settings in SETTINGS.items()
+        for name in settings.model_fields
+    }
     foreign = {name: owner for name, owner in foreign.items() if name not in SETTINGS[config.method].model_fields}
     if config.mapper == "mlp":
-        foreign |= dict.fromkeys(TRANSFORMER_FIELDS, "--mapper transformer")
+        foreign |= dict.fromkeys(TRANSFORMER_FIELDS, "--mapper transformer, not to mlp")
     if wrong := sorted(overrides.keys() & foreign.keys()):
         raise ConfigError(f"{flag(wrong[0])} belongs to {foreign[wrong[0]]}: leave it out")
     return config

@@ -8,7 +8,6 @@ from ..bundle import Bundle, TokenSettings
 from ..errors import EngineError, ItuneError
 from . import onnxruntime, onnxruntime_cuda
 from .base import Engine
-from .tensorrt import TensorRTEngine
 from .tensorrt_plan import has_plans
 
 
@@ -58,6 +57,8 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
 
 
 def _tensorrt(bundle: Bundle) -> Loaded:
+    from .tensorrt import TensorRTEngine  # slow to import, and most machines have no use for it
+
     engine = TensorRTEngine.load(bundle)
     tokens = bundle.manifest.tokens
     most = min(tokens.max_positions, engine.most_positions)

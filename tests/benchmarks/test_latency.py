@@ -202,8 +202,8 @@ def test_usage_errors_are_one_sentence(
         (("--checkpoint", tmp_path), "itune.json"),
         (("--random-init", "base", "--num-beams", "0"), "--num-beams must be at least 1"),
         (("--random-init", "base", "--json", tmp_path / "no" / "out.json"), "is not a folder"),
-        (("--checkpoint", tmp_path, "--images", tmp_path), "there is no photo in it"),
-        (("--checkpoint", tmp_path, "--contestants", "eager,onnx"), "there is no 'onnx'; there are all, eager, "),
+        (("--checkpoint", tmp_path, "--images", tmp_path), f"--images {tmp_path}"),
+        (("--checkpoint", tmp_path, "--contestants", "eager,onnx"), "'onnx'"),
         (("--checkpoint", tmp_path, "--batch-size", "0"), "--batch-size must be at least 1"),
     ):
         assert status_of(command.main, *arguments) == 2

@@ -60,7 +60,7 @@ def test_without_a_folder_photos_are_made_up(bundle: Path, tmp_path: Path) -> No
     options = ("--count", 8, "--window", 4, "--num-beams", 1, "--json", tmp_path / "out.json")
     done = throughput("--bundle", bundle, "--threads", 1, *options)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out.json").read_text())["settings"]["images"] == "200 made up"
+    assert json.loads((tmp_path / "out.json").read_text())["settings"]["images"] == "200 synthetic"
 
 
 def test_errors_are_one_sentence(
@@ -78,7 +78,7 @@ def test_errors_are_one_sentence(
     (broken / "1.jpg").write_text("no photo")
     for arguments, message in (
         (("--bundle", tmp_path), "bundle.json"),
-        (("--images", tmp_path / "absent"), "there is no photo in it"),
+        (("--images", tmp_path / "absent"), f"--images {tmp_path / 'absent'}"),
         (("--bundle", bundle, "--images", broken, "--count", 4, "--window", 2), "4 of 4 images could not be decoded"),
         (("--count", 10, "--window", 9), "two windows"),
         (("--json", tmp_path / "no" / "out.json"), "is not a folder"),

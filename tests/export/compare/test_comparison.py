@@ -157,7 +157,7 @@ def test_other_variants_are_refused(text):
         (["c", "-o", "o", "--images", "photos", "--limit", "0"], ["--limit", "'0'"]),
         (["c", "-o", "o", "--images", "photos", "--precisions", "int8,x"], ["--precisions", "'x'"]),
         (["c", "-o", "o", "--images", "photos", "--precisions", "int8,int8"], ["--precisions", "int8"]),
-        (["c", "-o", "o", "--images", "photos"], ["c ", "itune.json"]),
+        (["c", "-o", "o", "--images", "photos"], ["c/itune.json"]),
     ],
 )
 def test_errors_are_one_sentence(arguments, named, run, photos, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_vocabulary(onnx_checkpoint, photos, tmp_path, run):
     [
         (["c"], ["--output"]),
         (["-o", "b"], ["CHECKPOINT", "--restore"]),
-        (["c", "-o", "b"], ["c ", "itune.json"]),
+        (["c", "-o", "b"], ["c/itune.json"]),
         (["c", "-o", "b", "--target", "tensor"], ["--target", "'tensor'", "'onnx'", "'tensorrt'"]),
         (["c", "-o", "b", "--precision", "int2"], ["--precision", "'int2'", "'int4'"]),
         (["c", "-o", "b", "--max-batch", "0"], ["--max-batch", "'0'"]),
@@ -95,7 +95,7 @@ def test_vocabulary(onnx_checkpoint, photos, tmp_path, run):
         (["c", "-o", "b", "--dev-images", "9"], ["--dev-images", "--dev-data"]),
         (["c", "-o", "b", "--data", "captions.jsonl"], ["--data", "--vocabulary"]),
         (["c", "-o", "b", "--language-model", "gpt2"], ["--language-model", "--import"]),
-        (["-o", "b", "--restore", "x"], ["x "]),
+        (["-o", "b", "--restore", "x"], ["x/bundle.json"]),
         (["-o", "b", "--restore", "x", "--normalize"], ["--normalize", "--import"]),
         (["-o", "b", "--restore", "x", "--import", "f.pt"], ["--import", "--restore"]),
         (["-o", "b", "--import", "f.pt", "--precision", "int8"], ["--precision", "--import"]),

@@ -132,7 +132,7 @@ def test_results(tmp_path: Path) -> None:
         ('[{"image_id": "", "caption": "x"}]', ["0.image_id", "''"]),
         ('[{"image_id": 1, "caption": NaN}]', ["0.caption", "nan"]),
         ('[{"image_id": 1, "caption": ["x"]}]', ["0.caption", "['x']"]),
-        ('[{"image_id": 1, "caption": "\\ud800"}]', ["ud800"]),
+        ('[{"image_id": 1, "caption": "\\ud800"}]', ["line 1 column"]),
         ([{"image_id": 7, "caption": "x"}, {"image_id": "7", "caption": "y"}], ["1: ", "image_id '7'", "0; "]),
     ],
 )

@@ -204,7 +204,7 @@ BAD_FILES: list[tuple[list[object], tuple[str, ...]]] = [
     ([PHOTO, {"image": "", "captions": []}], ("line 2", "image")),
     ([{"image": "a.jpg", "captions": {"en": "a"}}], ("line 1", "captions", "{'en': 'a'}")),
     ([{"image": "a.jpg", "captions": ["a", None]}], ("line 1", "captions.1", "None")),
-    ([{"image": "a.jpg", "captions": ["\ud800"]}], ("line 1", "ud800")),
+    ([{"image": "a.jpg", "captions": ["\ud800"]}], ("line 1", "column 40")),
     ([PHOTO | {"split": 1}], ("line 1", "split", "1")),
     ([PHOTO | {"id": 1.5}], ("line 1", "id", "1.5")),
     ([PHOTO | {"id": True}], ("line 1", "id", "True")),
