@@ -21,7 +21,7 @@ from .. import __version__
 from ..flags import flag, refusal
 from ..runtime.errors import ItuneError
 from ..runtime.search.config import SearchConfig
-from ..runtime.settings import Settings
+from ..runtime.settings import Settings, describe
 from . import common
 
 Switch = Annotated[bool, Parameter(show_default=False)]
@@ -105,8 +105,11 @@ def _with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]
     command.__kwdefaults__ = dict(command.__kwdefaults__ or {})
     for name, hint in hints.items():
         flags = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Flags)), None)
-        model = flags.build() if flags else hint
-        if isinstance(model, type) and issubclass(model, Options):
+        model = flags.model if flags else hint
+        if isinstance(model, type) and issubclass(model, Settings):
+            if {"--help", "-h"} & set(sys.argv):
+                describe(model)
+            model = flags.build() if flags else model
             title = None if flags else group(str(model.model_config.get("title", "Options")))
             hints[name] = Annotated[model, Parameter(name="*", group=title, show_default=False if flags else None)]
             if not any(field.is_required() for field in model.model_fields.values()):

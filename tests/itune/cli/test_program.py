@@ -15,7 +15,7 @@ from itune.cli.program import Flags, Options, chosen
 from itune.export.options import CompareOptions, ExportOptions, ImportOptions
 from itune.flags import flag
 from itune.runtime.search import SearchConfig
-from itune.runtime.settings import Settings
+from itune.runtime.settings import Settings, describe
 from itune.training.config import TrainConfig
 
 Call = Callable[..., tuple[int, str, str]]
@@ -48,6 +48,7 @@ def show(
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["show", *arguments])
+        monkeypatch.setattr(show, "__annotations__", show.__annotations__)  # undo what `run` does to them
         with pytest.raises(SystemExit) as ended:
             program.run("show", show)
         return int(ended.value.code or 0), *capsys.readouterr()
@@ -104,8 +105,11 @@ def test_help_has_groups_and_examples(call: Call) -> None:
     places = [out.index(title) for title in titles]
     assert places == sorted(places)
     assert "show this" in out[places[-1] :]
+    assert "A folder." in out
+    assert "GPT-2" in out
 
 
 @pytest.mark.parametrize("model", [TrainConfig, SearchConfig, ExportOptions, ImportOptions, CompareOptions])
 def test_every_option_is_described(model: type[Settings]) -> None:
+    describe(model)
     assert [flag(name) for name, field in model.model_fields.items() if not field.description] == []
