@@ -29,8 +29,7 @@ from .settings import ImageSettings, SearchDefaults, Settings
 from .text import decode_text, encode_caption, encode_text
 
 if TYPE_CHECKING:
-    from .attention.explanation import Explainer, Explanation
-    from .attention.reader import Layer
+    from .attention.explanation import Explainer, Explanation, Layer
 
 ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
 """The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
@@ -244,7 +243,7 @@ class Captioner:
             ItuneError: there is no adapter on `layer`, or the model cannot write `caption`.
         """
         explainer = self.explainer
-        explainer.reader.choose(layer)
+        explainer.choose(layer)  # before the search
         photo, (_, config) = decode(image), self._options(options)
         if caption is None:
             caption = self.caption(photo, **options)

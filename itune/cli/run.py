@@ -85,7 +85,7 @@ def run(
     if captioner.engine_notice:
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if heatmaps:
-        captioner.explainer.reader.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
+        captioner.explainer.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
     options = chosen(search)
     results = captioner.stream(
         (sys.stdin.buffer.read() if source == STDIN else source for source in sources),

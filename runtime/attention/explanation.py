@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
 from ..bundle import MANIFEST, Bundle, Manifest
 from ..engines.base import Float32
-from ..engines.onnxruntime import OnnxRuntimeState
-from ..errors import BundleError, EngineError, ItuneError
+from ..engines.onnxruntime import NAME, OnnxRuntimeEngine, OnnxRuntimeState, available_cpus, open_session
+from ..errors import BundleError, EngineError, ItuneError, reading
+from ..graph_names import visual_attention
 from ..image import preprocess, seen_box
 from ..settings import Size
 from ..text import decode_text
-from .reader import AttentionReader, Layer
+
+Layer = str | int
+"""An adapted decoder layer, "last" (the last of them), or "mean" (of all)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,31 +79,51 @@ def _plain(value: Any) -> float:
 
 @dataclass(frozen=True)
 class Explainer:
-    """Explains captions by the attention of one bundle."""
+    """Explains captions by the attention of a bundle's decoder."""
 
-    reader: AttentionReader
+    engine: OnnxRuntimeEngine
+    """The bundle's ONNX graphs on the CPU, with the adapters' attention among the decoder's outputs."""
     tokenizer: Tokenizer
     manifest: Manifest
     grid: Size
 
     @classmethod
     def load(cls, bundle: Bundle | None, tokenizer: Tokenizer, threads: int | None = None) -> Explainer:
-        """Load a bundle's ONNX graphs once more, with their attention as outputs.
+        """Load a bundle's ONNX graphs once more; `threads` None: one for each CPU this process may use.
 
         Raises:
             BundleError: no bundle; a method without adapters; no ONNX graphs; an unknown position of the patches.
         """
         if bundle is None:
             raise BundleError("attention is read from a bundle, and this model is a checkpoint: export it first")
-        manifest = bundle.manifest
-        if not manifest.decoder.adapter_layers or manifest.patch_grid is None:
+        manifest, grid, layers = bundle.manifest, bundle.manifest.patch_grid, bundle.manifest.decoder.adapter_layers
+        if not layers or grid is None:
             raise BundleError(
                 f"{bundle.folder / MANIFEST}: a heatmap needs a method with adapters (adapter_layers of "
-                f"{manifest.method}: {manifest.decoder.adapter_layers}) and patches (found: {manifest.patches}, "
+                f"{manifest.method}: {layers}) and patches (found: {manifest.patches}, "
                 f"{manifest.decoder.visual_tokens} visual tokens; if they form no square, export the bundle again "
                 "with --patch-grid ROWSxCOLUMNS)"
             )
-        return cls(AttentionReader.load(bundle, threads=threads), tokenizer, manifest, manifest.patch_grid)
+        vision, decoder = (bundle.path(bundle.graph(role, NAME).file) for role in ("vision", "decoder"))
+        with reading(decoder, BundleError):
+            attentive = decoder.read_bytes() + more_outputs(visual_attention(each, manifest.method) for each in layers)
+        count = threads or available_cpus()
+        sessions = open_session(vision, count), open_session(decoder, count, graph=attentive)
+        return cls(OnnxRuntimeEngine(*sessions, manifest.tokens.candidates), tokenizer, manifest, grid)
+
+    def choose(self, layer: Layer) -> list[int]:
+        """The decoder layers that `layer` stands for.
+
+        Raises:
+            ItuneError: there is no adapter on `layer`.
+        """
+        adapted = self.manifest.decoder.adapter_layers
+        if layer == "mean":
+            return adapted
+        number = max(adapted) if layer == "last" else int(layer) if str(layer).isdecimal() else -1
+        if number not in adapted:
+            raise ItuneError(f"layer {layer} has no adapter: choose last, mean or one of {str(adapted)[1:-1]}")
+        return [number]
 
     def explain(
         self,
@@ -113,28 +137,52 @@ class Explainer:
         `prompt` returns the prompt tokens of the encoded image.
 
         Raises:
-            ItuneError: the decoder cannot write the tokens.
+            ItuneError: there is no adapter on `layer`, or the decoder cannot write the tokens.
         """
-        state = self.reader.encode(preprocess(photo, self.manifest.image)[None])
+        layers, heads = self.choose(layer), self.manifest.decoder.adapter_heads or 1
+        state = self.engine.encode(preprocess(photo, self.manifest.image)[None])
         before, limits = prompt(state), self.manifest.tokens
+        # The position that reads a token predicts the next one; nothing reads the last one.
+        read = np.array([[*before, *tokens[:-1]]])
         try:
-            # The position that reads a token predicts the next one; nothing reads the last one.
-            attention = self.reader.attention([*before, *tokens[:-1]], state, layer)[len(before) - 1 :][: len(tokens)]
+            outputs = self.engine.forward(read, np.array([0]), state, 1)
         except EngineError as error:  # the graph has no embedding for such a token or position
             raise ItuneError(
                 f"the decoder cannot write the {len(tokens)} tokens of the caption: it has positions for "
                 f"{limits.max_positions - len(before) + 1}, and {limits.candidates} of the {limits.vocab_size} tokens "
                 "in its vocabulary (itune-export --vocabulary)"
             ) from error
+        weights = np.stack([outputs[visual_attention(each, self.manifest.method)].numpy() for each in layers])
+        by_head = weights.reshape(len(layers) * heads, read.size, -1).astype(np.float32)
         return Explanation(
             caption=decode_text(self.tokenizer, tokens),
             token_ids=tuple(tokens),
             tokens=tuple(decode_text(self.tokenizer, [token]) for token in tokens),
-            attention=attention,
+            attention=by_head.mean(axis=0)[len(before) - 1 :][: len(tokens)],
             grid=self.grid,
             layer=layer,
-            layers=tuple(self.reader.choose(layer)),
-            heads=self.reader.heads,
+            layers=tuple(layers),
+            heads=heads,
             photo=photo,
             box=seen_box(photo.size, self.manifest.image),
         )
+
+
+def more_outputs(names: Iterable[str]) -> bytes:
+    """Bytes that, appended to a serialized ONNX ModelProto, make the named values outputs of its graph.
+
+    In protobuf's wire format an embedded message that occurs twice is merged
+    (https://protobuf.dev/programming-guides/encoding/#last-one-wins). So a bundle needs no second graph, and this
+    needs no `onnx` library.
+    """
+    graph, output, name = 7, 12, 1  # field numbers in onnx.proto
+    return _field(graph, b"".join(_field(output, _field(name, each.encode())) for each in names))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A protobuf field of wire type 2: its tag, its length as a varint, its content."""
+    length, digits = len(content), []
+    while length > 0x7F:
+        digits.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([number << 3 | 2, *digits, length]) + content

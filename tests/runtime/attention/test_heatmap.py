@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from itune.cli import run as command
-from itune.runtime.attention.explanation import Explanation
+from itune.runtime.attention.explanation import Explanation, more_outputs
 from itune.runtime.attention.heatmap import GAP, MARGIN, _labels, draw_heatmap
-from itune.runtime.attention.reader import more_outputs
 from itune.runtime.bundle import default_bundle, square_grid
 from itune.runtime.image import preprocess, seen_box
 from itune.runtime.settings import ImageSettings
