@@ -23,7 +23,7 @@ from .runtime import Captioner
 from .runtime.bundle import TokenSettings
 from .runtime.engines.base import Int64
 from .runtime.errors import reading
-from .runtime.retrieval.retriever import Retriever
+from .runtime.retrieval.prompts import Retriever
 from .runtime.settings import RetrievalSettings
 from .training.batches import encode_text, special_token
 

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError, reading
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
-from .retrieval.retriever import Retriever
+from .retrieval.prompts import Retriever
 from .search import PADDING, SearchConfig, search
 from .settings import ImageSettings, SearchDefaults, Settings
 from .text import decode_text, encode_caption, encode_text
@@ -38,11 +38,7 @@ MAX_WORKERS = 4
 MOST = 4096
 """Maximum of threads, workers, and images in a batch."""
 T = TypeVar("T", bound=Source)
-
-
-class _Decoded(NamedTuple):
-    pixels: NDArray[np.uint8]
-    ms: float
+_Decoded = tuple[NDArray[np.uint8], float]  # pixels, and the milliseconds that they took
 
 
 @dataclass(frozen=True)
@@ -78,19 +74,6 @@ class Caption:
     """The datastore's captions in the prompt, the most similar first; None: nothing is retrieved."""
 
 
-@dataclass(frozen=True)
-class LoadedBundle:
-    """The bundle that a captioner runs, and how it was loaded; by default none, but a checkpoint in PyTorch."""
-
-    bundle: Bundle | None = None
-    engine_name: str = ""
-    """One of ENGINES."""
-    engine_notice: str | None = None
-    """How "auto" chose the engine, as a sentence for the user; None: as usual."""
-    threads: int | None = None
-    """Threads of the engine; None: its own choice."""
-
-
 class _StreamOptions(Settings):
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 1
     workers: Annotated[int, Field(ge=0, le=MOST)] = 0
@@ -112,13 +95,19 @@ class Captioner:
         image: ImageSettings,
         tokens: TokenSettings,
         search: SearchDefaults,
-        retriever: Retriever | None = None,
-        loaded: LoadedBundle = LoadedBundle(),
     ) -> None:
-        """`retriever` None: prompts without retrieved captions."""
+        """Join the parts; `load` also sets what follows."""
         self.engine, self.tokenizer, self.image, self.tokens, self.search = engine, tokenizer, image, tokens, search
-        self.retriever, self.bundle, self.threads = retriever, loaded.bundle, loaded.threads
-        self.engine_name, self.engine_notice = loaded.engine_name, loaded.engine_notice
+        self.retriever: Retriever | None = None
+        """Writes prompts with retrieved captions; None: the prompt is that of `tokens`."""
+        self.bundle: Bundle | None = None
+        """The bundle that the engine runs; None for a checkpoint in PyTorch."""
+        self.engine_name = ""
+        """One of ENGINES; empty for a checkpoint in PyTorch."""
+        self.engine_notice: str | None = None
+        """How "auto" chose the engine, as a sentence for the user; None: as usual."""
+        self.threads: int | None = None
+        """Threads of the engine; None: its own choice."""
         self.workers = 1
         """Threads that decode images, unless `stream` sets others."""
         self._explainer: Explainer | None = None
@@ -162,8 +151,9 @@ class Captioner:
         from .engines.onnxruntime import available_cpus
 
         chosen = load_engine(bundle, engine, threads)
-        loaded = LoadedBundle(bundle, chosen.name, chosen.notice, threads)
-        captioner = cls(chosen.engine, tokenizer, manifest.image, chosen.tokens, manifest.search, retriever, loaded)
+        captioner = cls(chosen.engine, tokenizer, manifest.image, chosen.tokens, manifest.search)
+        captioner.retriever, captioner.bundle, captioner.threads = retriever, bundle, threads
+        captioner.engine_name, captioner.engine_notice = chosen.name, chosen.notice
         # The thread that runs the model also decodes while it would wait.
         captioner.workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
         return captioner
@@ -272,21 +262,20 @@ class Captioner:
             pixels = preprocess(decode(source), self.image)
         except ImageError as error:
             return error
-        return _Decoded(pixels, 1000 * (perf_counter() - start))
+        return pixels, 1000 * (perf_counter() - start)
 
     def _caption_batch(self, images: list[_Decoded], config: SearchConfig) -> list[Caption]:
         start = perf_counter()
-        state = self.engine.encode(np.stack([image.pixels for image in images]))
+        state = self.engine.encode(np.stack([pixels for pixels, _ in images]))
         encoded = perf_counter()
         prompts, retrieved = self.prompts(state, config)
         multiple = 1 if self.retriever is None else PADDING  # without a retriever all prompts are alike
         found = search(self.engine, state, prompts, config, self.tokens.end, multiple=multiple)
-        encode_ms = 1000 * (encoded - start) / len(images)
-        search_ms = 1000 * (perf_counter() - encoded) / len(images)
+        encode_ms, search_ms = (1000 * seconds / len(images) for seconds in (encoded - start, perf_counter() - encoded))
         captions = []
-        for image, hypotheses, similar in zip(images, found, retrieved, strict=True):
+        for (_, decode_ms), hypotheses, similar in zip(images, found, retrieved, strict=True):
             candidates = tuple(Candidate(decode_text(self.tokenizer, h.tokens), h.score) for h in hypotheses)
-            best, ms = candidates[0], Timings(image.ms, encode_ms, search_ms)
+            best, ms = candidates[0], Timings(decode_ms, encode_ms, search_ms)
             captions.append(Caption(best.caption, best.score, hypotheses[0].tokens, candidates, ms, similar))
         return captions
 
@@ -296,8 +285,7 @@ class Captioner:
             return [self.tokens.prompt_tokens] * state.images, [None] * state.images
         # The retrieval prompt replaces the bundle's own.
         tokens = self.tokens.model_copy(update={"prompt": []})
-        room = tokens.room - config.max_new_tokens
-        prompts, retrieved = self.retriever.prompts(state, room)
+        prompts, retrieved = self.retriever.prompts(state, tokens.room - config.max_new_tokens)
         return [[*tokens.prompt_tokens, *prompt] for prompt in prompts], [*retrieved]
 
     def _options(self, options: dict[str, Any]) -> tuple[_StreamOptions, SearchConfig]:

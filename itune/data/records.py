@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import holds
-from ..runtime.retrieval.prompts import clean_caption
+from ..runtime.text import clean_caption
 from .formats import DataError, Entry, find_caption_file, read_entries, split_name
 
 __all__ = ["DataError", "Record", "clean_caption", "load_records", "split_records"]

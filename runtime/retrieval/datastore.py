@@ -93,6 +93,9 @@ class Texts:
         self._offsets = _load_array(offsets, (np.int64,), (count + 1,))
         with reading(text, DatastoreError, STORE.mend):
             self._text = np.asarray(np.memmap(text, np.uint8, "r"))
+            first, last = self._offsets[[0, -1]].tolist()
+            if first != 0 or last != len(self._text) or (np.diff(self._offsets) < 1).any():
+                raise ValueError(f"{len(self._text)} bytes; {offsets.name} has offsets from {first} to {last}")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -113,6 +116,11 @@ class Datastore:
         self.embeddings: NDArray[Any] = _load_array(folder / EMBEDDINGS, floats, (manifest.entries, dim))
         self.entries = _load_array(folder / ENTRIES, (np.int64,), (manifest.entries, 3))
         """[entries, 3]: image, first caption, and the one after the last."""
+        photos, starts, ends = self.entries.T
+        with reading(folder / ENTRIES, DatastoreError, STORE.mend):
+            limits = manifest.images, manifest.captions
+            if self.entries.min() < 0 or photos.max() >= limits[0] or ends.max() > limits[1] or (starts >= ends).any():
+                raise ValueError(f"entries without captions, or beyond {limits[0]} images and {limits[1]} captions")
         self.captions = Texts(folder / f"{CAPTIONS}.txt", folder / f"{CAPTIONS}.npy", manifest.captions)
         self.images = Texts(folder / f"{IMAGES}.txt", folder / f"{IMAGES}.npy", manifest.images)
         self.mean: Float32 | None = None

@@ -19,15 +19,15 @@ _ROUNDING = 1e-5  # more than the error of single precision in a product of unit
 _RERANKED = 4
 """faiss is asked for this multiple of the wanted entries, since its own scores are of 8-bit vectors."""
 
-Embeddings = NDArray[Any]
-"""Entries [N, D], float16 or float32 of length 1, usually memory-mapped."""
-
 
 class Ranking:
     """Finds the entries nearest to some queries."""
 
-    def __init__(self, embeddings: Embeddings, queries: Float32, index: Any = None) -> None:
-        """`queries` [B, D] of length 1. `index` None: exact; a faiss index: only entries of the nearest clusters."""
+    def __init__(self, embeddings: NDArray[Any], queries: Float32, index: Any = None) -> None:
+        """`embeddings` [N, D], float16 or float32, and `queries` [B, D], all of length 1.
+
+        `index` None: exact; a faiss index: only entries of the nearest clusters.
+        """
         self.embeddings, self.queries, self.index = embeddings, queries, index
         self.scores = np.empty((0 if index else len(queries), len(embeddings)), np.float32)
         for start in range(0, 0 if index else len(embeddings), _CHUNK):

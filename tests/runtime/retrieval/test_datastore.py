@@ -187,6 +187,12 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: resave(folder, "captions", np.zeros((2, 2))),
         "captions.npy: contains float64 (2, 2)",
     ),
+    "offsets down": (lambda folder: resave(folder, "captions", np.array([0, 15, 6, 23, 40, 48])), "captions.txt: "),
+    "offsets short": (lambda folder: resave(folder, "captions", np.array([0, 6, 15, 23, 40, 47])), "captions.txt: "),
+    "image beyond": (lambda folder: change_entry(folder, 0, 5), "entries.npy: "),
+    "caption beyond": (lambda folder: change_entry(folder, 2, 6), "entries.npy: "),
+    "negative": (lambda folder: change_entry(folder, 1, -1), "entries.npy: "),
+    "no captions": (lambda folder: change_entry(folder, 2, 4), "entries.npy: "),
     "archive": (lambda folder: rewrite(folder, "entries.npy", b"PK\x03\x04 no archive"), "entries.npy: "),
     "header": (lambda folder: rewrite(folder, "entries.npy", header("{'descr': '<f4', (((")), "entries.npy: "),
     "shape": (lambda folder: rewrite(folder, "entries.npy", header(NO_SHAPE)), "entries.npy: "),
@@ -209,6 +215,13 @@ def resave(folder: Path, name: str, array: Any) -> None:
     """As somebody would who also corrects the hash."""
     np.save(folder / f"{name}.npy", array)
     list_file(folder, f"{name}.npy")
+
+
+def change_entry(folder: Path, column: int, value: int) -> None:
+    """Change the last of the five entries, which is [4, 4, 5]."""
+    entries = np.load(folder / "entries.npy")
+    entries[-1, column] = value
+    resave(folder, "entries", entries)
 
 
 def rewrite(folder: Path, name: str, content: bytes) -> None:
