@@ -24,21 +24,8 @@ _MODULES = {
     "draw_heatmap": ".attention.heatmap",
 }
 """Imported when first used: `import itune` must be fast."""
-__all__ = [
-    "Bundle",
-    "BundleError",
-    "Candidate",
-    "Caption",
-    "Captioner",
-    "Datastore",
-    "DatastoreError",
-    "EngineError",
-    "Explanation",
-    "ImageError",
-    "ItuneError",
-    "SearchError",
-    "draw_heatmap",
-]
+__all__ = ["BundleError", "DatastoreError", "EngineError", "ImageError", "ItuneError", "SearchError"]
+__all__ += ["Bundle", "Candidate", "Caption", "Captioner", "Datastore", "Explanation", "draw_heatmap"]
 
 
 def __getattr__(name: str) -> Any:

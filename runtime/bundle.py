@@ -30,7 +30,7 @@ DEFAULT = Path("default")
 
 
 class TensorSpec(Settings):
-    """One input or output of a graph; a dimension is its size, or the name of what varies."""
+    """One input or output of a graph; a dimension is a size, or a name if it varies."""
 
     name: str
     dtype: str
@@ -39,7 +39,7 @@ class TensorSpec(Settings):
 
 
 class ProfileRange(Settings):
-    """What an optimisation profile allows for an input: its shape, or the values of a shape input (`k`)."""
+    """The range of an input in an optimisation profile: of its shape, or of the values of a shape input (`k`)."""
 
     min: list[Count]
     opt: list[Count]
@@ -47,7 +47,7 @@ class ProfileRange(Settings):
 
 
 class PlanSettings(Settings):
-    """How a TensorRT plan was built: it runs with the same version, on those GPUs, within the profiles."""
+    """How a TensorRT plan was built: it runs only with the same version, on these GPUs, within these profiles."""
 
     flavour: Literal["tensorrt", "tensorrt-rtx"]
     version: str
@@ -199,7 +199,7 @@ class Manifest(Settings):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
-FOLDER = ManifestFolder(MANIFEST, Manifest, BundleError, "copy the bundle again, or export it with itune-export")
+BUNDLE_FOLDER = ManifestFolder(MANIFEST, Manifest, BundleError, "copy the bundle again, or export it with itune-export")
 
 
 def square_grid(visual_tokens: int) -> Size | None:
@@ -213,7 +213,7 @@ def square_grid(visual_tokens: int) -> Size | None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk: its manifest was read and its files were checked."""
+    """A bundle on disk whose manifest and files were checked."""
 
     folder: Path
     manifest: Manifest
@@ -230,9 +230,9 @@ class Bundle:
         """
         if folder == DEFAULT and not folder.exists():
             folder = default_bundle()
-        manifest = FOLDER.read(folder)
+        manifest = BUNDLE_FOLDER.read(folder)
         used = {TOKENIZER} | {name for graph in manifest.graphs for name in (graph.file, *graph.external_data)}
-        FOLDER.check(folder, manifest.files, used, hash_up_to=inf if verify else -1)
+        BUNDLE_FOLDER.check(folder, manifest.files, used, hash_up_to=inf if verify else -1)
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:
@@ -257,6 +257,6 @@ class Bundle:
 
 
 def default_bundle() -> Path:
-    """Folder of the model that is installed with the package, or of none, which `Bundle.load` then reports."""
+    """Folder of the model that is installed with the package; without one, a folder that `Bundle.load` refuses."""
     models = Path(__file__).parent / "models"
     return min((manifest.parent for manifest in models.glob(f"*/{MANIFEST}")), default=models)

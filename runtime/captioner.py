@@ -5,10 +5,10 @@ It works with any engine: those that run a bundle's graphs, and eager PyTorch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, StringConstraints
 from tokenizers import Tokenizer
 
-from .bundle import DEFAULT, FOLDER, TOKENIZER, Bundle, TokenSettings
+from .bundle import BUNDLE_FOLDER, DEFAULT, TOKENIZER, Bundle, TokenSettings
 from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError, reading
 from .image import Source, decode, preprocess
@@ -110,8 +110,6 @@ class Captioner:
         """Threads of the engine; None: its own choice."""
         self.workers = 1
         """Threads that decode images, unless `stream` sets others."""
-        self._explainer: Explainer | None = None
-        self._loading = threading.Lock()
 
     @classmethod
     def load(
@@ -140,7 +138,7 @@ class Captioner:
                 f"{', '.join(ENGINES)}, threads 1 to {MOST}, retrieve at least 0"
             )
         bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
-        with reading(bundle.path(TOKENIZER), BundleError, FOLDER.mend):
+        with reading(bundle.path(TOKENIZER), BundleError, BUNDLE_FOLDER.mend):
             tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
         manifest = bundle.manifest
         retriever = Retriever.load(
@@ -194,27 +192,24 @@ class Captioner:
         """Caption images as they come, in order; a bad image yields its error, and the others go on.
 
         While `batch_size` images go through the model together, `workers` threads decode the next files (None: one
-        fewer than the engine's threads, at most MAX_WORKERS). At most 2 * batch_size images are taken and not yet
-        yielded, and without workers batch_size: memory does not grow with their number. An exception of the iterable
-        `images` is raised after the captions of the images before it.
+        fewer than the engine's threads, at most MAX_WORKERS). At most 2 * batch_size images, without workers
+        batch_size, are held in memory at once. An exception of the iterable `images` is raised after the captions of
+        the images before it.
         """
         workers = self.workers if workers is None else workers
         own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
         return self._stream(images, own.batch_size, own.workers, config)
 
-    @property
+    @cached_property
     def explainer(self) -> Explainer:
         """Reads the attention for `explain`; loaded on first use.
 
         Raises:
             BundleError: the captioner runs no bundle, or one whose attention cannot be shown.
         """
-        with self._loading:
-            if self._explainer is None:
-                from .attention.explanation import Explainer
+        from .attention.explanation import Explainer
 
-                self._explainer = Explainer.load(self.bundle, self.tokenizer, self.threads)
-            return self._explainer
+        return Explainer.load(self.bundle, self.tokenizer, self.threads)
 
     def explain(
         self, image: Source, caption: Caption | str | None = None, *, layer: Layer = "last", **options: Any

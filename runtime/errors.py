@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class ItuneError(Exception):
-    """Base of all errors that a user can fix; the message names the file, the field and the mend."""
+    """Base of all errors that a user can fix; the message names the file and the field, and says how to mend it."""
 
 
 class ImageError(ItuneError):

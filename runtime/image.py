@@ -94,11 +94,7 @@ def _placement(size: tuple[int, int], settings: ImageSettings) -> tuple[tuple[in
     """The (width, height) that a photo of `size` is resized to, and the box that is then cropped."""
     height, width = settings.size
     if settings.resize == "shortest_edge":
-        short = settings.size[0]
-        if size[0] <= size[1]:
-            width, height = short, int(short * size[1] / size[0])
-        else:
-            width, height = int(short * size[0] / size[1]), short
+        width, height = (int(height * side / min(size)) for side in size)
     crop_height, crop_width = settings.output_size
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return (width, height), (left, top, left + crop_width, top + crop_height)

@@ -1,4 +1,4 @@
-"""Decode ahead: worker threads decode the next images while the model runs on the present ones.
+"""Decode ahead: worker threads decode the next images while the model runs on the current ones.
 
 Threads are enough, since Pillow releases the interpreter's lock while it decodes and resizes.
 """
@@ -22,10 +22,10 @@ def decode_ahead(
 ) -> Generator[list[tuple[T, D]], None, None]:
     """Yield `images` in batches and in order, each image with the result of `decode`.
 
-    The caller's thread iterates `images`. `workers` threads decode encoded files (paths and bytes); while the caller
-    handles a batch, they decode the next one: at most 2 * batch_size images are taken and not yet yielded. The caller's
-    thread also decodes where it would wait. Without workers, at most batch_size images are taken. Arrays and Pillow
-    images are decoded when they are taken, so that the caller may reuse one buffer for all of them.
+    The caller's thread iterates `images`. While the caller handles a batch, `workers` threads decode the files (paths
+    and bytes) of the next one, so at most 2 * batch_size images are taken and not yet yielded; without workers, at most
+    batch_size. The caller's thread decodes, too, instead of waiting. Arrays and Pillow images are decoded when they are
+    taken, so that the caller may reuse one buffer for all of them.
 
     An exception of `images` is raised after the batches of the images before it.
     """

@@ -6,8 +6,9 @@ embedding with all its captions (kind "image": image-to-image). All files except
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -32,7 +33,7 @@ NEIGHBOURS = 20
 """Photos of an "image" datastore whose captions are compared; more where these have too few captions."""
 _SHARPNESS = 5.0
 """A photo's vote for typical captions is exp(_SHARPNESS * similarity)."""
-_SAMPLED = 2000  # captions that tell which words are common
+_SAMPLED = 2000  # captions from which the rarity of words is counted
 _HASHED_BYTES = 64 << 20
 
 
@@ -67,7 +68,7 @@ class DatastoreManifest(Settings):
         return self.model_dump_json(indent=2) + "\n"
 
 
-STORE = ManifestFolder(
+DATASTORE_FOLDER = ManifestFolder(
     MANIFEST,
     DatastoreManifest,
     DatastoreError,
@@ -76,7 +77,7 @@ STORE = ManifestFolder(
 
 
 class Retrieved(NamedTuple):
-    """A caption that was found."""
+    """A caption that a search found."""
 
     caption: str
     score: float
@@ -91,7 +92,7 @@ class Texts:
     def __init__(self, text: Path, offsets: Path, count: int) -> None:
         """Map `count` strings."""
         self._offsets = _load_array(offsets, (np.int64,), (count + 1,))
-        with reading(text, DatastoreError, STORE.mend):
+        with reading(text, DatastoreError, DATASTORE_FOLDER.mend):
             self._text = np.asarray(np.memmap(text, np.uint8, "r"))
             first, last = self._offsets[[0, -1]].tolist()
             if first != 0 or last != len(self._text) or (np.diff(self._offsets) < 1).any():
@@ -117,7 +118,7 @@ class Datastore:
         self.entries = _load_array(folder / ENTRIES, (np.int64,), (manifest.entries, 3))
         """[entries, 3]: image, first caption, and the one after the last."""
         photos, starts, ends = self.entries.T
-        with reading(folder / ENTRIES, DatastoreError, STORE.mend):
+        with reading(folder / ENTRIES, DatastoreError, DATASTORE_FOLDER.mend):
             limits = manifest.images, manifest.captions
             if self.entries.min() < 0 or photos.max() >= limits[0] or ends.max() > limits[1] or (starts >= ends).any():
                 raise ValueError(f"entries without captions, or beyond {limits[0]} images and {limits[1]} captions")
@@ -128,27 +129,25 @@ class Datastore:
             self.mean = _load_array(folder / MEAN, (np.float32,), (dim,))
         self._index: Any = None
         if manifest.index == "ivf":
-            mend = f"install faiss with pip install 'itune[retrieval]', or {STORE.mend}"
+            mend = f"install faiss with pip install 'itune[retrieval]', or {DATASTORE_FOLDER.mend}"
             with reading(folder / INDEX, DatastoreError, mend):
                 self._index = load_ivf(folder / INDEX, dim, manifest.nprobe)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, *, encoder: EncoderIdentity | None = None, verify: bool | None = None
-    ) -> Datastore:
+    def load(cls, folder: str | Path, *, encoder: EncoderIdentity | None = None, verify: bool = False) -> Datastore:
         """Open a datastore, which must be of `encoder` if that is given.
 
-        Sizes are always compared. `verify` True: hashes, too; False: none; None: those of files below 64 MB, since
-        hashing a gigabyte of embeddings takes a second.
+        Sizes are always compared, and the hashes of files below 64 MB; with `verify` all hashes, which takes a second
+        for each gigabyte of embeddings.
 
         Raises:
             DatastoreError: not a datastore, damaged, of another format or encoder, or faiss is needed and missing.
         """
         folder = Path(folder)
-        manifest = STORE.read(folder)
+        manifest = DATASTORE_FOLDER.read(folder)
         needed = {EMBEDDINGS, ENTRIES} | {f"{name}.{part}" for name in (CAPTIONS, IMAGES) for part in ("txt", "npy")}
         needed |= ({MEAN} if manifest.centered else set()) | ({INDEX} if manifest.index == "ivf" else set())
-        STORE.check(folder, manifest.files, needed, _HASHED_BYTES if verify is None else inf if verify else -1)
+        DATASTORE_FOLDER.check(folder, manifest.files, needed, inf if verify else _HASHED_BYTES)
         store = cls(folder, manifest)
         if encoder is not None:
             store.require(encoder)
@@ -207,7 +206,7 @@ class Datastore:
         count = 4 * wanted
         while True:
             entries, scores = ranking.best(query, count)
-            photos = self._captions(entries, scores, len(entries) if is_text else wanted, images, taken)
+            photos = list(islice(self._captions(entries, scores, images, taken), None if is_text else wanted))
             found = _distinct(each for captions in photos for each in captions)
             # Too few may be left after exclusions and duplicates: look further.
             all_seen = len(photos) < wanted and (len(entries) < count or count >= len(self.entries))
@@ -218,19 +217,15 @@ class Datastore:
             count *= 4
 
     def _captions(
-        self, entries: Int64, scores: Float32, most: int, images: set[str], taken: set[str]
-    ) -> list[list[Retrieved]]:
-        """Captions of the first `most` entries that have any left: not of `images`, and not the same as `taken`."""
-        found = []
+        self, entries: Int64, scores: Float32, images: set[str], taken: set[str]
+    ) -> Iterator[list[Retrieved]]:
+        """The captions of each entry that are neither of `images` nor the same as `taken`; no empty lists."""
         for entry, score in zip(entries.tolist(), scores.tolist(), strict=True):
             image, start, end = self.entries[entry].tolist()
             name = self.images[image]
             captions = [] if name in images else [self.captions[i] for i in range(start, end)]
             if left := [Retrieved(each, score, name) for each in captions if caption_key(each) not in taken]:
-                found.append(left)
-            if len(found) == most:
-                break
-        return found
+                yield left
 
     def _most_typical(self, photos: Iterable[list[Retrieved]]) -> list[Retrieved]:
         """The captions of some photos, sorted by how much they agree with the others."""
@@ -270,7 +265,7 @@ def _distinct(captions: Iterable[Retrieved]) -> list[Retrieved]:
 
 
 def _load_array(path: Path, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> NDArray[Any]:
-    with reading(path, DatastoreError, STORE.mend):
+    with reading(path, DatastoreError, DATASTORE_FOLDER.mend):
         # Still mapped, but without the bookkeeping that NumPy's memmap does at every access.
         array: NDArray[Any] = np.asarray(open_memmap(path, mode="r"))
         if array.dtype not in dtypes or array.shape != shape:

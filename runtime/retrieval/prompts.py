@@ -18,8 +18,8 @@ from ..settings import RetrievalSettings, TextSettings
 from ..text import clean_caption, encode_text
 from .datastore import Datastore
 
-FOLDER = "datastore"
-"""The default datastore: a folder in the bundle."""
+DEFAULT_DATASTORE = "datastore"
+"""The default datastore: this folder in the bundle."""
 
 
 def retrieval_prompt(settings: RetrievalSettings, captions: Sequence[str]) -> str:
@@ -109,7 +109,7 @@ class Retriever:
         writer = PromptWriter(tokenizer, text, settings)
         if k == 0:
             return cls(writer, None, 0) if settings.k else None
-        return cls(writer, Datastore.load(datastore or model / FOLDER, encoder=settings.encoder), k)
+        return cls(writer, Datastore.load(datastore or model / DEFAULT_DATASTORE, encoder=settings.encoder), k)
 
     def prompts(self, state: Any, room: int) -> tuple[list[list[int]], list[tuple[str, ...]]]:
         """For each image of an engine's `state`, its prompt (at most `room` token ids, without begin) and its captions.
