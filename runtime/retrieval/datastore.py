@@ -131,7 +131,7 @@ class Datastore:
         if manifest.index == "ivf":
             mend = f"install faiss with pip install 'itune[retrieval]', or {DATASTORE_FOLDER.mend}"
             with reading(folder / INDEX, DatastoreError, mend):
-                self._index = load_ivf(folder / INDEX, dim, manifest.nprobe)
+                self._index = load_ivf(folder / INDEX, (manifest.entries, dim), manifest.nprobe)
 
     @classmethod
     def load(cls, folder: str | Path, *, encoder: EncoderIdentity | None = None, verify: bool = False) -> Datastore:

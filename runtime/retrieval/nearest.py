@@ -50,11 +50,13 @@ class Ranking:
         return entries[order], exact[order]
 
 
-def load_ivf(path: Path, dim: int, nprobe: int) -> Any:
-    """A faiss index with memory-mapped lists, which looks through `nprobe` of them for a query."""
+def load_ivf(path: Path, shape: tuple[int, int], nprobe: int) -> Any:
+    """A faiss index of vectors [N, D] = `shape` in memory-mapped lists; a query looks through `nprobe` of them."""
     import faiss
 
     index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     faiss.extract_index_ivf(index).nprobe = nprobe
-    index.search(np.zeros((1, dim), np.float32), 1)  # fails for another width
+    if (index.ntotal, index.d) != shape:
+        raise ValueError(f"{index.ntotal} vectors of {index.d} numbers instead of {shape[0]} of {shape[1]}")
+    index.search(np.zeros((1, index.d), np.float32), 1)  # fails for nprobe 0
     return index

@@ -286,7 +286,10 @@ def test_indices_that_do_not_fit(words: Path) -> None:
         index.train(rows[:, :dim])
         return index
 
-    for wrong in (faiss.IndexFlatIP(DIM), ivf(DIM - 1)):  # without inverted lists, and of another width
+    few, narrow = ivf(DIM), ivf(DIM - 1)
+    few.add(rows[:4])
+    narrow.add(np.ascontiguousarray(rows[:, :-1]))
+    for wrong in (faiss.IndexFlatIP(DIM), narrow, few):
         faiss.write_index(wrong, str(words / "index.faiss"))
         list_file(words, "index.faiss", index="ivf", nprobe=1)
         with pytest.raises(DatastoreError) as error:
@@ -295,7 +298,11 @@ def test_indices_that_do_not_fit(words: Path) -> None:
     index = ivf(DIM)
     index.add_with_ids(rows, np.array([0, 1, 2, 3, 1 << 40]))
     faiss.write_index(index, str(words / "index.faiss"))
-    list_file(words, "index.faiss")
+    list_file(words, "index.faiss", nprobe=0)
+    with pytest.raises(DatastoreError) as error:
+        Datastore.load(words)
+    assert str(words / "index.faiss") in str(error.value)
+    edit(words, nprobe=1)
     assert len(Datastore.load(words).search(query(1), 4)[0]) <= 4  # the last id, which has no entry, is left out
 
 
