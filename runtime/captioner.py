@@ -171,7 +171,7 @@ class Captioner:
 
         An image is a path, the bytes of an encoded file, a Pillow image or an array (see `image.decode`). `options`
         are the fields of `SearchConfig`, with `bad_words` as a list of words; None stands for the default. Several
-        threads may share a Captioner. `batch_size` and `workers` are explained at `stream`.
+        threads may share a Captioner. `batch_size` and `workers` are those of `stream`.
 
         Raises:
             ImageError: an image cannot be decoded; `stream` goes on with the others.
@@ -216,10 +216,10 @@ class Captioner:
     ) -> Explanation:
         """Where the adapters look in an image while the model writes its caption: a heatmap for every token.
 
-        The caption is the search's, with `options`, unless `caption` is given: a result, or your own text, which the
-        model is made to write. Its tokens go through the decoder once, on the CPU, whichever engine captions: the
-        bundle's ONNX graphs are loaded for it on the first call. `layer` is an adapted decoder layer, "last", or their
-        "mean". `draw_heatmap` draws the result.
+        `caption` is a result, or your own text, which the model is made to write; None: the best caption that the
+        search finds with `options`. Its tokens go through the decoder once, on the CPU, whichever engine captions; the
+        first call loads the bundle's ONNX graphs for that. `layer` is an adapted decoder layer, "last", or "mean".
+        `draw_heatmap` draws the result.
 
         Raises:
             ImageError: the image cannot be decoded.

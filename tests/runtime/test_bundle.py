@@ -71,7 +71,7 @@ PLAN = {
 
 
 def test_plans(copy: Path) -> None:
-    """A plan says how it was built, and other graphs of the bundle stay what other engines run."""
+    """A plan describes how it was built; other engines still run the bundle's other graphs."""
 
     def add(plan: object, engine: str = "tensorrt") -> Change:
         def change(content: dict[str, Any]) -> None:

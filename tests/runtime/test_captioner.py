@@ -43,7 +43,7 @@ def test_a_list_gives_a_list_whatever_the_batches(captioner: Captioner, paint: C
     assert [each.caption for each in captioner.caption((paths[2],))] == [GREEN]
 
 
-def test_what_a_caption_holds(captioner: Captioner, paint: Callable[..., Path]) -> None:
+def test_a_caption_has_tokens_candidates_and_timings(captioner: Captioner, paint: Callable[..., Path]) -> None:
     caption = captioner.caption(paint("green"), num_beams=3)
     assert caption.tokens == (6, 7, 8)  # neither begin nor end
     assert len(caption.candidates) == 3
@@ -67,7 +67,7 @@ def test_search_options_reach_the_search(captioner: Captioner, paint: Callable[.
     assert captioner.caption(path, num_beams=None, length_penalty=None).caption == RED
 
 
-def test_options_that_cannot_be_followed(captioner: Captioner, paint: Callable[..., Path]) -> None:
+def test_wrong_options_are_refused_at_once(captioner: Captioner, paint: Callable[..., Path]) -> None:
     path = paint("red")
     assert captioner.caption(path, max_new_tokens=40).caption == RED
     options: list[tuple[dict[str, Any], str]] = [
@@ -114,7 +114,7 @@ def test_a_prompt_is_fed_but_not_returned(captioner: Captioner, paint: Callable[
     assert "38, not 39" in str(error.value)
 
 
-def test_what_load_refuses(bundle: Path, tmp_path: Path) -> None:
+def test_wrong_options_and_bundles_are_not_loaded(bundle: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"engine": "cuda", "threads": 0, "retrieve": -1}
     for name, value in options.items():
         with pytest.raises(ItuneError) as refused:

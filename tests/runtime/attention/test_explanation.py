@@ -89,7 +89,7 @@ def onnx_bundle(onnx_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def test_clip_attention_is_eagers(clip_bundle, clip_checkpoint, photos):
+def test_clip_attention_equals_eager(clip_bundle, clip_checkpoint, photos):
     check_against_eager(clip_bundle, clip_checkpoint, photos[:2], 1e-5)
     explanation = Captioner.load(clip_bundle).explain(photos[0], CAPTION)
     assert explanation.grid == (4, 4)
@@ -99,7 +99,7 @@ def test_clip_attention_is_eagers(clip_bundle, clip_checkpoint, photos):
     assert "".join(explanation.tokens) == CAPTION.replace(" ", "")
 
 
-def test_attention_behind_a_prompt_is_eagers(onnx_bundle, onnx_checkpoint, photos):
+def test_attention_after_a_prompt_equals_eager(onnx_bundle, onnx_checkpoint, photos):
     check_against_eager(onnx_bundle, onnx_checkpoint, photos[:2], 1e-5)
     explanation = Captioner.load(onnx_bundle).explain(photos[0], CAPTION)
     assert (explanation.grid, explanation.layer, explanation.layers) == ((4, 4), "last", (2,))
@@ -124,7 +124,7 @@ def test_attention_of_every_precision(clip_checkpoint, photos, tmp_path, precisi
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_attention_of_graphs_that_were_made_for_tensorrt(clip_bundle, clip_checkpoint, photos, tmp_path, precision):
+def test_attention_of_graphs_made_for_tensorrt(clip_bundle, clip_checkpoint, photos, tmp_path, precision):
     graphs = {role: Graph.load(clip_bundle / f"{role}.onnx") for role in ("vision", "decoder")}
     for graph in graphs.values():
         type_graph(graph, precision)
@@ -153,7 +153,7 @@ def explain(bundle: Path, photo: Path | Image.Image, caption: str = CAPTION) -> 
     return Captioner.load(bundle).explain(photo, caption)
 
 
-def test_bundles_from_before_patches(clip_bundle, onnx_bundle, photos, tmp_path):
+def test_bundles_without_patches_have_a_square_grid(clip_bundle, onnx_bundle, photos, tmp_path):
     for number, bundle in enumerate((clip_bundle, onnx_bundle)):
         assert explain(replaced(bundle, tmp_path / f"{number}", patches=None), photos[0]).grid == (4, 4)
 

@@ -58,7 +58,7 @@ def make_store(
 
 @pytest.fixture
 def words(tmp_path: Path) -> Path:
-    """Captions of four photos along the axes, one of them there twice."""
+    """Captions of four photos along the axes, one of them twice."""
     texts = [["a dog"], ["A  dog ."], ["two men"], ["ein Löwe gähnt"], ["the sea"]]
     rows = np.eye(DIM)[[0, 0, 1, 2, 3]]
     return make_store(tmp_path / "words", "text", rows, texts)
@@ -83,12 +83,12 @@ def test_text_to_text_best_first_without_repeats(words: Path) -> None:
     assert store.search(np.empty((0, DIM), np.float32), 4) == []
 
 
-def test_ties_stand_in_order_of_the_entry(words: Path) -> None:
+def test_ties_keep_the_order_of_the_entries(words: Path) -> None:
     (found,) = Datastore.load(words).search(query(1, 1, 1, 1), 4)
     assert [each.image for each in found] == ["p0", "p2", "p3", "p4"]
 
 
-def test_what_is_left_out(words: Path) -> None:
+def test_excluded_images_and_captions(words: Path) -> None:
     store = Datastore.load(words)
     both = np.concatenate([query(1, 0.5), query(1, 0.5)])
     found = store.search(both, 2, exclude_images=[{"p0"}, ()])
@@ -98,14 +98,14 @@ def test_what_is_left_out(words: Path) -> None:
     assert found[1][0].caption == "a dog"
 
 
-def test_looks_further_where_the_nearest_say_the_same(tmp_path: Path) -> None:
+def test_looks_further_if_the_nearest_captions_are_equal(tmp_path: Path) -> None:
     rows = np.zeros((300, DIM))
     rows[:, 0], rows[:, 1] = 1, np.arange(300) / 1000
     store = Datastore.load(make_store(tmp_path / "s", "text", rows, [*[["same"]] * 298, ["other"], ["third"]]))
     assert [each.caption for each in store.search(query(1), 3)[0]] == ["same", "other", "third"]
 
 
-def test_images_give_the_captions_that_their_neighbours_agree_on(tmp_path: Path) -> None:
+def test_an_image_store_returns_captions_that_its_neighbours_agree_on(tmp_path: Path) -> None:
     near = [["a red car", "a dog runs on grass"], ["a dog runs on the grass"], ["the dog runs on grass"], ["a kite"]]
     rows = np.array([[1, 0.1 * i, *[0] * (DIM - 2)] for i in range(4)])
     store = Datastore.load(make_store(tmp_path / "s", "image", rows, near))
@@ -117,7 +117,7 @@ def test_images_give_the_captions_that_their_neighbours_agree_on(tmp_path: Path)
     assert {each.caption for each in others} == {"a dog runs on grass", "the dog runs on grass", "a kite"}
 
 
-def test_only_the_nearest_photos_are_asked(tmp_path: Path) -> None:
+def test_only_the_nearest_photos_vote(tmp_path: Path) -> None:
     rows = np.array([[1, 0.01 * i, *[0] * (DIM - 2)] for i in range(60)])
     texts = [[f"one of {i}"] if i < 20 else ["many say this"] for i in range(60)]
     store = Datastore.load(make_store(tmp_path / "s", "image", rows, texts))
@@ -158,7 +158,7 @@ def test_consensus_counts_votes_and_rare_words() -> None:
     assert consensus([[], ["a"]], np.ones(2), rarity).tolist() == [0, 0]
     common = NGramWeights([["a", "dog"], ["a", "cat"], ["a", "bird"], ["a", "bee"]])
     agreement = consensus([["a", "dog"], ["a", "cat"], ["the", "dog"]], np.ones(3), common)
-    assert agreement[2] > agreement[1] == 0  # "a" says nothing, as all captions hold it
+    assert agreement[2] > agreement[1] == 0  # "a" has no weight, as all captions contain it
     assert caption_key(" A  Dog .") == "a dog"
 
 
@@ -201,7 +201,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def header(text: str) -> bytes:
-    """A .npy file that is one."""
+    """The start of a .npy file."""
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
@@ -212,7 +212,7 @@ def flip(path: Path) -> None:
 
 
 def resave(folder: Path, name: str, array: Any) -> None:
-    """As somebody would who also corrects the hash."""
+    """Write an array, and correct its hash."""
     np.save(folder / f"{name}.npy", array)
     list_file(folder, f"{name}.npy")
 
@@ -225,7 +225,7 @@ def change_entry(folder: Path, column: int, value: int) -> None:
 
 
 def rewrite(folder: Path, name: str, content: bytes) -> None:
-    """The same with any content."""
+    """Write any content, and correct its hash."""
     (folder / name).write_bytes(content)
     list_file(folder, name)
 
@@ -237,7 +237,7 @@ def list_file(folder: Path, name: str, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize(("breakage", "where"), BREAKAGES.values(), ids=BREAKAGES)
-def test_what_is_wrong_is_one_sentence(words: Path, breakage: Callable[[Path], object], where: str) -> None:
+def test_damage_is_reported_in_one_sentence(words: Path, breakage: Callable[[Path], object], where: str) -> None:
     breakage(words)
     with pytest.raises(DatastoreError) as error:
         Datastore.load(words)
@@ -277,7 +277,7 @@ def test_a_large_datastore_without_faiss_says_what_to_install(words: Path) -> No
     assert str(words / "index.faiss") in str(error.value)
 
 
-def test_indices_that_do_not_fit(words: Path) -> None:
+def test_faiss_indices_that_do_not_fit(words: Path) -> None:
     faiss = pytest.importorskip("faiss")
     rows = np.load(words / "embeddings.npy")
 
@@ -306,7 +306,7 @@ def test_indices_that_do_not_fit(words: Path) -> None:
     assert len(Datastore.load(words).search(query(1), 4)[0]) <= 4  # the last id, which has no entry, is left out
 
 
-def test_photos_that_say_the_same_do_not_hide_the_others(tmp_path: Path) -> None:
+def test_photos_with_equal_captions_do_not_hide_the_others(tmp_path: Path) -> None:
     rows = [[1, 0.01 * i, 0, 0, 0, 0, 0, 0] for i in range(40)]
     captions = [["Normal chest."]] * 25 + [[f"Chest {i}."] for i in range(15)]
     store = Datastore.load(make_store(tmp_path / "photos", "image", rows, captions))

@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_the_prompt_is_smallcaps() -> None:
+def test_the_prompt_equals_smallcaps() -> None:
     assert retrieval_prompt(SETTINGS, ["one", "two", "three", "four"]) == (
         "Similar images show\n\none\n\ntwo\n\nthree\n\nfour.\n\nThis image shows "
     )
@@ -46,7 +46,7 @@ def test_the_prompt_and_the_caption_are_tokenised_apart(tokenizer: Tokenizer) ->
     assert ids[-1] == tokenizer.token_to_id("Ġ")  # GPT-2's space, which a joint tokenisation would put before a word
 
 
-def test_long_captions_are_cut_after_so_many_tokens(tokenizer: Tokenizer) -> None:
+def test_long_captions_are_cut(tokenizer: Tokenizer) -> None:
     writer = PromptWriter(tokenizer, TextSettings(), SETTINGS.model_copy(update={"max_caption_tokens": 6}))
     cut = writer.clean("A man in a blue shirt is riding a bicycle .")
     assert "A man in a blue shirt is riding a bicycle".startswith(cut)
@@ -55,7 +55,7 @@ def test_long_captions_are_cut_after_so_many_tokens(tokenizer: Tokenizer) -> Non
     assert writer.clean("ö" * 20) == "ööö"  # two bytes each
 
 
-def test_what_has_no_room_is_left_out_from_the_end(tokenizer: Tokenizer) -> None:
+def test_the_last_captions_are_left_out_if_there_is_no_room(tokenizer: Tokenizer) -> None:
     writer = PromptWriter(tokenizer, TextSettings(), SETTINGS)
     captions = ["a dog", "two men", "a cat"]
     lengths = [len(writer.write(captions[:n], 500)[0]) for n in range(4)]
@@ -69,7 +69,7 @@ def test_what_has_no_room_is_left_out_from_the_end(tokenizer: Tokenizer) -> None
     assert f"room for {lengths[0] - 1}" in str(error.value)
 
 
-def test_an_offset_of_the_tokenizer_is_no_surprise(tmp_path: Path) -> None:
+def test_cuts_where_the_last_token_ends(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path)
     writer = PromptWriter(tokenizer, TextSettings(), SETTINGS.model_copy(update={"max_caption_tokens": 2}))
     assert writer.clean("Three people are") == tokenizer.decode(tokenizer.encode("Three people are").ids[:2])
