@@ -33,7 +33,10 @@ def describe(model: type[Settings]) -> None:
     Pydantic's `use_attribute_docstrings` would read the source of every model at import: 15 ms in `itune-run`.
     """
     for owner in reversed(model.__mro__[: model.__mro__.index(Settings)]):
-        definition: Any = ast.parse(inspect.getsource(owner)).body[0]
+        try:
+            definition: Any = ast.parse(inspect.getsource(owner)).body[0]
+        except OSError:  # a frozen application has no source
+            continue
         for pair in pairwise(definition.body):
             match pair:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
