@@ -1,24 +1,35 @@
-"""Vision towers: CLIP's, or any ONNX graph, with the preprocessing of their pixels."""
+"""Load the frozen parts: a GPT-2 language model, and a vision tower that is CLIP's or any ONNX graph."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
-from ..files import hash_files
-from ..runtime.engines.base import Float32, UInt8
-from ..runtime.errors import reading
-from ..runtime.settings import ImageSettings
-from .sources import BackboneError, fetch, load_pretrained, read_config, require_weights, vision_kind, weight_files
+from .files import hash_files
+from .runtime.engines.base import Float32, UInt8
+from .runtime.errors import ItuneError, reading
+from .runtime.settings import ImageSettings
 
+# Otherwise transformers reports every weight of a CLIP checkpoint's text tower as unused.
+transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
+"""Name of the key/value cache in GPT-2's forward pass; newer releases of transformers renamed it."""
 PREPROCESSOR = "preprocessor_config.json"
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -29,37 +40,107 @@ _PROJECTION = {
 }
 
 
-class VisionTower(Protocol):
-    """uint8 pixels [B, H, W, 3] -> visual embeddings [B, tokens, width]; `sha256` is the hash of the weight files."""
+class BackboneError(ItuneError):
+    """A language model or vision tower cannot be loaded."""
 
-    kind: Literal["clip", "onnx"]
+
+def fetch(source: str, revision: str | None = None) -> Path:
+    """The path of a backbone: an existing one, or the snapshot of a hub repository."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise BackboneError(f"{source} does not exist: give a folder with the model, or a hub id such as gpt2")
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.txt", "*.safetensors", "*.onnx", "*.onnx.data"]
+    with reading(f"{source} (hub)", BackboneError, "check the name, or download it elsewhere and give its folder"):
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
+        if not list(folder.glob("*.safetensors")) and not list(folder.glob("*.onnx")):
+            snapshot_download(source, revision=revision, allow_patterns="pytorch_model*.bin")
+    return folder
+
+
+def vision_kind(source: str) -> Literal["clip", "onnx"]:
+    """The kind of vision tower at a source."""
+    return "clip" if (fetch(source) / "config.json").is_file() else "onnx"
+
+
+def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
+    """A backbone's `config.json`, which must name one of the model types."""
+    path = folder / "config.json"
+    with reading(path, BackboneError, f"give the folder of a {model_types[0]} model"):
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: config.get(name) for name in ("model_type", "add_cross_attention")}
+    if found["model_type"] not in model_types or found["add_cross_attention"]:
+        raise BackboneError(f"{path}: {found}; give the folder of a plain {model_types[0]} model")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a backbone's weights."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not weights:
+        raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
+    return weights
+
+
+def load_pretrained(model: Any, folder: Path, what: str) -> tuple[Any, list[str]]:
+    """Load a transformers class in float32 and evaluation mode; also return the weights that the folder lacks.
+
+    transformers fills these with random numbers, so callers refuse those that they need (`require_weights`).
+    """
+    with reading(folder, BackboneError, f"give the folder of {what}"):
+        loaded, info = model.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    return loaded.train(False), sorted(info["missing_keys"])
+
+
+def require_weights(folder: Path, missing: list[str]) -> None:
+    """Refuse a folder that lacks weights."""
+    if missing:
+        raise BackboneError(f"{folder}: the weight files lack {missing[0]}: copy the model again")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen GPT-2 with its tokenizer; `sha256` is the hash of its weight files."""
+
+    model: GPT2LMHeadModel
+    tokenizer: Tokenizer
     folder: Path
     sha256: str
-    tokens: int
-    width: int
-    image: ImageSettings
-
-    def embed(self, pixels: UInt8) -> Tensor:
-        """Visual embeddings float32 [B, tokens, width] of uint8 pixels [B, H, W, 3]."""
-        ...
 
 
-def load_vision_tower(
-    source: str, revision: str | None = None, *, image: ImageSettings | None = None, device: str = "cpu"
-) -> VisionTower:
-    """Load a CLIP vision checkpoint or an ONNX tower (hub id, folder, or `.onnx` file).
+def load_language_model(source: str, revision: str | None = None) -> LanguageModel:
+    """Load a GPT-2-family checkpoint (hub id or folder) in float32, with its tokenizer."""
+    folder = fetch(source, revision)
+    read_config(folder, "gpt2")
+    sha256 = hash_files(weight_files(folder))
+    model, missing = load_pretrained(GPT2LMHeadModel, folder, "a GPT-2 language model")
+    require_weights(folder, missing)
+    if model.config.activation_function == "gelu_new":
+        # The same function in one kernel: a training step takes a fifth less time and activation memory.
+        blocks: Any = model.transformer.h
+        for block in blocks:
+            block.mlp.act = nn.GELU(approximate="tanh")
+    return LanguageModel(model, load_tokenizer(folder), folder, sha256)
 
-    `image` overrides the preprocessing of the folder's `preprocessor_config.json`.
-    """
-    path = fetch(source, revision)
-    if (path / "config.json").is_file():
-        return ClipTower(path, image, device)
-    graphs = [path] if path.suffix == ".onnx" else sorted(path.glob("*.onnx"))
-    if len(graphs) != 1:
-        raise BackboneError(
-            f"{path}: has no config.json and {len(graphs)} .onnx files; give a CLIP folder or one .onnx file"
-        )
-    return OnnxTower(graphs[0], image)
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in `tokenizer.json`, or else in GPT-2's older `vocab.json` and `merges.txt`."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        with reading(path, BackboneError, "copy the model again"):
+            return Tokenizer.from_file(str(path))
+    if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise BackboneError(f"{folder} has no tokenizer: put its tokenizer.json there, or vocab.json and merges.txt")
+    from transformers import GPT2Tokenizer
+
+    with reading(f"{folder}: vocab.json and merges.txt", BackboneError, "copy the model again"):
+        tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(folder).backend_tokenizer
+    return tokenizer
 
 
 class ClipTower:
@@ -67,14 +148,14 @@ class ClipTower:
 
     kind: Literal["clip", "onnx"] = "clip"
 
-    def __init__(self, folder: Path, image: ImageSettings | None = None, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, image: ImageSettings | None = None) -> None:
         config = read_config(folder, "clip", "clip_vision_model")
         config = config.get("vision_config", config)
         self.folder = folder
         self.sha256 = hash_files(weight_files(folder))
         model, missing = load_pretrained(CLIPVisionModel, folder, "a CLIP vision model")
         require_weights(folder, [name for name in missing if "post_layernorm." not in name])  # not part of V
-        self.model = model.requires_grad_(False).to(device)
+        self.model = model.requires_grad_(False)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
         if image is None and (folder / PREPROCESSOR).is_file():
             image = read_image_settings(folder)
@@ -95,9 +176,9 @@ class ClipTower:
 
 
 class ClipProjection(nn.Module):
-    """CLIP's way from the CLS embedding to the space that it shares with text: a layer norm and a product, both frozen.
+    """CLIP's projection of the CLS embedding into the space that it shares with text: a layer norm and a product.
 
-    The weights are buffers: they are saved in a ClipCap checkpoint, since towers come without them, but not trained.
+    The weights are buffers, because they are frozen; a ClipCap checkpoint stores them, since its tower may lack them.
     """
 
     norm_weight: Tensor  # [d_v]
@@ -117,11 +198,11 @@ class ClipProjection(nn.Module):
         return F.linear(normed, self.weight)
 
 
-def load_clip_projection(source: str, revision: str | None = None) -> ClipProjection | None:
+def load_clip_projection(source: str) -> ClipProjection | None:
     """The projection of a CLIP checkpoint; None for an ONNX tower, or for a CLIP that was saved without it."""
-    if vision_kind(source, revision) == "onnx":
+    if vision_kind(source) == "onnx":
         return None
-    folder = fetch(source, revision)
+    folder = fetch(source)
     config = read_config(folder, "clip", "clip_vision_model")
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -137,7 +218,6 @@ def load_clip_projection(source: str, revision: str | None = None) -> ClipProjec
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The projection's tensors in a weight file."""
     ends = tuple(_PROJECTION.values())
     with reading(path, BackboneError, "copy the model again"):
         if path.suffix == ".safetensors":
@@ -155,13 +235,12 @@ class OnnxTower:
     def __init__(self, file: Path, image: ImageSettings | None = None) -> None:
         import onnxruntime as ort
 
-        self.file = file
-        self.folder = file.parent
+        self.file, self.folder = file, file.parent
         self.image = image or read_image_settings(self.folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        # Otherwise its idle threads spin for 50 ms after a run and slow PyTorch's down.
+        # Otherwise its idle threads spin for 50 ms after a run and slow PyTorch down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         height, width = self.image.output_size
         with reading(file, BackboneError, f"a vision tower has one input, float32 pixels [B, 3, {height}, {width}]"):
@@ -184,11 +263,7 @@ class OnnxTower:
 
 
 def read_image_settings(folder: Path) -> ImageSettings:
-    """The settings of a Hugging Face `preprocessor_config.json`.
-
-    Raises:
-        BackboneError: the file is missing or damaged, or describes preprocessing that we do not reproduce.
-    """
+    """Convert a Hugging Face `preprocessor_config.json`; raises BackboneError if we cannot reproduce it."""
     path = folder / PREPROCESSOR
     with reading(path, BackboneError, "a vision tower needs an image preprocessor's configuration"):
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -225,3 +300,23 @@ def normalize(pixels: UInt8, image: ImageSettings) -> Float32:
     shift = -np.array(image.mean) / np.array(image.std)
     x = pixels * scale.astype(np.float32) + shift.astype(np.float32)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+VisionTower = ClipTower | OnnxTower
+"""uint8 pixels [B, H, W, 3] to visual embeddings [B, tokens, width]; `sha256` is the hash of the weight files."""
+
+
+def load_vision_tower(source: str, revision: str | None = None, *, image: ImageSettings | None = None) -> VisionTower:
+    """Load a CLIP vision checkpoint or an ONNX tower (hub id, folder, or `.onnx` file).
+
+    `image` overrides the preprocessing of the folder's `preprocessor_config.json`.
+    """
+    path = fetch(source, revision)
+    if vision_kind(str(path)) == "clip":
+        return ClipTower(path, image)
+    graphs = [path] if path.suffix == ".onnx" else sorted(path.glob("*.onnx"))
+    if len(graphs) != 1:
+        raise BackboneError(
+            f"{path}: has no config.json and {len(graphs)} .onnx files; give a CLIP folder or one .onnx file"
+        )
+    return OnnxTower(graphs[0], image)
