@@ -25,7 +25,8 @@ from .runtime.engines.base import Int64
 from .runtime.errors import reading
 from .runtime.retrieval.retriever import Retriever
 from .runtime.settings import RetrievalSettings
-from .training.batches import encode_text, special_token
+from .runtime.text import encode_text
+from .training.batches import special_token
 
 
 def check_hashes(
@@ -66,7 +67,7 @@ class LoadedCheckpoint:
         language = load_language_model(resolve_source(lm.source, folder), lm.revision)
         tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
         check_hashes(folder, config, language, tower)
-        model = MODELS[config.method].from_checkpoint(config, language.model)
+        model = MODELS[config.method].create(config, language.model, (tower.tokens, tower.width))
         model.load_adapters(folder / WEIGHTS_FILE)
         return cls(config, model, language, tower)
 
@@ -88,20 +89,19 @@ def load_captioner(
         return Captioner.load(folder, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     loaded = LoadedCheckpoint.load(checkpoint)
     trained = loaded.config.retrieval
-    if datastore is not None or retrieve or trained is not None:
-        pooling = None if trained is None else trained.encoder.pooling
-        head = load_head(loaded.tower, loaded.config.vision.source, pooling)
-        captioner = eager_captioner(loaded, head=head)
-        captioner.retriever = Retriever.load(
-            trained or RetrievalSettings(k=0, encoder=head.encoder),
-            loaded.config.text,
-            loaded.language.tokenizer,
-            model=folder,
-            datastore=datastore,
-            k=retrieve,
-        )
-        return captioner
-    return eager_captioner(loaded)
+    if datastore is None and not retrieve and trained is None:
+        return eager_captioner(loaded)
+    head = load_head(loaded.tower, loaded.config.vision.source, None if trained is None else trained.encoder.pooling)
+    captioner = eager_captioner(loaded, head=head)
+    captioner.retriever = Retriever.load(
+        trained or RetrievalSettings(k=0, encoder=head.encoder),
+        loaded.config.text,
+        loaded.language.tokenizer,
+        model=folder,
+        datastore=datastore,
+        k=retrieve,
+    )
+    return captioner
 
 
 def eager_captioner(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
@@ -57,25 +56,20 @@ class ImageAttention(nn.Module):
         return dropped
 
 
-class AdaptedBlock(Protocol):
-    """A part of GPT-2 whose forward pass reads `keys` and `values` [images, N, width] of the images."""
-
-    keys: Tensor
-    values: Tensor
-
-
 class AttendingModel(CaptionModel):
-    """A language model some of whose layers attend to the image."""
+    """A frozen language model with attention to the image in some layers."""
+
+    attending: Mapping[int, ImageAttention]
 
     def __init__(
         self,
         language_model: GPT2LMHeadModel,
         adapters: Mapping[int, ImageAttention],
-        blocks: Mapping[int, AdaptedBlock],
+        blocks: Mapping[int, nn.Module],
     ) -> None:
-        """`blocks` by layer number: the parts of `language_model` that call the adapter of the layer."""
+        """`blocks`: by layer, the module of `language_model` that calls the adapter with its `keys` and `values`."""
         super().__init__(language_model, nn.ModuleDict({str(i): adapter for i, adapter in adapters.items()}))
-        self.attending, self.blocks = dict(adapters), dict(blocks)
+        self.attending, self.blocks = adapters, blocks
 
     @property
     def adapter_layers(self) -> list[int]:

@@ -49,13 +49,10 @@ class CaptionModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
-        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
-
-    @classmethod
-    @abstractmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its adapters are not loaded yet."""
+    def create(
+        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
+    ) -> Self:
+        """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
 
     @classmethod
     def text(cls, config: TrainConfig) -> TextSettings:
@@ -158,13 +155,9 @@ class CaptionModel(nn.Module, ABC):
         write_tensors({name: tensor.detach().float() for name, tensor in self.adapter_state().items()}, path)
 
     def load_adapters(self, path: Path) -> None:
-        """Read the adapters from a safetensors file."""
+        """Read the adapters from a safetensors file; names and shapes must match."""
         with reading(path, CheckpointError, "copy the checkpoint again"):
             tensors = load_file(path)
-        self.load_adapter_state(tensors, path)
-
-    def load_adapter_state(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Put tensors under their checkpoint names into the adapters; an error names `path` and the first mismatch."""
         expected = {name: list(tensor.shape) for name, tensor in self.adapter_state().items()}
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(expected.keys() | found.keys()):

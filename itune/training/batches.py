@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..data.records import Record, clean_caption
+from ..data.records import Record
 from ..runtime.errors import ItuneError
 from ..runtime.settings import TextSettings
+from ..runtime.text import encode_caption, encode_text
 from .config import TrainConfig
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -83,19 +84,6 @@ def special_token(tokenizer: Tokenizer, token: str, field: str) -> int:
     if found is None:
         raise ItuneError(f"text.{field}: the language model's tokenizer has no token {token!r}")
     return found
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of plain text, without special tokens."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def encode_caption(tokenizer: Tokenizer, text: TextSettings, caption: str) -> list[int]:
-    """Token ids of a cleaned caption, without the prompt and the end token."""
-    cleaned = clean_caption(caption, text)
-    # GPT-2's tokens include the space before a word: after a prompt a caption begins with one.
-    return encode_text(tokenizer, f" {cleaned}" if text.prompt and not text.prompt[-1].isspace() else cleaned)
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: TextSettings, prefix: Sequence[int] = ()) -> list[int]:

@@ -39,34 +39,24 @@ class ClipCapConfig:
 
     hidden_size: int
     """Width d of the language model."""
-
     visual_width: int
     """Width d_v of the visual embeddings."""
-
     mapper: Literal["transformer", "mlp"] = "transformer"
-
     prefix_length: int = 10
     """The paper's k: embeddings before the caption."""
-
     clip_length: int = 10
     """Transformer mapper: the image's embedding becomes this many vectors of width d."""
-
     mapper_layers: int = 8
     mapper_heads: int = 8
-
     pooling: Pooling = "cls"
     """Which embedding of the image the mapper reads: `cls` position 0, `mean` the mean of all, `projected` position 0
     after CLIP's projection."""
-
     projected_width: int | None = None
     """Width of CLIP's projection; only with `pooling` projected."""
-
     layer_norm_eps: float = 1e-5
     """Epsilon of the layer norm before the projection."""
-
     normalize: bool = False
     """Scale the embedding to length 1."""
-
     dropout: float = 0.0
     """Dropout in the mapper's feed-forward blocks while training."""
 
@@ -218,6 +208,7 @@ class ClipCapModel(CaptionModel):
 
     method: ClassVar[Method] = "clipcap"
     weights_prefix: ClassVar[str] = ""
+    adapters: ImagePrefix
 
     def __init__(self, language_model: GPT2LMHeadModel, config: ClipCapConfig) -> None:
         super().__init__(language_model, ImagePrefix(config))
@@ -227,12 +218,19 @@ class ClipCapModel(CaptionModel):
         language_model.transformer.wte = self.embedding
 
     @classmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
-        """A model with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v), and CLIP's projection.
+    def create(
+        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
+    ) -> Self:
+        """A model as `config` describes it, with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v).
 
         Raises:
             ConfigError: the tower has no projection, or visual dropout could remove the one embedding that is read.
         """
+        widths = language_model.config.n_embd, visual[1]
+        if isinstance(config, ClipCapCheckpoint):
+            shape = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
+            return cls(language_model, ClipCapConfig(*widths, **shape))
+        assert isinstance(config, TrainConfig)
         projection = None if config.pooling in ("cls", "mean") else load_clip_projection(config.vision)
         pooling = config.pooling or _default_pooling(config.vision, projection)
         if pooling == "projected" and projection is None:
@@ -245,18 +243,10 @@ class ClipCapModel(CaptionModel):
         shape = {name: getattr(config, name) for name in (*_MAPPER, "normalize", "dropout")} | {"pooling": pooling}
         if projection is not None:
             shape |= {"projected_width": len(projection.weight), "layer_norm_eps": projection.epsilon}
-        model = cls(language_model, ClipCapConfig(language_model.config.n_embd, visual[1], **shape))
+        model = cls(language_model, ClipCapConfig(*widths, **shape))
         if projection is not None:
             model.load_projection(projection)
         return model
-
-    @classmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its mapper is not loaded yet."""
-        assert isinstance(config, ClipCapCheckpoint)
-        shape = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
-        widths = (language_model.config.n_embd, config.vision.width)
-        return cls(language_model, ClipCapConfig(*widths, dropout=config.dropout, **shape))
 
     @classmethod
     def text(cls, config: TrainConfig) -> TextSettings:
@@ -271,20 +261,14 @@ class ClipCapModel(CaptionModel):
         unused = ("clip_length", "mapper_layers", "mapper_heads") if self.config.mapper == "mlp" else ()
         return {name: getattr(self.config, name) for name in _SHAPE if name not in unused}
 
-    @property
-    def image_prefix(self) -> ImagePrefix:
-        """The trainable part."""
-        assert isinstance(self.adapters, ImagePrefix)
-        return self.adapters
-
     def load_projection(self, projection: ClipProjection) -> None:
         """Put CLIP's projection before the mapper."""
-        assert self.image_prefix.projection is not None
-        self.image_prefix.projection.load_state_dict(projection.state_dict())
+        assert self.adapters.projection is not None
+        self.adapters.projection.load_state_dict(projection.state_dict())
 
     def project(self, visual: Tensor) -> Visual:
         """The prefix, `prefix` [images, prefix_length, d]."""
-        return {"prefix": self.image_prefix(visual)}
+        return {"prefix": self.adapters(visual)}
 
     @contextmanager
     def looking_at(self, visual: Visual) -> Iterator[None]:

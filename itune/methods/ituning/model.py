@@ -12,6 +12,7 @@ Beside the feed-forward block of a frozen decoder layer, with X its input and V 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -33,22 +34,16 @@ class AdapterConfig:
 
     hidden_size: int
     """Width d of the language model."""
-
     visual_width: int
     """Width d_v of the visual embeddings."""
-
     bottleneck: int
     """Width r of queries, keys and values; d / 2 gives the paper's parameter counts."""
-
     heads: int = 1
     """Attention heads that share the bottleneck; the paper's equations have one."""
-
     lambda_: float = 1.0
     """The paper's lambda (>= 1): scales (S U) W_o, not b_o."""
-
     score_scale: float | None = None
     """Factor on Q K^T; None is 1/sqrt(r / heads), 1.0 is the paper's equation taken literally."""
-
     dropout: float = 0.0
     """Dropout on the retrieved S U while training."""
 
@@ -104,6 +99,7 @@ class ITuningModel(AttendingModel):
     """
 
     method: ClassVar[Method] = "i-tuning"
+    attending: Mapping[int, ITuningAdapter]
 
     def __init__(self, language_model: GPT2LMHeadModel, config: AdapterConfig, first_adapter_layer: int = 0) -> None:
         layers: Any = language_model.transformer.h
@@ -119,19 +115,14 @@ class ITuningModel(AttendingModel):
 
     @classmethod
     def create(
-        cls, config: TrainConfig | ITuningCheckpoint, language_model: GPT2LMHeadModel, visual: tuple[int, int]
+        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
     ) -> Self:
-        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+        """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+        assert isinstance(config, TrainConfig | ITuningCheckpoint)
         gpt2 = language_model.config
         bottleneck, heads = config.bottleneck or gpt2.n_embd // 2, config.heads or gpt2.n_head
         shape = (gpt2.n_embd, visual[1], bottleneck, heads, config.lambda_, config.score_scale, config.dropout)
         return cls(language_model, AdapterConfig(*shape), config.first_adapter_layer)
-
-    @classmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its adapters are not loaded yet."""
-        assert isinstance(config, ITuningCheckpoint)
-        return cls.create(config, language_model, (config.vision.tokens, config.vision.width))
 
     def describe(self) -> dict[str, Any]:
         """The adapters' shape and scales, and the first layer with an adapter."""
@@ -145,6 +136,4 @@ class ITuningModel(AttendingModel):
 
     def adapter(self, layer: int) -> ITuningAdapter:
         """The adapter of a decoder layer."""
-        adapter = self.attending[layer]
-        assert isinstance(adapter, ITuningAdapter)
-        return adapter
+        return self.attending[layer]

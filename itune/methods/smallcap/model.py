@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -37,19 +38,14 @@ class CrossAttentionConfig:
 
     hidden_size: int
     """Width d of the language model."""
-
     visual_width: int
     """Width d_v of the visual embeddings."""
-
     heads: int
     """Attention heads (paper: 12, as GPT-2 has)."""
-
     head_width: int = 16
     """Width w of each head's queries, keys and values."""
-
     dropout: float = 0.0
     """Dropout on what is retrieved from the image, while training."""
-
     norm_epsilon: float = 1e-5
     """Epsilon of the layer norm before the queries: the language model's."""
 
@@ -105,6 +101,7 @@ class SmallCapModel(AttendingModel):
     """A frozen language model with cross-attention in every block."""
 
     method: ClassVar[Method] = "smallcap"
+    attending: Mapping[int, CrossAttention]
 
     def __init__(self, language_model: GPT2LMHeadModel, config: CrossAttentionConfig) -> None:
         blocks: Any = language_model.transformer.h
@@ -116,19 +113,14 @@ class SmallCapModel(AttendingModel):
 
     @classmethod
     def create(
-        cls, config: TrainConfig | SmallCapCheckpoint, language_model: GPT2LMHeadModel, visual: tuple[int, int]
+        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
     ) -> Self:
-        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+        """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+        assert isinstance(config, TrainConfig | SmallCapCheckpoint)
         gpt2 = language_model.config
         heads, norm_epsilon = config.heads or gpt2.n_head, gpt2.layer_norm_epsilon
         shape = (gpt2.n_embd, visual[1], heads, config.attention_width, config.dropout, norm_epsilon)
         return cls(language_model, CrossAttentionConfig(*shape))
-
-    @classmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its adapters are not loaded yet."""
-        assert isinstance(config, SmallCapCheckpoint)
-        return cls.create(config, language_model, (config.vision.tokens, config.vision.width))
 
     def describe(self) -> dict[str, Any]:
         """The heads and their width."""
@@ -137,4 +129,4 @@ class SmallCapModel(AttendingModel):
     @property
     def layers(self) -> list[CrossAttention]:
         """The cross-attention of every block."""
-        return [layer for layer in self.attending.values() if isinstance(layer, CrossAttention)]
+        return list(self.attending.values())

@@ -153,8 +153,6 @@ def test_checkpoint_errors_name_file_field_and_mend(checkpoint_folder: Path, tmp
     expect("itune.json", "bottleneck", "-1", bottleneck=-1)
     expect("itune.json", "method", "telepathy", method="telepathy")
     expect("itune.json", "method", "['i-tuning']", method=["i-tuning"])
-    expect("itune.json", "training.dropout", "much", training={"dropout": "much"})
-    expect("itune.json", "training.dropout", "2", training={"dropout": 2})
     expect("itune.json", "speed", speed=9)
     expect("first_adapter_layer 7", "3 layers", first_adapter_layer=7)
     expect("itune.json", "language model", "0" * 64, language_model={**config["language_model"], "sha256": "0" * 64})
