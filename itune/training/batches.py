@@ -26,12 +26,9 @@ class TokenizedRecord:
     """A photo with its captions as token ids."""
 
     image: Path
-    prompt: tuple[int, ...]
-    """The tokens before a caption, which are not scored: [prefix] [begin] [prompt]."""
-    captions: tuple[tuple[int, ...], ...]
-    """Each with its end token."""
-    mirrorable: bool
-    """No caption mentions left or right."""
+    prompt: tuple[int, ...]  # the tokens before a caption, which are not scored: [prefix] [begin] [prompt]
+    captions: tuple[tuple[int, ...], ...]  # each with its end token
+    mirrorable: bool  # no caption mentions left or right
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,7 @@ class Batch:
     flip: tuple[bool, ...]
     input_ids: Tensor  # int64 [rows, T], right-padded
     mask: Tensor  # bool [rows, T]: tokens to predict
-    packing: Packing | None = None
-    """None: every row is one caption."""
+    packing: Packing | None = None  # None: every row is one caption
 
     @property
     def targets(self) -> int:

@@ -25,12 +25,9 @@ class Prompting:
     """The prompts of retrieved captions, prepared once for all epochs."""
 
     settings: RetrievalSettings
-    prompts: dict[Path, tuple[int, ...]]
-    """By photo: the token ids before each of its captions: begin, then the prompt."""
-    captions: float
-    """Retrieved captions per prompt on average: fewer than k if the language model has too few positions."""
-    datastore: dict[str, Any]
-    """The origin of the captions, for `itune.json`."""
+    prompts: dict[Path, tuple[int, ...]]  # by photo, the tokens before each of its captions: begin, then the prompt
+    captions: float  # retrieved captions per prompt on average: fewer than k if some had no room
+    datastore: dict[str, Any]  # the origin of the captions, for `itune.json`
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,7 @@ class TrainingData:
     train: Sequence[Record]
     dev: Sequence[Record]
     features: Features
-    prompting: Prompting | None = None
-    """None: every caption has the same prompt."""
+    prompting: Prompting | None = None  # None: every caption has the same prompt
 
 
 def prepare_prompts(

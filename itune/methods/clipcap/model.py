@@ -37,28 +37,20 @@ _MLP_RATIO = 2
 class ClipCapConfig:
     """Shape of a mapper and of its input."""
 
-    hidden_size: int
-    """Width d of the language model."""
-    visual_width: int
-    """Width d_v of the visual embeddings."""
+    hidden_size: int  # width d of the language model
+    visual_width: int  # width d_v of the visual embeddings
     mapper: Literal["transformer", "mlp"] = "transformer"
-    prefix_length: int = 10
-    """The paper's k: embeddings before the caption."""
-    clip_length: int = 10
-    """Transformer mapper: the image's embedding becomes this many vectors of width d."""
+    prefix_length: int = 10  # embeddings before the caption: the paper's k
+    clip_length: int = 10  # transformer mapper: vectors of width d that the image's embedding becomes
     mapper_layers: int = 8
     mapper_heads: int = 8
     pooling: Pooling = "cls"
-    """Which embedding of the image the mapper reads: `cls` position 0, `mean` the mean of all, `projected` position 0
-    after CLIP's projection."""
-    projected_width: int | None = None
-    """Width of CLIP's projection; only with `pooling` projected."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of the layer norm before the projection."""
-    normalize: bool = False
-    """Scale the embedding to length 1."""
-    dropout: float = 0.0
-    """Dropout in the mapper's feed-forward blocks while training."""
+    """Image embedding that the mapper reads: `cls` position 0, `mean` the mean of all, `projected` position 0 after
+    CLIP's projection."""
+    projected_width: int | None = None  # of CLIP's projection; only with `pooling` projected
+    layer_norm_eps: float = 1e-5  # of the layer norm before the projection
+    normalize: bool = False  # scale the embedding to length 1
+    dropout: float = 0.0  # in the mapper's feed-forward blocks, while training
 
     def __post_init__(self) -> None:
         if self.mapper == "transformer" and self.hidden_size % self.mapper_heads:

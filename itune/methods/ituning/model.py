@@ -32,20 +32,13 @@ from .settings import ITuningCheckpoint
 class AdapterConfig:
     """Shape and scales of every adapter of a model."""
 
-    hidden_size: int
-    """Width d of the language model."""
-    visual_width: int
-    """Width d_v of the visual embeddings."""
-    bottleneck: int
-    """Width r of queries, keys and values; d / 2 gives the paper's parameter counts."""
-    heads: int = 1
-    """Attention heads that share the bottleneck; the paper's equations have one."""
-    lambda_: float = 1.0
-    """The paper's lambda (>= 1): scales (S U) W_o, not b_o."""
-    score_scale: float | None = None
-    """Factor on Q K^T; None is 1/sqrt(r / heads), 1.0 is the paper's equation taken literally."""
-    dropout: float = 0.0
-    """Dropout on the retrieved S U while training."""
+    hidden_size: int  # width d of the language model
+    visual_width: int  # width d_v of the visual embeddings
+    bottleneck: int  # width r of queries, keys and values; d / 2 gives the paper's parameter counts
+    heads: int = 1  # they share the bottleneck; the paper's equations have one head
+    lambda_: float = 1.0  # the paper's lambda (>= 1): scales (S U) W_o, not b_o
+    score_scale: float | None = None  # factor on Q K^T; None is 1/sqrt(r / heads), 1.0 is the paper's literal equation
+    dropout: float = 0.0  # on the retrieved S U, while training
 
     def __post_init__(self) -> None:
         if self.bottleneck % self.heads:

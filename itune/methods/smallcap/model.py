@@ -36,18 +36,12 @@ _RETURNS_TUPLE = "output_attentions" in inspect.signature(GPT2Block.forward).par
 class CrossAttentionConfig:
     """Shape of every cross-attention layer of a model."""
 
-    hidden_size: int
-    """Width d of the language model."""
-    visual_width: int
-    """Width d_v of the visual embeddings."""
-    heads: int
-    """Attention heads (paper: 12, as GPT-2 has)."""
-    head_width: int = 16
-    """Width w of each head's queries, keys and values."""
-    dropout: float = 0.0
-    """Dropout on what is retrieved from the image, while training."""
-    norm_epsilon: float = 1e-5
-    """Epsilon of the layer norm before the queries: the language model's."""
+    hidden_size: int  # width d of the language model
+    visual_width: int  # width d_v of the visual embeddings
+    heads: int  # paper: 12, as GPT-2 has
+    head_width: int = 16  # width w of each head's queries, keys and values
+    dropout: float = 0.0  # on what is retrieved from the image, while training
+    norm_epsilon: float = 1e-5  # of the layer norm before the queries: the language model's
 
     @property
     def width(self) -> int:
