@@ -1,4 +1,4 @@
-"""Load a checkpoint with its frozen parts, and make a captioner of it."""
+"""Load a checkpoint with its frozen parts, and turn it into a captioner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .training.batches import special_token
 def check_hashes(
     folder: Path, config: CheckpointConfig, language: LanguageModel | None, tower: VisionTower | None
 ) -> None:
-    """Refuse a language model or tower other than the one that the adapters were trained with; None is not checked."""
+    """Refuse a language model or tower that the adapters were not trained with; None is not checked."""
     wanted, vision = config.language_model, config.vision
     pairs: list[tuple[str, object, object]] = []
     if language is not None:

@@ -17,8 +17,8 @@ class ImageAttention(nn.Module):
         Q = X W_q + b_q      K = V W_k + b_k      U = V W_v + b_v
         S = softmax(scale * Q K^T)
 
-    Hidden states are [rows, T, d] with rows grouped by image. The rows of an image are its queries side by side, so K
-    and U are repeated neither for every caption in training nor for every beam in search.
+    Hidden states are [rows, T, d] with rows grouped by image. An image's rows become one sequence of queries, so
+    K and U need no copy for each caption in training or each beam in search.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class AttendingModel(CaptionModel):
 
     @contextmanager
     def looking_at(self, visual: Visual) -> Iterator[None]:
-        """Within the block the language model sees these images."""
+        """Show these images to the language model within the block."""
         for i, block in self.blocks.items():
             block.keys, block.values = visual[f"{i}.keys"], visual[f"{i}.values"]
         try:
@@ -96,7 +96,7 @@ class AttendingModel(CaptionModel):
 
     @contextmanager
     def recording(self, weights: list[Tensor]) -> Iterator[None]:
-        """Within the block append every layer's attention [images, heads, queries, N] to `weights`."""
+        """Append every layer's attention [images, heads, queries, N] to `weights` within the block."""
         for adapter in self.attending.values():
             adapter.recorded = weights
         try:

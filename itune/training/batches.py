@@ -33,10 +33,10 @@ class TokenizedRecord:
 
 @dataclass(frozen=True)
 class Packing:
-    """The layout of rows that hold one prompt and all captions of an image, so that the prompt is computed only once.
+    """The layout of rows [prompt, caption 1, caption 2, ...] that compute an image's prompt only once.
 
-    [prompt, caption 1, caption 2, ...]: a caption attends to the prompt and to itself, and its positions continue the
-    prompt's, so every token is computed as in a row of its own.
+    A caption attends to the prompt and to itself, and its positions continue the prompt's, so every token is computed
+    as in a row of its own.
     """
 
     positions: Tensor  # int64 [rows, T]
@@ -100,8 +100,8 @@ def tokenize(
 ) -> list[TokenizedRecord]:
     """Captions as token ids; a caption cut at `max_caption_tokens` has no end token.
 
-    `prefix` as in `prompt_tokens`. `prompts`: all tokens before a photo's captions, if photos differ. `positions`: how
-    many the language model has; captions are cut to fit them.
+    `prefix` as in `prompt_tokens`. `prompts`: all tokens before a photo's captions, if photos differ. `positions`: the
+    language model's; captions are cut to fit.
     """
     usual = prompt_tokens(tokenizer, text, prefix)
     end = special_token(tokenizer, text.end, "end")
@@ -122,7 +122,7 @@ def tokenize(
 
 
 def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batch:
-    """One row for each image, with its prompt and all its captions (see `Packing`), padded to one length."""
+    """One row for each image, with its prompt and all its captions (`Packing`), padded to one length."""
     shape = (len(records), max(map(_packed_length, records)))
     input_ids, positions, sources = (np.zeros(shape, np.int64) for _ in range(3))
     segments = np.full(shape, -1)
@@ -179,22 +179,19 @@ def epoch_steps(
 ) -> Iterator[list[Batch]]:
     """The optimizer steps of an epoch, each a list of batches; the same for the same seed and epoch.
 
-    Within a step images are sorted by the length of their captions, which saves padding. `pack` uses one row for each
-    image (see `Packing`), which saves time with long prompts. Neither changes the result.
+    Within a step, images are sorted by length to save padding. `pack` puts each image's captions into one row
+    (`Packing`) to save time with long prompts. Neither changes the result.
     """
     length, batch = (_packed_length, pack_batch) if pack else (_length, make_batch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(records))
     flips = rng.random(len(records)) < 0.5
-    size = images_per_step(records, config.batch_size)
+    mirrored = [config.flip and bool(flip) and record.mirrorable for flip, record in zip(flips, records, strict=True)]
+    size, part = images_per_step(records, config.batch_size), config.images_per_forward
     for start in range(0, len(order), size):
         chosen = sorted(order[start : start + size], key=lambda i: (length(records[i]), i), reverse=True)
-        yield [
-            batch([records[i] for i in part], [config.flip and bool(flips[i]) and records[i].mirrorable for i in part])
-            for part in (
-                chosen[at : at + config.images_per_forward] for at in range(0, len(chosen), config.images_per_forward)
-            )
-        ]
+        parts = [chosen[at : at + part] for at in range(0, len(chosen), part)]
+        yield [batch([records[i] for i in indices], [mirrored[i] for i in indices]) for indices in parts]
 
 
 def steps_per_epoch(records: Sequence[TokenizedRecord], config: TrainConfig) -> int:

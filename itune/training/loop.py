@@ -1,8 +1,8 @@
 """Train a captioner's adapters: next-token cross-entropy on the captions, AdamW, best checkpoint by dev CIDEr-D.
 
 The output folder gets `best/` and `last/` (adapter checkpoints), `config.json`, `metrics.jsonl` and TensorBoard events.
-`last/` also keeps the optimizer's state, so a run can be stopped and resumed anywhere: the resumed run has the same
-order, mirroring and dropout as an uninterrupted one.
+`last/` also has the optimizer's state, so a run can stop anywhere and resume: order, mirroring and dropout are then the
+same as in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Trainer:
             input_ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
             packing = None if batch.packing is None else batch.packing.to(self.device)
             if i == 0 and self.progress.step % 50 == 0:
-                # In a block of its own: older releases of torch cache casts of weights, and these have no gradient.
+                # In its own block: older torch caches the cast weights, which have no gradient here.
                 with self._autocast():
                     entropy = self.model.attention_entropy(input_ids, mask, visual, packing)
                 if entropy is not None:
@@ -250,7 +250,7 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights."""
+        """Give the model the averaged weights within the block."""
         weights = deepcopy(self.model.adapters.state_dict())
         self.model.adapters.load_state_dict(self.average.module.state_dict())
         try:
@@ -342,7 +342,7 @@ class Trainer:
         with self._averaged():
             self.model.save_adapters(folder / WEIGHTS_FILE)
         config, prompting = self.config, self.data.prompting
-        # The frozen parts stand beside `training`, as paths that stay valid if the folders are moved together.
+        # The frozen parts are fields of their own, as relative paths: the folders can be moved together.
         training = {k: v for k, v in config.to_json().items() if k not in ("language_model", "vision", "datastore")}
         retrieval = None
         if prompting is not None:

@@ -22,12 +22,11 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from ...backbones import ClipProjection, load_clip_projection, vision_kind
-from ...checkpoint import CheckpointConfig
 from ...runtime.errors import ItuneError
 from ...runtime.settings import Method, TextSettings
 from ...training.config import ConfigError, TrainConfig
-from ..base import CaptionModel, Visual
-from .settings import ClipCapCheckpoint
+from ..base import CaptionModel, ModelConfig, Visual
+from .settings import TRANSFORMER_FIELDS, ClipCapCheckpoint
 
 Pooling = Literal["projected", "cls", "mean"]
 _MLP_RATIO = 2
@@ -210,9 +209,7 @@ class ClipCapModel(CaptionModel):
         language_model.transformer.wte = self.embedding
 
     @classmethod
-    def create(
-        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
-    ) -> Self:
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
         """A model as `config` describes it, with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v).
 
         Raises:
@@ -250,7 +247,7 @@ class ClipCapModel(CaptionModel):
 
     def describe(self) -> dict[str, Any]:
         """The mapper's shape and what it reads."""
-        unused = ("clip_length", "mapper_layers", "mapper_heads") if self.config.mapper == "mlp" else ()
+        unused = TRANSFORMER_FIELDS if self.config.mapper == "mlp" else ()
         return {name: getattr(self.config, name) for name in _SHAPE if name not in unused}
 
     def load_projection(self, projection: ClipProjection) -> None:
@@ -264,7 +261,7 @@ class ClipCapModel(CaptionModel):
 
     @contextmanager
     def looking_at(self, visual: Visual) -> Iterator[None]:
-        """Within the block the ids after the vocabulary's stand for the prefixes of these images."""
+        """Let the ids after the vocabulary's stand for the prefixes of these images within the block."""
         self.embedding.prefix = visual["prefix"]
         try:
             yield

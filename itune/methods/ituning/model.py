@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from ...checkpoint import CheckpointConfig, CheckpointError
+from ...checkpoint import CheckpointError
 from ...runtime.errors import ItuneError
 from ...runtime.settings import Method
 from ...training.config import TrainConfig
 from ..attention import AttendingModel, ImageAttention
+from ..base import ModelConfig
 from .settings import ITuningCheckpoint
 
 
@@ -107,9 +108,7 @@ class ITuningModel(AttendingModel):
         self.config = config
 
     @classmethod
-    def create(
-        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
-    ) -> Self:
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
         """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
         assert isinstance(config, TrainConfig | ITuningCheckpoint)
         gpt2 = language_model.config

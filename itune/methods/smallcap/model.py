@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from ...checkpoint import CheckpointConfig
 from ...runtime.settings import Method
 from ...training.config import TrainConfig
 from ..attention import AttendingModel, ImageAttention
+from ..base import ModelConfig
 from .settings import SmallCapCheckpoint
 
 _RETURNS_TUPLE = "output_attentions" in inspect.signature(GPT2Block.forward).parameters
@@ -106,9 +106,7 @@ class SmallCapModel(AttendingModel):
         self.config = config
 
     @classmethod
-    def create(
-        cls, config: TrainConfig | CheckpointConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]
-    ) -> Self:
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
         """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
         assert isinstance(config, TrainConfig | SmallCapCheckpoint)
         gpt2 = language_model.config
