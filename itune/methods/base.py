@@ -1,8 +1,8 @@
 """What the captioning methods share: a frozen GPT-2 that sees images through new, trainable weights.
 
 Each method is a subclass. It turns visual embeddings into tensors for the language model (`project`), replaces parts of
-GPT-2 with modules that read these tensors, and describes itself in `itune.json`. GPT-2 keeps its parameter names and its
-own `generate`. Training, evaluation, export and the eager engine use only this interface.
+GPT-2 with modules that read these tensors, and describes itself in `itune.json`. GPT-2 keeps its parameter names and
+its own `generate`. Training, evaluation, export and the eager engine use only this interface.
 """
 
 from __future__ import annotations
