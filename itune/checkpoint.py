@@ -90,10 +90,9 @@ def parse_config(content: dict[str, Any]) -> CheckpointConfig:
     """Validate the content of an `itune.json` with its method's schema; raises pydantic's ValidationError."""
     from .methods.schemas import CHECKPOINTS
 
-    method = content.get("method", "i-tuning") if isinstance(content, dict) else None
     # The base class refuses an unknown method.
-    schema = next((schema for name, schema in CHECKPOINTS.items() if name == method), CheckpointConfig)
-    return schema.model_validate(content)
+    method = str(content.get("method", "i-tuning")) if isinstance(content, dict) else ""
+    return CHECKPOINTS.get(method, CheckpointConfig).model_validate(content)
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -33,20 +33,16 @@ def check_hashes(
     folder: Path, config: CheckpointConfig, language: LanguageModel | None, tower: VisionTower | None
 ) -> None:
     """Refuse a language model or tower that the adapters were not trained with; None is not checked."""
-    wanted, vision = config.language_model, config.vision
-    pairs: list[tuple[str, object, object]] = []
-    if language is not None:
-        pairs.append((f"sha256 of the language model {wanted.source}", wanted.sha256, language.sha256))
-    if tower is not None:
-        pairs.append((f"sha256 of the vision tower {vision.source}", vision.sha256, tower.sha256))
-        shapes = (vision.tokens, vision.width), (tower.tokens, tower.width)
-        pairs.append((f"shape of the embeddings of {vision.source}", *shapes))
-    for what, trained, found in pairs:
-        if trained not in (None, found):
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE}: the {what} is {found}, but the adapters were trained with {trained}: "
-                "put back the model that they were trained with"
-            )
+    parts = (("language_model", language, ("sha256",)), ("vision", tower, ("sha256", "tokens", "width")))
+    for part, model, fields in parts:
+        for field in fields if model is not None else ():
+            source = getattr(config, part)
+            trained, found = getattr(source, field), getattr(model, field)
+            if trained not in (None, found):
+                raise CheckpointError(
+                    f"{folder / CONFIG_FILE}: {part}.{field} is {trained}, but that of {source.source} is {found}: "
+                    "put back the model that the adapters were trained with"
+                )
 
 
 @dataclass

@@ -70,11 +70,7 @@ class AttendingModel(CaptionModel):
         """`blocks`: by layer, the module of `language_model` that calls the adapter with its `keys` and `values`."""
         super().__init__(language_model, nn.ModuleDict({str(i): adapter for i, adapter in adapters.items()}))
         self.attending, self.blocks = adapters, blocks
-
-    @property
-    def adapter_layers(self) -> list[int]:
-        """The decoder layers that attend to the image."""
-        return list(self.attending)
+        self.adapter_layers = list(adapters)
 
     def project(self, visual: Tensor) -> Visual:
         """K and U of every adapted layer i, `i.keys` and `i.values` [images, N, width]."""

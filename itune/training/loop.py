@@ -119,6 +119,7 @@ class Trainer:
         vectors = {"params": [w for w in self.weights.values() if w.ndim < 2], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([matrices, vectors], lr=1.0)  # the schedule multiplies it by `learning_rate`
         self.steps_per_epoch = steps_per_epoch(self.records, config)
+        self.total_steps = self.steps_per_epoch * config.epochs
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
@@ -148,11 +149,6 @@ class Trainer:
                 f"{gpt2.vocab_size}: use the tokenizer of the same model"
             )
         return records
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.config.epochs
 
     def init_from(self, checkpoint: Path) -> None:
         """Start from another checkpoint's adapters instead of from the untouched language model."""

@@ -29,7 +29,6 @@ from ..base import CaptionModel, ModelConfig, Visual
 from .settings import TRANSFORMER_FIELDS, ClipCapCheckpoint
 
 Pooling = Literal["projected", "cls", "mean"]
-_MLP_RATIO = 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, _MLP_RATIO * width), nn.Linear(_MLP_RATIO * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

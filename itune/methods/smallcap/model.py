@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -95,7 +94,6 @@ class SmallCapModel(AttendingModel):
     """A frozen language model with cross-attention in every block."""
 
     method: ClassVar[Method] = "smallcap"
-    attending: Mapping[int, CrossAttention]
 
     def __init__(self, language_model: GPT2LMHeadModel, config: CrossAttentionConfig) -> None:
         blocks: Any = language_model.transformer.h
@@ -103,7 +101,7 @@ class SmallCapModel(AttendingModel):
         for i, layer in enumerate(layers):
             blocks[i] = CrossAttendingBlock(blocks[i], layer)
         super().__init__(language_model, dict(enumerate(layers)), dict(enumerate(blocks)))
-        self.config = config
+        self.config, self.layers = config, layers
 
     @classmethod
     def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
@@ -117,8 +115,3 @@ class SmallCapModel(AttendingModel):
     def describe(self) -> dict[str, Any]:
         """The heads and their width."""
         return {"heads": self.config.heads, "attention_width": self.config.head_width}
-
-    @property
-    def layers(self) -> list[CrossAttention]:
-        """The cross-attention of every block."""
-        return list(self.attending.values())
