@@ -198,7 +198,13 @@ def load_clip_projection(source: str) -> ClipProjection | None:
     config = read_config(folder, "clip", "clip_vision_model")
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        found |= _read_tensors(path)
+        with reading(path, BackboneError, "copy the model again"):
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    ends = tuple(_PROJECTION.values())
+                    found |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(ends)}  # noqa: SIM118
+            else:
+                found |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     tensors = {ours: t.float() for ours, end in _PROJECTION.items() for name, t in found.items() if name.endswith(end)}
     if tensors.keys() != _PROJECTION.keys():
         return None
@@ -207,16 +213,6 @@ def load_clip_projection(source: str) -> ClipProjection | None:
     projection = ClipProjection(width, projected_width, epsilon)
     projection.load_state_dict(tensors)
     return projection
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    ends = tuple(_PROJECTION.values())
-    with reading(path, BackboneError, "copy the model again"):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ends)}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return {name: tensor for name, tensor in state.items() if name.endswith(ends)}
 
 
 class OnnxTower:

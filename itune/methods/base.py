@@ -39,6 +39,8 @@ class CaptionModel(nn.Module, ABC):
     method: ClassVar[Method]
     weights_prefix: ClassVar[str] = "layers."
     """Prefix of the names of `adapters` in a checkpoint."""
+    begins: ClassVar[bool] = True
+    """Whether the begin token stands before the prompt."""
     prefix_length: int = 0
     """Number of the image's embeddings before the prompt; their token ids follow the vocabulary's."""
 
@@ -57,7 +59,7 @@ class CaptionModel(nn.Module, ABC):
     def text(cls, config: TrainConfig) -> TextSettings:
         """The text settings of a model to be trained."""
         return TextSettings(
-            begin=config.begin or None,
+            begin=(config.begin or None) if cls.begins else None,
             prompt=config.prompt,
             lower=config.lower,
             strip_period=config.strip_period,

@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel
 
 from ...backbones import ClipProjection, load_clip_projection, vision_kind
 from ...runtime.errors import ItuneError
-from ...runtime.settings import Method, TextSettings
+from ...runtime.settings import Method
 from ...training.config import ConfigError, TrainConfig
 from ..base import CaptionModel, ModelConfig, Visual
 from .settings import TRANSFORMER_FIELDS, ClipCapCheckpoint
@@ -198,6 +198,9 @@ class ClipCapModel(CaptionModel):
 
     method: ClassVar[Method] = "clipcap"
     weights_prefix: ClassVar[str] = ""
+    begins: ClassVar[bool] = False
+    """As in the paper, the caption directly follows the prefix: GPT-2 ignores what stands before its begin token, which
+    also ends a text."""
     adapters: ImagePrefix
 
     def __init__(self, language_model: GPT2LMHeadModel, config: ClipCapConfig) -> None:
@@ -235,14 +238,6 @@ class ClipCapModel(CaptionModel):
         if projection is not None:
             model.load_projection(projection)
         return model
-
-    @classmethod
-    def text(cls, config: TrainConfig) -> TextSettings:
-        """The text settings of a model to be trained; as in the paper, the caption directly follows the prefix.
-
-        GPT-2 has learned to ignore what stands before its begin token, which ends a text.
-        """
-        return super().text(config).model_copy(update={"begin": None})
 
     def describe(self) -> dict[str, Any]:
         """The mapper's shape and what it reads."""
