@@ -34,6 +34,7 @@ PREPROCESSOR = "preprocessor_config.json"
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "logit_scale")
+"""Endings of weights that a CLIP may lack: V comes before its last layer norm."""
 _PROJECTION = {
     "weight": "visual_projection.weight",
     "norm_weight": "post_layernorm.weight",
@@ -92,7 +93,7 @@ def load_pretrained(model: Any, folder: Path, what: str) -> Any:
         loaded, info = model.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    # transformers fills missing weights with random numbers. We read CLIP before its last layer norm.
+    # transformers fills missing weights with random numbers.
     if missing := sorted(name for name in info["missing_keys"] if not name.endswith(_UNUSED)):
         raise BackboneError(f"{folder}: the weight files lack {missing[0]}: give the folder of {what}")
     return loaded.train(False)

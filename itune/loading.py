@@ -35,8 +35,8 @@ def check_hashes(
     """Refuse a language model or tower that the adapters were not trained with; None is not checked."""
     parts = (("language_model", language, ("sha256",)), ("vision", tower, ("sha256", "tokens", "width")))
     for part, model, fields in parts:
+        source = getattr(config, part)
         for field in fields if model is not None else ():
-            source = getattr(config, part)
             trained, found = getattr(source, field), getattr(model, field)
             if trained not in (None, found):
                 raise CheckpointError(

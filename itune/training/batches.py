@@ -105,17 +105,13 @@ def tokenize(
     """
     usual = prompt_tokens(tokenizer, text, prefix)
     end = special_token(tokenizer, text.end, "end")
-
-    def encode(caption: str, most: int) -> tuple[int, ...]:
-        ids = encode_caption(tokenizer, text, caption)
-        return tuple([*ids, end] if len(ids) <= most else ids[:most])
-
     tokenized = []
     for record in records:
         prompt = tuple(usual if prompts is None else prompts[record.image])
         # The model predicts the last token but never reads it, so it needs no position.
         most = max_caption_tokens if positions is None else min(max_caption_tokens, positions - len(prompt))
-        captions = tuple(encode(caption, most) for caption in record.captions)
+        encoded = [encode_caption(tokenizer, text, caption) for caption in record.captions]
+        captions = tuple(tuple([*ids, end] if len(ids) <= most else ids[:most]) for ids in encoded)
         one_sided = any(_SIDED.search(caption) for caption in record.captions)
         tokenized.append(TokenizedRecord(record.image, prompt, captions, not one_sided))
     return tokenized
