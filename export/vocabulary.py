@@ -18,7 +18,7 @@ from ..runtime.bundle import TokenSettings
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
 from ..runtime.settings import TextSettings
-from ..training.batches import encode_caption, encode_text
+from ..runtime.text import encode_caption, encode_text
 
 
 @dataclass(frozen=True)

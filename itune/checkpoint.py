@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .files import atomic_path
+from .files import write_json
 from .runtime.errors import ItuneError, reading
 from .runtime.settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, TextSettings
 
@@ -74,6 +74,7 @@ class CheckpointConfig(Settings):
     search: SearchDefaults = SearchDefaults()
     """The default search options, here and in bundles: those of the training's dev evaluation."""
     training: dict[str, Any] = Field(default_factory=dict)
+    dropout: ClassVar[float] = 0.0  # a loaded model is not trained
 
     @model_validator(mode="before")
     @classmethod
@@ -84,27 +85,14 @@ class CheckpointConfig(Settings):
         training = content["training"]
         return content | {"search": {name: training[name] for name in SearchDefaults.model_fields if name in training}}
 
-    @property
-    def dropout(self) -> float:
-        """The dropout of the adapters in training; 0 if the checkpoint does not say."""
-        return float(self.training.get("dropout", 0.0))
-
-    @model_validator(mode="after")
-    def _valid_dropout(self) -> Self:
-        value = self.training.get("dropout", 0.0)
-        if not (isinstance(value, int | float) and 0 <= value < 1):
-            raise ValueError(f"training.dropout must be at least 0 and below 1, not {value!r}")
-        return self
-
 
 def parse_config(content: dict[str, Any]) -> CheckpointConfig:
     """Validate the content of an `itune.json` with its method's schema; raises pydantic's ValidationError."""
     from .methods.schemas import CHECKPOINTS
 
-    method = content.get("method", "i-tuning") if isinstance(content, dict) else None
     # The base class refuses an unknown method.
-    schema = next((schema for name, schema in CHECKPOINTS.items() if name == method), CheckpointConfig)
-    return schema.model_validate(content)
+    method = str(content.get("method", "i-tuning")) if isinstance(content, dict) else ""
+    return CHECKPOINTS.get(method, CheckpointConfig).model_validate(content)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -122,9 +110,7 @@ def load_config(folder: Path) -> CheckpointConfig:
 
 def save_config(config: CheckpointConfig, folder: Path) -> None:
     """Write `itune.json` atomically."""
-    text = json.dumps(config.model_dump(mode="json", by_alias=True), indent=2) + "\n"
-    with atomic_path(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config.model_dump(mode="json", by_alias=True))
 
 
 def resolve_source(source: str, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Load a checkpoint with its frozen parts, and make a captioner of it."""
+"""Load a checkpoint with its frozen parts, and turn it into a captioner."""
 
 from __future__ import annotations
 
@@ -25,27 +25,24 @@ from .runtime.engines.base import Int64
 from .runtime.errors import reading
 from .runtime.retrieval.prompts import Retriever
 from .runtime.settings import RetrievalSettings
-from .training.batches import encode_text, special_token
+from .runtime.text import encode_text
+from .training.batches import special_token
 
 
 def check_hashes(
     folder: Path, config: CheckpointConfig, language: LanguageModel | None, tower: VisionTower | None
 ) -> None:
-    """Refuse a language model or tower other than the one that the adapters were trained with; None is not checked."""
-    wanted, vision = config.language_model, config.vision
-    pairs: list[tuple[str, object, object]] = []
-    if language is not None:
-        pairs.append((f"sha256 of the language model {wanted.source}", wanted.sha256, language.sha256))
-    if tower is not None:
-        pairs.append((f"sha256 of the vision tower {vision.source}", vision.sha256, tower.sha256))
-        shapes = (vision.tokens, vision.width), (tower.tokens, tower.width)
-        pairs.append((f"shape of the embeddings of {vision.source}", *shapes))
-    for what, trained, found in pairs:
-        if trained not in (None, found):
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE}: the {what} is {found}, but the adapters were trained with {trained}: "
-                "put back the model that they were trained with"
-            )
+    """Refuse a language model or tower that the adapters were not trained with; None is not checked."""
+    parts = (("language_model", language, ("sha256",)), ("vision", tower, ("sha256", "tokens", "width")))
+    for part, model, fields in parts:
+        source = getattr(config, part)
+        for field in fields if model is not None else ():
+            trained, found = getattr(source, field), getattr(model, field)
+            if trained not in (None, found):
+                raise CheckpointError(
+                    f"{folder / CONFIG_FILE}: {part}.{field} is {trained}, but that of {source.source} is {found}: "
+                    "put back the model that the adapters were trained with"
+                )
 
 
 @dataclass
@@ -66,7 +63,7 @@ class LoadedCheckpoint:
         language = load_language_model(resolve_source(lm.source, folder), lm.revision)
         tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
         check_hashes(folder, config, language, tower)
-        model = MODELS[config.method].from_checkpoint(config, language.model)
+        model = MODELS[config.method].create(config, language.model, (tower.tokens, tower.width))
         model.load_adapters(folder / WEIGHTS_FILE)
         return cls(config, model, language, tower)
 
@@ -88,20 +85,19 @@ def load_captioner(
         return Captioner.load(folder, engine=engine, threads=threads, datastore=datastore, retrieve=retrieve)
     loaded = LoadedCheckpoint.load(checkpoint)
     trained = loaded.config.retrieval
-    if datastore is not None or retrieve or trained is not None:
-        pooling = None if trained is None else trained.encoder.pooling
-        head = load_head(loaded.tower, loaded.config.vision.source, pooling)
-        captioner = eager_captioner(loaded, head=head)
-        captioner.retriever = Retriever.load(
-            trained or RetrievalSettings(k=0, encoder=head.encoder),
-            loaded.config.text,
-            loaded.language.tokenizer,
-            model=folder,
-            datastore=datastore,
-            k=retrieve,
-        )
-        return captioner
-    return eager_captioner(loaded)
+    if datastore is None and not retrieve and trained is None:
+        return eager_captioner(loaded)
+    head = load_head(loaded.tower, loaded.config.vision.source, None if trained is None else trained.encoder.pooling)
+    captioner = eager_captioner(loaded, head=head)
+    captioner.retriever = Retriever.load(
+        trained or RetrievalSettings(k=0, encoder=head.encoder),
+        loaded.config.text,
+        loaded.language.tokenizer,
+        model=folder,
+        datastore=datastore,
+        k=retrieve,
+    )
+    return captioner
 
 
 def eager_captioner(

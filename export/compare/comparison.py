@@ -26,7 +26,7 @@ from ...runtime.captioner import Captioner
 from ...runtime.errors import ItuneError, reading
 from ...runtime.image import decode, preprocess
 from ...runtime.settings import Settings
-from ...training.batches import encode_caption
+from ...runtime.text import encode_caption
 from ..bundle import export_bundle
 from ..options import ExportOptions, Precision
 from ..verify.captions import caption_photos

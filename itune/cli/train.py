@@ -159,8 +159,8 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
     from ..backbones import load_language_model, load_vision_tower
     from ..data.features import FeatureCache, LiveFeatures
     from ..methods.registry import MODELS
-    from ..training.loop import Trainer, TrainingData, left_out
-    from ..training.prompting import prepare_prompts
+    from ..training.loop import Trainer
+    from ..training.prompting import TrainingData, prepare_prompts
 
     common.console().print_json(data=config.to_json())
     train, dev = splits.load(config.seed)
@@ -173,7 +173,7 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
         unreadable |= features.prepare([r.image for r in dev], progress=update)
     for reason in unreadable.values():
         common.warn(f"left out: {reason}")
-    train, dev = left_out(train, unreadable), left_out(dev, unreadable)
+    train, dev = ([record for record in split if record.image not in unreadable] for split in (train, dev))
     if not train:
         raise ItuneError(f"{splits.data}: no photo of the training split can be read")
     data = TrainingData(train, dev, features)
@@ -187,9 +187,8 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
                 data,
                 base=None if base is None else base.retrieval,
                 cache=cache,
-                progress=lambda _what, done, total: update(done, total),
+                progress=update,
             )
-        assert prompting is not None
         data = replace(data, prompting=prompting)
         longest = max(map(len, prompting.prompts.values()))
         common.say(

@@ -1,1 +1,1 @@
-"""The captioning methods, one module each: I-Tuning, ClipCap and SmallCap."""
+"""The captioning methods, one folder each: I-Tuning, ClipCap and SmallCap."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
@@ -18,8 +17,8 @@ class ImageAttention(nn.Module):
         Q = X W_q + b_q      K = V W_k + b_k      U = V W_v + b_v
         S = softmax(scale * Q K^T)
 
-    Hidden states are [rows, T, d] with rows grouped by image. The rows of an image are its queries side by side, so K
-    and U are repeated neither for every caption in training nor for every beam in search.
+    Hidden states are [rows, T, d] with rows grouped by image. An image's rows become one sequence of queries, so
+    K and U need no copy for each caption in training or each beam in search.
     """
 
     def __init__(
@@ -57,30 +56,21 @@ class ImageAttention(nn.Module):
         return dropped
 
 
-class AdaptedBlock(Protocol):
-    """A part of GPT-2 whose forward pass reads `keys` and `values` [images, N, width] of the images."""
-
-    keys: Tensor
-    values: Tensor
-
-
 class AttendingModel(CaptionModel):
-    """A language model some of whose layers attend to the image."""
+    """A frozen language model with attention to the image in some layers."""
+
+    attending: Mapping[int, ImageAttention]
 
     def __init__(
         self,
         language_model: GPT2LMHeadModel,
         adapters: Mapping[int, ImageAttention],
-        blocks: Mapping[int, AdaptedBlock],
+        blocks: Mapping[int, nn.Module],
     ) -> None:
-        """`blocks` by layer number: the parts of `language_model` that call the adapter of the layer."""
+        """`blocks`: by layer, the module of `language_model` that calls the adapter with its `keys` and `values`."""
         super().__init__(language_model, nn.ModuleDict({str(i): adapter for i, adapter in adapters.items()}))
-        self.attending, self.blocks = dict(adapters), dict(blocks)
-
-    @property
-    def adapter_layers(self) -> list[int]:
-        """The decoder layers that attend to the image."""
-        return list(self.attending)
+        self.attending, self.blocks = adapters, blocks
+        self.adapter_layers = list(adapters)
 
     def project(self, visual: Tensor) -> Visual:
         """K and U of every adapted layer i, `i.keys` and `i.values` [images, N, width]."""
@@ -91,7 +81,7 @@ class AttendingModel(CaptionModel):
 
     @contextmanager
     def looking_at(self, visual: Visual) -> Iterator[None]:
-        """Within the block the language model sees these images."""
+        """Show these images to the language model within the block."""
         for i, block in self.blocks.items():
             block.keys, block.values = visual[f"{i}.keys"], visual[f"{i}.values"]
         try:
@@ -102,7 +92,7 @@ class AttendingModel(CaptionModel):
 
     @contextmanager
     def recording(self, weights: list[Tensor]) -> Iterator[None]:
-        """Within the block append every layer's attention [images, heads, queries, N] to `weights`."""
+        """Append every layer's attention [images, heads, queries, N] to `weights` within the block."""
         for adapter in self.attending.values():
             adapter.recorded = weights
         try:

@@ -1,8 +1,8 @@
 """What the captioning methods share: a frozen GPT-2 that sees images through new, trainable weights.
 
 Each method is a subclass. It turns visual embeddings into tensors for the language model (`project`), replaces parts of
-GPT-2 by modules that read these tensors, and describes itself in `itune.json`. GPT-2 keeps its own parameter names and
-its own `generate`. Training, evaluation, export and the eager engine see no more than this class.
+GPT-2 with modules that read these tensors, and describes itself in `itune.json`. GPT-2 keeps its parameter names and
+its own `generate`. Training, evaluation, export and the eager engine use only this interface.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from ..runtime.settings import Method, TextSettings
 from ..training.batches import Packing
 from ..training.config import TrainConfig
 
+ModelConfig = TrainConfig | CheckpointConfig
+"""What describes a model: the settings of a training run, or a checkpoint."""
 Visual = dict[str, Tensor]
-"""What the language model reads of some images: tensors [images, ...] by name. The exported graphs call them
-`visual.NAME`."""
+"""Images as the language model reads them: tensors [images, ...] by name, in exported graphs `visual.NAME`."""
 
 
 class CaptionModel(nn.Module, ABC):
@@ -37,9 +38,11 @@ class CaptionModel(nn.Module, ABC):
 
     method: ClassVar[Method]
     weights_prefix: ClassVar[str] = "layers."
-    """Stands before the names of `adapters` in a checkpoint."""
+    """Prefix of the names of `adapters` in a checkpoint."""
+    begins: ClassVar[bool] = True
+    """Whether the begin token stands before the prompt."""
     prefix_length: int = 0
-    """How many embeddings of the image stand before the prompt; their token ids follow the vocabulary's."""
+    """Number of the image's embeddings before the prompt; their token ids follow the vocabulary's."""
 
     def __init__(self, language_model: GPT2LMHeadModel, adapters: nn.Module) -> None:
         super().__init__()
@@ -49,19 +52,14 @@ class CaptionModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
-        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
-
-    @classmethod
-    @abstractmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its adapters are not loaded yet."""
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
 
     @classmethod
     def text(cls, config: TrainConfig) -> TextSettings:
         """The text settings of a model to be trained."""
         return TextSettings(
-            begin=config.begin or None,
+            begin=(config.begin or None) if cls.begins else None,
             prompt=config.prompt,
             lower=config.lower,
             strip_period=config.strip_period,
@@ -80,15 +78,15 @@ class CaptionModel(nn.Module, ABC):
 
     @abstractmethod
     def project(self, visual: Tensor) -> Visual:
-        """What the language model reads of images, from their embeddings [images, N, d_v]."""
+        """Turn visual embeddings [images, N, d_v] into what the language model reads."""
 
     @abstractmethod
     def looking_at(self, visual: Visual) -> AbstractContextManager[None]:
-        """Within the block the language model sees these images; its rows are grouped by image."""
+        """Show these images to the language model within the block; its rows are grouped by image."""
 
     @contextmanager
     def recording(self, weights: list[Tensor]) -> Iterator[None]:  # noqa: ARG002
-        """Within the block append every layer's attention over the image to `weights`; without attention do nothing."""
+        """Append every layer's attention over the image to `weights` within the block; without attention do nothing."""
         yield
 
     def train(self, mode: bool = True) -> Self:
@@ -158,13 +156,9 @@ class CaptionModel(nn.Module, ABC):
         write_tensors({name: tensor.detach().float() for name, tensor in self.adapter_state().items()}, path)
 
     def load_adapters(self, path: Path) -> None:
-        """Read the adapters from a safetensors file."""
+        """Read the adapters from a safetensors file; names and shapes must match."""
         with reading(path, CheckpointError, "copy the checkpoint again"):
             tensors = load_file(path)
-        self.load_adapter_state(tensors, path)
-
-    def load_adapter_state(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Put tensors under their checkpoint names into the adapters; an error names `path` and the first mismatch."""
         expected = {name: list(tensor.shape) for name, tensor in self.adapter_state().items()}
         found = {name: list(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(expected.keys() | found.keys()):

@@ -9,7 +9,7 @@ from .ituning.settings import ITuningCheckpoint, ITuningSettings
 from .settings import MethodSettings
 from .smallcap.settings import SmallCapCheckpoint, SmallCapSettings
 
-CHECKPOINTS: dict[Method, type[CheckpointConfig]] = {
+CHECKPOINTS: dict[str, type[CheckpointConfig]] = {
     "i-tuning": ITuningCheckpoint,
     "clipcap": ClipCapCheckpoint,
     "smallcap": SmallCapCheckpoint,

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..data.records import Record, clean_caption
+from ..data.records import Record
 from ..runtime.errors import ItuneError
 from ..runtime.settings import TextSettings
+from ..runtime.text import encode_caption, encode_text
 from .config import TrainConfig
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -25,20 +26,17 @@ class TokenizedRecord:
     """A photo with its captions as token ids."""
 
     image: Path
-    prompt: tuple[int, ...]
-    """The tokens before a caption, which are not scored: [prefix] [begin] [prompt]."""
-    captions: tuple[tuple[int, ...], ...]
-    """Each with its end token."""
-    mirrorable: bool
-    """No caption mentions left or right."""
+    prompt: tuple[int, ...]  # the tokens before a caption, which are not scored: [prefix] [begin] [prompt]
+    captions: tuple[tuple[int, ...], ...]  # each with its end token
+    mirrorable: bool  # no caption mentions left or right
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The layout of rows that hold one prompt and all captions of an image, so that the prompt is computed only once.
+    """The layout of rows [prompt, caption 1, caption 2, ...] that compute an image's prompt only once.
 
-    [prompt, caption 1, caption 2, ...]: a caption attends to the prompt and to itself, and its positions continue the
-    prompt's, so every token is computed as in a row of its own.
+    A caption attends to the prompt and to itself, and its positions continue the prompt's, so every token is computed
+    as in a row of its own.
     """
 
     positions: Tensor  # int64 [rows, T]
@@ -68,8 +66,7 @@ class Batch:
     flip: tuple[bool, ...]
     input_ids: Tensor  # int64 [rows, T], right-padded
     mask: Tensor  # bool [rows, T]: tokens to predict
-    packing: Packing | None = None
-    """None: every row is one caption."""
+    packing: Packing | None = None  # None: every row is one caption
 
     @property
     def targets(self) -> int:
@@ -83,19 +80,6 @@ def special_token(tokenizer: Tokenizer, token: str, field: str) -> int:
     if found is None:
         raise ItuneError(f"text.{field}: the language model's tokenizer has no token {token!r}")
     return found
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of plain text, without special tokens."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def encode_caption(tokenizer: Tokenizer, text: TextSettings, caption: str) -> list[int]:
-    """Token ids of a cleaned caption, without the prompt and the end token."""
-    cleaned = clean_caption(caption, text)
-    # GPT-2's tokens include the space before a word: after a prompt a caption begins with one.
-    return encode_text(tokenizer, f" {cleaned}" if text.prompt and not text.prompt[-1].isspace() else cleaned)
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: TextSettings, prefix: Sequence[int] = ()) -> list[int]:
@@ -116,29 +100,25 @@ def tokenize(
 ) -> list[TokenizedRecord]:
     """Captions as token ids; a caption cut at `max_caption_tokens` has no end token.
 
-    `prefix` as in `prompt_tokens`. `prompts`: all tokens before a photo's captions, if photos differ. `positions`: how
-    many the language model has; captions are cut to fit them.
+    `prefix` as in `prompt_tokens`. `prompts`: all tokens before a photo's captions, if photos differ. `positions`: the
+    language model's; captions are cut to fit.
     """
     usual = prompt_tokens(tokenizer, text, prefix)
     end = special_token(tokenizer, text.end, "end")
-
-    def encode(caption: str, most: int) -> tuple[int, ...]:
-        ids = encode_caption(tokenizer, text, caption)
-        return tuple([*ids, end] if len(ids) <= most else ids[:most])
-
     tokenized = []
     for record in records:
         prompt = tuple(usual if prompts is None else prompts[record.image])
         # The model predicts the last token but never reads it, so it needs no position.
         most = max_caption_tokens if positions is None else min(max_caption_tokens, positions - len(prompt))
-        captions = tuple(encode(caption, most) for caption in record.captions)
+        encoded = [encode_caption(tokenizer, text, caption) for caption in record.captions]
+        captions = tuple(tuple([*ids, end] if len(ids) <= most else ids[:most]) for ids in encoded)
         one_sided = any(_SIDED.search(caption) for caption in record.captions)
         tokenized.append(TokenizedRecord(record.image, prompt, captions, not one_sided))
     return tokenized
 
 
 def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batch:
-    """One row for each image, with its prompt and all its captions (see `Packing`), padded to one length."""
+    """One row for each image, with its prompt and all its captions (`Packing`), padded to one length."""
     shape = (len(records), max(map(_packed_length, records)))
     input_ids, positions, sources = (np.zeros(shape, np.int64) for _ in range(3))
     segments = np.full(shape, -1)
@@ -195,22 +175,19 @@ def epoch_steps(
 ) -> Iterator[list[Batch]]:
     """The optimizer steps of an epoch, each a list of batches; the same for the same seed and epoch.
 
-    Within a step images are sorted by the length of their captions, which saves padding. `pack` uses one row for each
-    image (see `Packing`), which saves time with long prompts. Neither changes the result.
+    Within a step, images are sorted by length to save padding. `pack` puts each image's captions into one row
+    (`Packing`) to save time with long prompts. Neither changes the result.
     """
     length, batch = (_packed_length, pack_batch) if pack else (_length, make_batch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(records))
     flips = rng.random(len(records)) < 0.5
-    size = images_per_step(records, config.batch_size)
+    mirrored = [config.flip and bool(flip) and record.mirrorable for flip, record in zip(flips, records, strict=True)]
+    size, part = images_per_step(records, config.batch_size), config.images_per_forward
     for start in range(0, len(order), size):
         chosen = sorted(order[start : start + size], key=lambda i: (length(records[i]), i), reverse=True)
-        yield [
-            batch([records[i] for i in part], [config.flip and bool(flips[i]) and records[i].mirrorable for i in part])
-            for part in (
-                chosen[at : at + config.images_per_forward] for at in range(0, len(chosen), config.images_per_forward)
-            )
-        ]
+        parts = [chosen[at : at + part] for at in range(0, len(chosen), part)]
+        yield [batch([records[i] for i in indices], [mirrored[i] for i in indices]) for indices in parts]
 
 
 def steps_per_epoch(records: Sequence[TokenizedRecord], config: TrainConfig) -> int:

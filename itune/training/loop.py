@@ -1,8 +1,8 @@
 """Train a captioner's adapters: next-token cross-entropy on the captions, AdamW, best checkpoint by dev CIDEr-D.
 
 The output folder gets `best/` and `last/` (adapter checkpoints), `config.json`, `metrics.jsonl` and TensorBoard events.
-`last/` also keeps the optimizer's state, so a run can be stopped and resumed anywhere: the resumed run has the same
-order, mirroring and dropout as an uninterrupted one.
+`last/` also has the optimizer's state, so a run can stop anywhere and resume: order, mirroring and dropout are then the
+same as in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from ..backbones import LanguageModel, VisionTower
 from ..checkpoint import (
@@ -33,26 +36,52 @@ from ..checkpoint import (
     relative_source,
     save_config,
 )
-from ..data.records import Record
 from ..eager import EagerEngine
 from ..evaluate import caption_features
-from ..files import atomic_folder, atomic_path
+from ..files import atomic_folder, write_json
 from ..methods.base import write_tensors
 from ..methods.registry import MODELS
 from ..methods.schemas import CHECKPOINTS
 from ..metrics import CiderD
 from ..runtime.errors import reading
 from ..runtime.search import SearchConfig
-from ..runtime.settings import RetrievalSettings, SearchDefaults
-from .averaging import moving_average
+from ..runtime.settings import SearchDefaults
 from .batches import Batch, TokenizedRecord, epoch_steps, prompt_tokens, steps_per_epoch, tokenize
 from .config import ConfigError, TrainConfig
 from .prompting import TrainingData
-from .reporting import Interrupted, Progress, Reporter
 from .run_folder import BEST, LAST, fingerprint, holds_run, log_epoch
 
+_Count = Annotated[int, Field(ge=0)]
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
+
+
+@dataclass(config=ConfigDict(extra="forbid", strict=True))
+class Progress:
+    """How far a run has come, as saved in `trainer.json`."""
+
+    epoch: _Count = 0
+    step_in_epoch: _Count = 0
+    step: _Count = 0
+    best_cider: Annotated[float, Field(ge=-1)] = -1.0
+    best_epoch: Annotated[int, Field(ge=-1)] = -1
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop; everything is saved in `last/`."""
+
+
+class Reporter(Protocol):
+    """Callbacks of a run; the command line displays them."""
+
+    def step(self, progress: Progress, metrics: dict[str, float], images: int) -> None:
+        """An optimizer step over so many images is done."""
+
+    def evaluating(self, done: int, images: int) -> None:
+        """So many images of the dev split have been captioned."""
+
+    def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
+        """An epoch is done and evaluated."""
 
 
 class Trainer:
@@ -90,6 +119,7 @@ class Trainer:
         vectors = {"params": [w for w in self.weights.values() if w.ndim < 2], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([matrices, vectors], lr=1.0)  # the schedule multiplies it by `learning_rate`
         self.steps_per_epoch = steps_per_epoch(self.records, config)
+        self.total_steps = self.steps_per_epoch * config.epochs
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
@@ -120,11 +150,6 @@ class Trainer:
             )
         return records
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.config.epochs
-
     def init_from(self, checkpoint: Path) -> None:
         """Start from another checkpoint's adapters instead of from the untouched language model."""
         self.model.load_adapters(find_checkpoint(checkpoint) / WEIGHTS_FILE)
@@ -140,7 +165,7 @@ class Trainer:
 
     def run(self, reporter: Reporter) -> Progress:
         """Train from `progress` to the last epoch."""
-        _write_json(self.output / "config.json", self.config.to_json())
+        write_json(self.output / "config.json", self.config.to_json())
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step) as board:
@@ -186,7 +211,7 @@ class Trainer:
             input_ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
             packing = None if batch.packing is None else batch.packing.to(self.device)
             if i == 0 and self.progress.step % 50 == 0:
-                # In a block of its own: older releases of torch cache casts of weights, and these have no gradient.
+                # In its own block: older torch caches the cast weights, which have no gradient here.
                 with self._autocast():
                     entropy = self.model.attention_entropy(input_ids, mask, visual, packing)
                 if entropy is not None:
@@ -211,9 +236,7 @@ class Trainer:
         return metrics
 
     def _autocast(self) -> Any:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _drop_visual(self, visual: Tensor) -> Tensor:
         kept = round(visual.shape[1] * (1 - self.config.visual_dropout))
@@ -223,7 +246,7 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights."""
+        """Give the model the averaged weights within the block."""
         weights = deepcopy(self.model.adapters.state_dict())
         self.model.adapters.load_state_dict(self.average.module.state_dict())
         try:
@@ -278,7 +301,7 @@ class Trainer:
         with atomic_folder(self.output / LAST) as folder:
             self._write_checkpoint(folder, self.output / LAST, {})
             write_tensors(state, folder / _STATE)
-            _write_json(folder / _PROGRESS, asdict(self.progress) | {"data": self._fingerprint})
+            write_json(folder / _PROGRESS, asdict(self.progress) | {"data": self._fingerprint})
         self._saved = time.monotonic()
 
     def resume(self) -> None:
@@ -315,10 +338,13 @@ class Trainer:
         with self._averaged():
             self.model.save_adapters(folder / WEIGHTS_FILE)
         config, prompting = self.config, self.data.prompting
-        # The frozen parts stand beside `training`, as paths that stay valid if the folders are moved together.
+        # The frozen parts are fields of their own, as relative paths: the folders can be moved together.
         training = {k: v for k, v in config.to_json().items() if k not in ("language_model", "vision", "datastore")}
+        retrieval = None
         if prompting is not None:
             training["datastore"] = prompting.datastore
+            encoder = prompting.settings.encoder.model_copy(update={"source": relative_source(config.vision, home)})
+            retrieval = prompting.settings.model_copy(update={"encoder": encoder})
         training |= {
             "epoch": self.progress.epoch + (self.progress.step_in_epoch > 0),  # epochs begun
             "step": self.progress.step,
@@ -330,7 +356,7 @@ class Trainer:
                 vision=VisionSource.of_tower(self.tower, config.vision, home),
                 image=self.tower.image,
                 text=self.text,
-                retrieval=None if prompting is None else _moved(prompting.settings, config.vision, home),
+                retrieval=retrieval,
                 search=self.search,
                 training=training,
                 **self.model.describe(),
@@ -339,20 +365,20 @@ class Trainer:
         )
 
 
-def _moved(settings: RetrievalSettings, vision: str, home: Path) -> RetrievalSettings:
-    """Retrieval settings whose encoder's source is relative to a checkpoint's folder."""
-    encoder = settings.encoder.model_copy(update={"source": relative_source(vision, home)})
-    return settings.model_copy(update={"encoder": encoder})
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a module that follows its weights; call `update_parameters(module)` after every optimizer step.
 
+    The n-th update keeps the share min(decay, n / (9 + n)) of the average: without this ramp it would remember the
+    initialization for hundreds of steps. A decay of 0 makes the average equal to the weights.
+    """
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], updates: Tensor | int) -> None:
+        n = int(updates)
+        kept = min(decay, n / (9 + n))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1 - kept)
 
-
-def left_out(records: Sequence[Record], unreadable: dict[Path, str]) -> list[Record]:
-    """The records whose photo can be read."""
-    return [record for record in records if record.image not in unreadable]
-
-
-__all__ = ["Interrupted", "Progress", "Reporter", "TokenizedRecord", "Trainer", "TrainingData", "left_out"]
+    average = AveragedModel(module, multi_avg_fn=update)
+    average.n_averaged.fill_(1)  # at 0 the first update would copy the weights
+    return average

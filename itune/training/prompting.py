@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 from ..backbones import LanguageModel, VisionTower
 from ..data.features import Features
 from ..data.records import Record
+from ..progress import OnProgress
 from ..retrieval.encoder import Own, load_head, retrieve_for
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.retrieval.prompts import PromptWriter
 from ..runtime.settings import RetrievalSettings, TextSettings
-from .batches import encode_caption, prompt_tokens
+from ..runtime.text import encode_caption
+from .batches import prompt_tokens
 from .config import TrainConfig
 
 
@@ -23,12 +25,9 @@ class Prompting:
     """The prompts of retrieved captions, prepared once for all epochs."""
 
     settings: RetrievalSettings
-    prompts: dict[Path, tuple[int, ...]]
-    """By photo: the token ids before each of its captions: begin, then the prompt."""
-    captions: float
-    """Retrieved captions per prompt on average: fewer than k if the language model has too few positions."""
-    datastore: dict[str, Any]
-    """The origin of the captions, for `itune.json`."""
+    prompts: dict[Path, tuple[int, ...]]  # by photo, the tokens before each of its captions: begin, then the prompt
+    captions: float  # retrieved captions per prompt on average: fewer than k if some had no room
+    datastore: dict[str, Any]  # the origin of the captions, for `itune.json`
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class TrainingData:
     train: Sequence[Record]
     dev: Sequence[Record]
     features: Features
-    prompting: Prompting | None = None
-    """None: every caption has the same prompt."""
+    prompting: Prompting | None = None  # None: every caption has the same prompt
 
 
 def prepare_prompts(
@@ -51,20 +49,19 @@ def prepare_prompts(
     *,
     base: RetrievalSettings | None = None,
     cache: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
-) -> Prompting | None:
-    """Retrieve captions for every photo of both splits; None if the configuration names no datastore.
+    progress: OnProgress | None = None,
+) -> Prompting:
+    """Retrieve captions from the datastore of `config` for every photo of both splits.
 
-    A photo never retrieves its own captions (SmallCap, section 3.3), not even a dev photo: a datastore may hold both
-    splits. `base` are the retrieval settings of the checkpoint that the training starts from. The folder `cache` keeps
-    the retrieved captions. `progress` receives what is being done, the photos done and all photos.
+    A photo never retrieves its own captions (SmallCap, section 3.3), not even a dev photo: the datastore may have both
+    splits. `base`: the retrieval settings of the checkpoint that the training starts from. `cache`: a folder that
+    keeps the retrieved captions.
 
     Raises:
-        DatastoreError: the datastore cannot be read, or another encoder than `tower` built it.
-        SearchError: the language model has no positions left for a prompt.
+        DatastoreError: the datastore cannot be read, or was built with another encoder than `tower`.
+        SearchError: the language model has too few positions for a prompt.
     """
-    if config.datastore is None:
-        return None
+    assert config.datastore is not None
     store = Datastore.load(config.datastore)
     head = load_head(tower, config.vision, store.manifest.encoder.pooling)
     store.require(head.encoder)
@@ -75,33 +72,19 @@ def prepare_prompts(
     begin = prompt_tokens(language.tokenizer, text.model_copy(update={"prompt": ""}))
     positions: int = language.model.config.n_positions
     prompts: dict[Path, tuple[int, ...]] = {}
-    captions = 0
-    for what, records in (("train", data.train), ("dev", data.dev)):
+    retrieved = 0
+    for records, own in ((data.train, Own.CAPTIONS), (data.dev, Own.PHOTO)):
         found = retrieve_for(
-            records,
-            data.features,
-            store,
-            settings.k,
-            head,
-            leave_out=Own.CAPTIONS if what == "train" else Own.PHOTO,
-            cache=cache,
-            progress=lambda done, total, what=what: progress(f"retrieving for {what} photos", done, total),  # type: ignore[misc]
+            records, data.features, store, settings.k, head, leave_out=own, cache=cache, progress=progress
         )
         for record in records:
-            longest = _longest_caption(config, text, language, record.captions if what == "train" else ())
+            captions = record.captions if own is Own.CAPTIONS else ()  # dev captions are not tokenized
+            lengths = [len(encode_caption(language.tokenizer, text, caption)) + 1 for caption in captions]
+            longest = max(config.max_new_tokens, min(max(lengths, default=0), config.max_caption_tokens + 1))
             # The last token of a caption needs no position: the language model does not read it.
             ids, written = writer.write(found[record.id], positions - longest + 1 - len(begin))
             prompts.setdefault(record.image, (*begin, *ids))  # a photo in both splits keeps its training prompt
-            captions += len(written)
+            retrieved += len(written)
     manifest = store.manifest
     origin = {"kind": manifest.kind, "entries": manifest.entries, "captions": manifest.captions}
-    return Prompting(settings, prompts, captions / len(prompts), origin | manifest.provenance)
-
-
-def _longest_caption(config: TrainConfig, text: TextSettings, language: LanguageModel, captions: Sequence[str]) -> int:
-    """Tokens of the longest of these captions, or of the captions to be written if that is more; with the end token."""
-    longest = config.max_new_tokens
-    for caption in captions:
-        length = len(encode_caption(language.tokenizer, text, caption)) + 1
-        longest = max(longest, min(length, config.max_caption_tokens + 1))
-    return longest
+    return Prompting(settings, prompts, retrieved / len(prompts), origin | manifest.provenance)

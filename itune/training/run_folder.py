@@ -18,15 +18,13 @@ BEST, LAST, METRICS = "best", "last", "metrics.jsonl"
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a run has saved anything in the folder."""
+    """Whether a run has saved something in the folder."""
     return any((output / name).exists() for name in (BEST, LAST, METRICS)) or any(output.glob(f".{LAST}.*.old"))
 
 
 @contextmanager
 def only_run(output: Path) -> Iterator[None]:
-    """Make the folder, and within the block be the only run that writes to it.
-
-    This also restores or removes what a killed run has left half-written.
+    """Make the folder and lock it for the block; restore or remove what a killed run left half-written.
 
     Raises:
         ItuneError: the folder cannot be made, or another run is writing to it.
@@ -34,21 +32,16 @@ def only_run(output: Path) -> Iterator[None]:
     with reading(f"--output {output}", mend="choose another folder"):
         output.mkdir(parents=True, exist_ok=True)
     busy = f"--output {output}: another training run is writing to it; choose another folder"
-    with _gone_if_empty(output), only_writer(output / ".lock", busy):
-        for name in (BEST, LAST):
-            recover_folder(output / name)
-            for half in (*output.glob(f".{name}.*.tmp"), *output.glob(f".{name}.*.old")):
-                shutil.rmtree(half, ignore_errors=True)
-        yield
-
-
-@contextmanager
-def _gone_if_empty(folder: Path) -> Iterator[None]:
     try:
-        yield
+        with only_writer(output / ".lock", busy):
+            for name in (BEST, LAST):
+                recover_folder(output / name)
+                for half in (*output.glob(f".{name}.*.tmp"), *output.glob(f".{name}.*.old")):
+                    shutil.rmtree(half, ignore_errors=True)
+            yield
     finally:
-        with suppress(OSError):
-            folder.rmdir()
+        with suppress(OSError):  # unless the run saved nothing, the folder is not empty
+            output.rmdir()
 
 
 def log_epoch(output: Path, epoch: int, values: Mapping[str, Any]) -> None:

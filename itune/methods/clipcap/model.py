@@ -22,53 +22,33 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from ...backbones import ClipProjection, load_clip_projection, vision_kind
-from ...checkpoint import CheckpointConfig
 from ...runtime.errors import ItuneError
-from ...runtime.settings import Method, TextSettings
+from ...runtime.settings import Method
 from ...training.config import ConfigError, TrainConfig
-from ..base import CaptionModel, Visual
-from .settings import ClipCapCheckpoint
+from ..base import CaptionModel, ModelConfig, Visual
+from .settings import TRANSFORMER_FIELDS, ClipCapCheckpoint
 
 Pooling = Literal["projected", "cls", "mean"]
-_MLP_RATIO = 2
 
 
 @dataclass(frozen=True)
 class ClipCapConfig:
     """Shape of a mapper and of its input."""
 
-    hidden_size: int
-    """Width d of the language model."""
-
-    visual_width: int
-    """Width d_v of the visual embeddings."""
-
+    hidden_size: int  # width d of the language model
+    visual_width: int  # width d_v of the visual embeddings
     mapper: Literal["transformer", "mlp"] = "transformer"
-
-    prefix_length: int = 10
-    """The paper's k: embeddings before the caption."""
-
-    clip_length: int = 10
-    """Transformer mapper: the image's embedding becomes this many vectors of width d."""
-
+    prefix_length: int = 10  # embeddings before the caption: the paper's k
+    clip_length: int = 10  # transformer mapper: vectors of width d that the image's embedding becomes
     mapper_layers: int = 8
     mapper_heads: int = 8
-
     pooling: Pooling = "cls"
-    """Which embedding of the image the mapper reads: `cls` position 0, `mean` the mean of all, `projected` position 0
-    after CLIP's projection."""
-
-    projected_width: int | None = None
-    """Width of CLIP's projection; only with `pooling` projected."""
-
-    layer_norm_eps: float = 1e-5
-    """Epsilon of the layer norm before the projection."""
-
-    normalize: bool = False
-    """Scale the embedding to length 1."""
-
-    dropout: float = 0.0
-    """Dropout in the mapper's feed-forward blocks while training."""
+    """Image embedding that the mapper reads: `cls` position 0, `mean` the mean of all, `projected` position 0 after
+    CLIP's projection."""
+    projected_width: int | None = None  # of CLIP's projection; only with `pooling` projected
+    layer_norm_eps: float = 1e-5  # of the layer norm before the projection
+    normalize: bool = False  # scale the embedding to length 1
+    dropout: float = 0.0  # in the mapper's feed-forward blocks, while training
 
     def __post_init__(self) -> None:
         if self.mapper == "transformer" and self.hidden_size % self.mapper_heads:
@@ -107,7 +87,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, _MLP_RATIO * width), nn.Linear(_MLP_RATIO * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,6 +198,10 @@ class ClipCapModel(CaptionModel):
 
     method: ClassVar[Method] = "clipcap"
     weights_prefix: ClassVar[str] = ""
+    begins: ClassVar[bool] = False
+    """As in the paper, the caption directly follows the prefix: GPT-2 ignores what stands before its begin token, which
+    also ends a text."""
+    adapters: ImagePrefix
 
     def __init__(self, language_model: GPT2LMHeadModel, config: ClipCapConfig) -> None:
         super().__init__(language_model, ImagePrefix(config))
@@ -227,12 +211,17 @@ class ClipCapModel(CaptionModel):
         language_model.transformer.wte = self.embedding
 
     @classmethod
-    def create(cls, config: TrainConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
-        """A model with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v), and CLIP's projection.
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model as `config` describes it, with a fresh mapper, for visual embeddings of shape `visual` = (N, d_v).
 
         Raises:
             ConfigError: the tower has no projection, or visual dropout could remove the one embedding that is read.
         """
+        widths = language_model.config.n_embd, visual[1]
+        if isinstance(config, ClipCapCheckpoint):
+            shape = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
+            return cls(language_model, ClipCapConfig(*widths, **shape))
+        assert isinstance(config, TrainConfig)
         projection = None if config.pooling in ("cls", "mean") else load_clip_projection(config.vision)
         pooling = config.pooling or _default_pooling(config.vision, projection)
         if pooling == "projected" and projection is None:
@@ -245,50 +234,28 @@ class ClipCapModel(CaptionModel):
         shape = {name: getattr(config, name) for name in (*_MAPPER, "normalize", "dropout")} | {"pooling": pooling}
         if projection is not None:
             shape |= {"projected_width": len(projection.weight), "layer_norm_eps": projection.epsilon}
-        model = cls(language_model, ClipCapConfig(language_model.config.n_embd, visual[1], **shape))
+        model = cls(language_model, ClipCapConfig(*widths, **shape))
         if projection is not None:
             model.load_projection(projection)
         return model
 
-    @classmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its mapper is not loaded yet."""
-        assert isinstance(config, ClipCapCheckpoint)
-        shape = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
-        widths = (language_model.config.n_embd, config.vision.width)
-        return cls(language_model, ClipCapConfig(*widths, dropout=config.dropout, **shape))
-
-    @classmethod
-    def text(cls, config: TrainConfig) -> TextSettings:
-        """The text settings of a model to be trained; as in the paper, the caption directly follows the prefix.
-
-        GPT-2 has learned to ignore what stands before its begin token, which ends a text.
-        """
-        return super().text(config).model_copy(update={"begin": None})
-
     def describe(self) -> dict[str, Any]:
         """The mapper's shape and what it reads."""
-        unused = ("clip_length", "mapper_layers", "mapper_heads") if self.config.mapper == "mlp" else ()
+        unused = TRANSFORMER_FIELDS if self.config.mapper == "mlp" else ()
         return {name: getattr(self.config, name) for name in _SHAPE if name not in unused}
-
-    @property
-    def image_prefix(self) -> ImagePrefix:
-        """The trainable part."""
-        assert isinstance(self.adapters, ImagePrefix)
-        return self.adapters
 
     def load_projection(self, projection: ClipProjection) -> None:
         """Put CLIP's projection before the mapper."""
-        assert self.image_prefix.projection is not None
-        self.image_prefix.projection.load_state_dict(projection.state_dict())
+        assert self.adapters.projection is not None
+        self.adapters.projection.load_state_dict(projection.state_dict())
 
     def project(self, visual: Tensor) -> Visual:
         """The prefix, `prefix` [images, prefix_length, d]."""
-        return {"prefix": self.image_prefix(visual)}
+        return {"prefix": self.adapters(visual)}
 
     @contextmanager
     def looking_at(self, visual: Visual) -> Iterator[None]:
-        """Within the block the ids after the vocabulary's stand for the prefixes of these images."""
+        """Let the ids after the vocabulary's stand for the prefixes of these images within the block."""
         self.embedding.prefix = visual["prefix"]
         try:
             yield

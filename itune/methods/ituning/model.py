@@ -12,6 +12,7 @@ Beside the feed-forward block of a frozen decoder layer, with X its input and V 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from ...checkpoint import CheckpointConfig, CheckpointError
+from ...checkpoint import CheckpointError
 from ...runtime.errors import ItuneError
 from ...runtime.settings import Method
 from ...training.config import TrainConfig
 from ..attention import AttendingModel, ImageAttention
+from ..base import ModelConfig
 from .settings import ITuningCheckpoint
 
 
@@ -31,26 +33,13 @@ from .settings import ITuningCheckpoint
 class AdapterConfig:
     """Shape and scales of every adapter of a model."""
 
-    hidden_size: int
-    """Width d of the language model."""
-
-    visual_width: int
-    """Width d_v of the visual embeddings."""
-
-    bottleneck: int
-    """Width r of queries, keys and values; d / 2 gives the paper's parameter counts."""
-
-    heads: int = 1
-    """Attention heads that share the bottleneck; the paper's equations have one."""
-
-    lambda_: float = 1.0
-    """The paper's lambda (>= 1): scales (S U) W_o, not b_o."""
-
-    score_scale: float | None = None
-    """Factor on Q K^T; None is 1/sqrt(r / heads), 1.0 is the paper's equation taken literally."""
-
-    dropout: float = 0.0
-    """Dropout on the retrieved S U while training."""
+    hidden_size: int  # width d of the language model
+    visual_width: int  # width d_v of the visual embeddings
+    bottleneck: int  # width r of queries, keys and values; d / 2 gives the paper's parameter counts
+    heads: int = 1  # they share the bottleneck; the paper's equations have one head
+    lambda_: float = 1.0  # the paper's lambda (>= 1): scales (S U) W_o, not b_o
+    score_scale: float | None = None  # factor on Q K^T; None is 1/sqrt(r / heads), 1.0 is the paper's literal equation
+    dropout: float = 0.0  # on the retrieved S U, while training
 
     def __post_init__(self) -> None:
         if self.bottleneck % self.heads:
@@ -104,6 +93,7 @@ class ITuningModel(AttendingModel):
     """
 
     method: ClassVar[Method] = "i-tuning"
+    attending: Mapping[int, ITuningAdapter]
 
     def __init__(self, language_model: GPT2LMHeadModel, config: AdapterConfig, first_adapter_layer: int = 0) -> None:
         layers: Any = language_model.transformer.h
@@ -118,20 +108,13 @@ class ITuningModel(AttendingModel):
         self.config = config
 
     @classmethod
-    def create(
-        cls, config: TrainConfig | ITuningCheckpoint, language_model: GPT2LMHeadModel, visual: tuple[int, int]
-    ) -> Self:
-        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+        assert isinstance(config, TrainConfig | ITuningCheckpoint)
         gpt2 = language_model.config
         bottleneck, heads = config.bottleneck or gpt2.n_embd // 2, config.heads or gpt2.n_head
         shape = (gpt2.n_embd, visual[1], bottleneck, heads, config.lambda_, config.score_scale, config.dropout)
         return cls(language_model, AdapterConfig(*shape), config.first_adapter_layer)
-
-    @classmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its adapters are not loaded yet."""
-        assert isinstance(config, ITuningCheckpoint)
-        return cls.create(config, language_model, (config.vision.tokens, config.vision.width))
 
     def describe(self) -> dict[str, Any]:
         """The adapters' shape and scales, and the first layer with an adapter."""
@@ -145,6 +128,4 @@ class ITuningModel(AttendingModel):
 
     def adapter(self, layer: int) -> ITuningAdapter:
         """The adapter of a decoder layer."""
-        adapter = self.attending[layer]
-        assert isinstance(adapter, ITuningAdapter)
-        return adapter
+        return self.attending[layer]

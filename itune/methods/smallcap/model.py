@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from ...checkpoint import CheckpointConfig
 from ...runtime.settings import Method
 from ...training.config import TrainConfig
 from ..attention import AttendingModel, ImageAttention
+from ..base import ModelConfig
 from .settings import SmallCapCheckpoint
 
 _RETURNS_TUPLE = "output_attentions" in inspect.signature(GPT2Block.forward).parameters
@@ -35,23 +35,12 @@ _RETURNS_TUPLE = "output_attentions" in inspect.signature(GPT2Block.forward).par
 class CrossAttentionConfig:
     """Shape of every cross-attention layer of a model."""
 
-    hidden_size: int
-    """Width d of the language model."""
-
-    visual_width: int
-    """Width d_v of the visual embeddings."""
-
-    heads: int
-    """Attention heads (paper: 12, as GPT-2 has)."""
-
-    head_width: int = 16
-    """Width w of each head's queries, keys and values."""
-
-    dropout: float = 0.0
-    """Dropout on what is retrieved from the image, while training."""
-
-    norm_epsilon: float = 1e-5
-    """Epsilon of the layer norm before the queries: the language model's."""
+    hidden_size: int  # width d of the language model
+    visual_width: int  # width d_v of the visual embeddings
+    heads: int  # paper: 12, as GPT-2 has
+    head_width: int = 16  # width w of each head's queries, keys and values
+    dropout: float = 0.0  # on what is retrieved from the image, while training
+    norm_epsilon: float = 1e-5  # of the layer norm before the queries: the language model's
 
     @property
     def width(self) -> int:
@@ -112,29 +101,17 @@ class SmallCapModel(AttendingModel):
         for i, layer in enumerate(layers):
             blocks[i] = CrossAttendingBlock(blocks[i], layer)
         super().__init__(language_model, dict(enumerate(layers)), dict(enumerate(blocks)))
-        self.config = config
+        self.config, self.layers = config, layers
 
     @classmethod
-    def create(
-        cls, config: TrainConfig | SmallCapCheckpoint, language_model: GPT2LMHeadModel, visual: tuple[int, int]
-    ) -> Self:
-        """A model with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+    def create(cls, config: ModelConfig, language_model: GPT2LMHeadModel, visual: tuple[int, int]) -> Self:
+        """A model as `config` describes it, with fresh adapters, for visual embeddings of shape `visual` = (N, d_v)."""
+        assert isinstance(config, TrainConfig | SmallCapCheckpoint)
         gpt2 = language_model.config
         heads, norm_epsilon = config.heads or gpt2.n_head, gpt2.layer_norm_epsilon
         shape = (gpt2.n_embd, visual[1], heads, config.attention_width, config.dropout, norm_epsilon)
         return cls(language_model, CrossAttentionConfig(*shape))
 
-    @classmethod
-    def from_checkpoint(cls, config: CheckpointConfig, language_model: GPT2LMHeadModel) -> Self:
-        """The model that a checkpoint describes; its adapters are not loaded yet."""
-        assert isinstance(config, SmallCapCheckpoint)
-        return cls.create(config, language_model, (config.vision.tokens, config.vision.width))
-
     def describe(self) -> dict[str, Any]:
         """The heads and their width."""
         return {"heads": self.config.heads, "attention_width": self.config.head_width}
-
-    @property
-    def layers(self) -> list[CrossAttention]:
-        """The cross-attention of every block."""
-        return [layer for layer in self.attending.values() if isinstance(layer, CrossAttention)]

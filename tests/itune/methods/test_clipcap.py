@@ -22,9 +22,11 @@ from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel, ImagePrefix
 from itune.runtime.errors import ItuneError
 from itune.runtime.search import SearchConfig, search
 from itune.runtime.settings import TextSettings
-from itune.training.batches import encode_caption, prompt_tokens
+from itune.runtime.text import encode_caption
+from itune.training.batches import prompt_tokens
 from itune.training.config import PRESETS, ConfigError, resolve
-from itune.training.loop import Interrupted, Trainer, TrainingData
+from itune.training.loop import Interrupted, Trainer
+from itune.training.prompting import TrainingData
 from tests.clipcap import SHAPES, papers_transformer, save_clipcap
 from tests.conftest import CAPTIONS, make_clip, refused
 from tests.itune.training.test_loop import Quiet

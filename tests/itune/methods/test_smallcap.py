@@ -268,9 +268,7 @@ def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
 
     def prepare(**settings: object) -> Prompting:
         config = resolve("small-data", **{"vision": str(clip_folder), "datastore": str(data / "store"), **settings})
-        prompting = prepare_prompts(config, text, language, features.tower, split)
-        assert prompting is not None
-        return prompting
+        return prepare_prompts(config, text, language, features.tower, split)
 
     everything = prepare(retrieve=4)
     assert everything.captions == 4

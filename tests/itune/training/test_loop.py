@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError, load_config, resolve_source, save_config
@@ -26,7 +27,8 @@ from itune.loading import LoadedCheckpoint
 from itune.runtime.settings import SearchDefaults, TextSettings
 from itune.training.batches import epoch_steps, tokenize
 from itune.training.config import PRESETS, ConfigError, TrainConfig, flag, resolve
-from itune.training.loop import Interrupted, Progress, Trainer, TrainingData
+from itune.training.loop import Interrupted, Progress, Trainer, moving_average
+from itune.training.prompting import TrainingData
 from tests.conftest import CAPTIONS, refused
 
 
@@ -207,6 +209,23 @@ def test_captions_are_cut_to_the_language_models_positions(
     settings["max_new_tokens"] = positions
     with refused(ConfigError, f"--max-new-tokens {positions}", "--prompt"):
         make_trainer(language_model_folder, clip_folder, long, tmp_path / "other", live, **settings)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
+def test_the_average_follows_the_weights(decay: float) -> None:
+    module = nn.Linear(3, 2)
+    average = moving_average(module, decay)
+    expected = [weight.detach().double() for weight in module.parameters()]
+    for step in range(20):
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.add_(torch.randn(weight.shape))
+        average.update_parameters(module)
+        kept = min(decay, (1 + step) / (10 + step))
+        pairs = zip(expected, module.parameters(), strict=True)
+        expected = [kept * old + (1 - kept) * weight.detach().double() for old, weight in pairs]
+        for found, value in zip(average.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
 
 
 def test_presets_are_the_papers() -> None:
