@@ -25,9 +25,9 @@ LIBRARIES: dict[str, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensor
 """Modules in order of preference, with their names in a bundle."""
 OLDEST = (10, 14)
 """The first release of `tensorrt` whose strongly typed parser this was written for."""
-BUILDER = "itune.export.tensorrt.plan_builder"
+_BUILDER = "itune.export.tensorrt.plan_builder"
 _NO_FLOAT_PRODUCTS = "sm75"
-"""On Turing, tensorrt-rtx has no fp32 products, which the adapters' attention and the logits need."""
+"""Turing, where tensorrt-rtx cannot multiply in fp32, as the adapters' attention and the logits need."""
 
 
 class TensorRTError(ItuneError):
@@ -123,10 +123,7 @@ def build_plan(request: PlanRequest, progress: Callable[[str], None], report: Ca
         elif "report" in message:
             report(LayerReport.model_validate(message["report"]))
 
-    def failed(reason: str) -> TensorRTError:
-        return TensorRTError(f"{request.source.name}: {reason}")
-
-    run_module(BUILDER, request.model_dump_json(), error=failed, receive=receive)
+    run_module(_BUILDER, request.model_dump_json(), about=request.source.name, error=TensorRTError, receive=receive)
 
 
 def layer_table(name: str, report: LayerReport) -> Table:

@@ -57,8 +57,7 @@ class Builder:
             config.num_compute_capabilities = len(self.request.compute_capabilities)
             for place, gpu in enumerate(self.request.compute_capabilities):
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, gpu.upper()), place)
-        if hasattr(self.trt, "IProgressMonitor"):
-            config.progress_monitor = monitor = _monitor(self.trt)  # noqa: F841  # must outlive the build
+        config.progress_monitor = monitor = _monitor(self.trt)  # noqa: F841  # must outlive the build
         profile = self.builder.create_optimization_profile()
         for tensor in _all(self.network.get_input, self.network.num_inputs):
             sizes = self.request.profile[tensor.name]
@@ -135,9 +134,6 @@ def _logger(trt: Any, messages: list[str]) -> Any:
     """A logger that keeps errors; TensorRT allows one in a process."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the module is only known at run time
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 messages.append(message)
@@ -146,22 +142,20 @@ def _logger(trt: Any, messages: list[str]) -> Any:
 
 
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
+    steps: dict[str, int] = {}
 
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
+            steps[phase_name] = num_steps
             if parent_phase is None:
                 _say(progress=phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            _say(progress=f"{phase_name} {step + 1}/{self.steps.get(phase_name, step + 1)}")
+            _say(progress=f"{phase_name} {step + 1}/{steps.get(phase_name, step + 1)}")
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
+            pass
 
     return Monitor()
 

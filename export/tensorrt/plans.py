@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from ..graph.builder import Graph
 from ..options import ExportOptions, Precision
 from .calibrate import calibrate, calibration_images, choose_ranges
 from .library import LayerReport, Library, PlanRequest, build_plan
-from .profiles import MAX_BATCH, MAX_BEAMS, PlanLimits, plan_profile
+from .profiles import PlanLimits, plan_profile
 from .typed_graph import FLOAT, HALF, cast_outputs, type_graph
 
 Role = Literal["vision", "decoder"]
@@ -33,15 +34,9 @@ class PlanWriter:
     gpus: list[str]
     calibration: Path | None
     """A folder of photos, or `random`; only int8 is calibrated."""
-    report: Report
 
     @classmethod
-    def prepare(
-        cls,
-        options: ExportOptions,
-        precisions: Mapping[Role, Precision],
-        report: Report = lambda _role, _report: None,
-    ) -> PlanWriter:
+    def prepare(cls, options: ExportOptions, precisions: Mapping[Role, Precision]) -> PlanWriter:
         """Check the options before any model is loaded.
 
         Raises:
@@ -57,8 +52,8 @@ class PlanWriter:
             )
         if photos is not None:
             calibration_images(photos)
-        limits = PlanLimits(options.max_beams or MAX_BEAMS, options.max_batch or MAX_BATCH)
-        return cls(precisions, limits, library, gpus, photos, report)
+        limits = PlanLimits(options.max_beams or PlanLimits.max_beams, options.max_batch or PlanLimits.max_batch)
+        return cls(precisions, limits, library, gpus, photos)
 
     def for_tower(self, tower: VisionTower) -> PlanWriter:
         """The writer with the tower's default precision: fp32 instead of fp16 for a convolutional tower.
@@ -80,12 +75,14 @@ class PlanWriter:
         histograms, ranges = None, None
         scales: dict[str, float] = {}
         if self.calibration is not None:
-
-            def count(done: int, total: int) -> None:
-                progress(f"calibrating on photo {done} of {total}")
-
-            images = calibration_images(self.calibration)
-            histograms = calibrate(sources["vision"], sources["decoder"], folder, manifest, images, count)
+            histograms = calibrate(
+                sources["vision"],
+                sources["decoder"],
+                folder,
+                manifest,
+                calibration_images(self.calibration),
+                lambda done, total: progress(f"calibrating on photo {done} of {total}"),
+            )
         graphs = {role: Graph.load(path) for role, path in sources.items()}
         if histograms is not None:
             ranges, scales = choose_ranges(graphs["vision"], graphs["decoder"], histograms)
@@ -101,27 +98,27 @@ class PlanWriter:
             gc.collect()
         return files, scales
 
-    def build(self, manifest: Manifest, folder: Path, progress: Callable[[str], None]) -> list[GraphEntry]:
+    def build(
+        self, manifest: Manifest, folder: Path, progress: Callable[[str], None], report: Report
+    ) -> list[GraphEntry]:
         """Build a plan of every graph in the folder; returns their entries in the manifest."""
-        return [self._build(entry, manifest, folder, progress) for entry in manifest.graphs]
-
-    def _build(
-        self, entry: GraphEntry, manifest: Manifest, folder: Path, progress: Callable[[str], None]
-    ) -> GraphEntry:
-        name = f"{entry.role}.plan"
-        profile = plan_profile(entry.inputs, self.limits, manifest.tokens, manifest.decoder.visual_tokens)
-        request = PlanRequest(
-            source=folder / entry.file, target=folder / name, profile=profile, compute_capabilities=self.gpus
-        )
-        progress(f"building {name}")
-        build_plan(request, progress, lambda report: self.report(entry.role, report))
-        settings = PlanSettings(
-            flavour=self.library.flavour,
-            version=self.library.version,
-            compute_capabilities=self.gpus,
-            profiles=[profile],
-            source=entry.file,
-            source_sha256=manifest.files[entry.file].sha256,
-        )
-        plan = {"engine": "tensorrt", "file": name, "external_data": [], "target": ",".join(self.gpus)}
-        return GraphEntry.model_validate(entry.model_dump() | plan | {"plan": settings})
+        entries = []
+        for graph in manifest.graphs:
+            name = f"{graph.role}.plan"
+            profile = plan_profile(graph.inputs, self.limits, manifest.tokens, manifest.decoder.visual_tokens)
+            progress(f"building {name}")
+            request = PlanRequest(
+                source=folder / graph.file, target=folder / name, profile=profile, compute_capabilities=self.gpus
+            )
+            build_plan(request, progress, partial(report, graph.role))
+            settings = PlanSettings(
+                flavour=self.library.flavour,
+                version=self.library.version,
+                compute_capabilities=self.gpus,
+                profiles=[profile],
+                source=graph.file,
+                source_sha256=manifest.files[graph.file].sha256,
+            )
+            plan = {"engine": "tensorrt", "file": name, "external_data": [], "target": ",".join(self.gpus)}
+            entries.append(GraphEntry.model_validate(graph.model_dump() | plan | {"plan": settings}))
+        return entries
