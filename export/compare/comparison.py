@@ -1,6 +1,6 @@
-"""Export a checkpoint in several precisions and measure the bundles against each other: size, captions, latency.
+"""Export a checkpoint in several precisions and compare the bundles: size, captions, latency.
 
-A folder holds the bundles and, beside each, NAME.json with its captions and fidelity; the next run uses them again if
+A folder holds the bundles and, beside each, NAME.json with its captions and fidelity. The next run uses them again if
 the bundles, photos and search are the same.
 """
 
@@ -26,12 +26,12 @@ from ...runtime.captioner import Captioner
 from ...runtime.errors import ItuneError, reading
 from ...runtime.image import decode, preprocess
 from ...runtime.settings import Settings
-from ...training.batches import encode_caption
+from ...runtime.text import encode_caption
 from ..bundle import export_bundle
 from ..options import CompareOptions, ExportOptions
 from ..verify.captions import caption_photos
 from ..vocabulary import Vocabulary
-from .fidelity import Fidelity, measure_fidelity
+from .fidelity import Example, Fidelity, measure_fidelity
 from .stopwatch import Latency, measure_latency
 
 REFERENCE = "fp32"
@@ -168,7 +168,7 @@ class Comparison:
         return self._cached(name, "captions", inputs, caption)
 
     def _fidelity(self, name: str, bundles: dict[str, Path], records: Sequence[Record], written: _Captions) -> Fidelity:
-        """Compare `name` with the reference on each photo's first human caption, or on the reference's own."""
+        """Compare `name` with the reference on each photo's first human caption, or on the reference's own caption."""
         if name == REFERENCE:
             return Fidelity(kl=0.0, top1=1.0, covered=1.0, positions=0)
         records = records[:FIDELITY_PHOTOS]
@@ -177,15 +177,11 @@ class Comparison:
             threads = self.options.threads
             reference, other = (Captioner.load(bundles[each], threads=threads) for each in (REFERENCE, name))
             text = Bundle.load(bundles[REFERENCE], verify=False).manifest.text
-            examples = [
-                (
-                    preprocess(decode(record.image), reference.image),
-                    encode_caption(reference.tokenizer, text, record.captions[0])
-                    if record.captions
-                    else written[record.id]["tokens"],
-                )
-                for record in records
-            ]
+            examples: list[Example] = []
+            for record in records:
+                own = written[record.id]["tokens"]
+                caption = encode_caption(reference.tokenizer, text, record.captions[0]) if record.captions else own
+                examples.append((preprocess(decode(record.image), reference.image), caption))
             with self.progress(f"{name}: next tokens") as update:
                 engines = reference.engine, other.engine
                 return asdict(measure_fidelity(*engines, examples, reference.tokens, progress=update))
@@ -195,7 +191,7 @@ class Comparison:
         return Fidelity(**self._cached(name, "fidelity", [*hashes, photos], measure))
 
     def _cached(self, name: str, part: str, inputs: list[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A part of NAME.json, computed again if the inputs are not the same."""
+        """A part of NAME.json, computed again if the inputs have changed."""
         path = self.folder / f"{name}.json"
         content: dict[str, _Cached] = {}
         with suppress(FileNotFoundError, ValidationError):  # a file that is damaged or not ours is overwritten
@@ -209,5 +205,5 @@ class Comparison:
 
 
 def _hash(bundle: Path) -> str:
-    """Identifies a bundle: its manifest has the hashes of its files."""
+    """A bundle's identity: its manifest has the hashes of its files."""
     return hash_files([bundle / MANIFEST])

@@ -1,4 +1,4 @@
-"""Write the published checkpoint of another project as one of ours; its tensors' names tell which method it is."""
+"""Write the published checkpoint of another project as one of ours; the names of its tensors decide the method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .state_dict import Imported, State, read_state
 
 Importer = Callable[[Path, State, LanguageModel, VisionTower, ImportOptions], Imported]
 IMPORTERS: dict[str, Importer] = {"clip_project.": import_clipcap, ".crossattention.": import_smallcap}
-"""By a part of a tensor's name that only this method has."""
+"""By a part that only this method's tensors have in their names."""
 _FINE_TUNED = "language-model"
 """Subfolder of the checkpoint for a fine-tuned language model."""
 
