@@ -7,6 +7,7 @@ no CPU.
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -141,16 +142,34 @@ class Contender(Worker):
 
     def __init__(self, entry: Entry, folder: Path, threads: int) -> None:
         self.entry = entry
-        super().__init__(entry.label, make_contestant, entry, folder, threads)
+        super().__init__(entry.label, _Loaded, entry, folder, threads)
 
     def caption(self, pixels: UInt8, task: Task) -> Sample:
         """Caption photos, uint8 [B, H, W, 3], in the contestant's process."""
         sample: Sample = self.call("caption", pixels, task)
         return sample
 
+    def close(self) -> float:
+        """End the process; returns its peak resident memory in MB."""
+        peak: float = self.call("peak_memory")
+        self.kill()
+        return peak
 
-def make_contestant(entry: Entry, folder: Path, threads: int) -> Contestant:
-    """Import and load a contestant, in its own process."""
-    module, name = entry.implementation.split(":")
-    contestant: Contestant = getattr(import_module(module), name)(folder, threads, **entry.options)
-    return contestant
+
+class _Loaded:
+    """A contestant in its own process, and the memory of that process."""
+
+    def __init__(self, entry: Entry, folder: Path, threads: int) -> None:
+        module, name = entry.implementation.split(":")
+        contestant: Contestant = getattr(import_module(module), name)(folder, threads, **entry.options)
+        self.caption = contestant.caption
+
+    def peak_memory(self) -> float:
+        """The peak resident memory in MB."""
+        status = Path("/proc/self/status")
+        if status.exists():  # on Linux, getrusage would count what the parent had when it started this process
+            lines = status.read_text(encoding="ascii").splitlines()
+            return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

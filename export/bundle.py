@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from .. import __version__
 from ..backbones import ClipTower, VisionTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, load_config
 from ..data.records import Record
-from ..files import hash_files, listed_files
+from ..files import hash_files, listed_files, staged_folder
 from ..loading import LoadedCheckpoint, eager_captioner
 from ..retrieval.encoder import RetrievalHead, load_head
 from ..runtime.bundle import MANIFEST, TOKENIZER, GraphEntry, Manifest, TensorSpec, square_grid
@@ -35,7 +35,6 @@ from .methods.registry import METHODS, build_decoder, build_vision
 from .options import ExportOptions, Precision
 from .quantize.integer_matmul import Blocks, Rows, Scheme
 from .quantize.rewrite import halve_graph, quantize_graph
-from .staging import staged_folder
 from .tensorrt.library import LayerReport
 from .tensorrt.plans import PlanWriter, Role
 from .tensorrt.profiles import PlanLimits
@@ -75,8 +74,8 @@ def export_bundle(
         ItuneError: the checkpoint cannot be loaded or exported, or `output` exists (`force` replaces a bundle).
     """
     checkpoint = find_checkpoint(checkpoint)
-    plan = _Plan.make(checkpoint, options, report_plan)
-    with staged_folder(output, force=options.force, own=_exported) as folder:
+    plan = _Plan.make(checkpoint, options)
+    with staged_folder(output, force=options.force, own=listed_files(output / MANIFEST)) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         plan = plan.for_model(loaded, search)
@@ -96,7 +95,7 @@ def export_bundle(
             report(checks)
             _raise_if_failed(checks)
         if plan.writer is not None:
-            fields["graphs"] += plan.writer.build(manifest, folder, progress)
+            fields["graphs"] += plan.writer.build(manifest, folder, progress, report_plan)
             manifest = _write_manifest(fields, folder, plan.card)
     return manifest
 
@@ -118,7 +117,7 @@ class _Plan:
     """Embeds images to search a datastore; None for a captioner that does not retrieve."""
 
     @classmethod
-    def make(cls, checkpoint: Path, options: ExportOptions, report: Callable[[str, LayerReport], None]) -> _Plan:
+    def make(cls, checkpoint: Path, options: ExportOptions) -> _Plan:
         """Decide what can be decided, and find what is wrong with the options, before a model is loaded."""
         tensorrt = options.target == "tensorrt"
         retrieves = options.retrieve is not None or load_config(checkpoint).retrieval is not None
@@ -134,7 +133,7 @@ class _Plan:
             with reading(options.model_card, mend="give a file of UTF-8 text"):
                 card = options.model_card.read_text(encoding="utf-8")
         vocabulary = None if options.vocabulary is None else Vocabulary.read(options.vocabulary, options.data)
-        writer = PlanWriter.prepare(options, precisions, report) if tensorrt else None
+        writer = PlanWriter.prepare(options, precisions) if tensorrt else None
         return cls(options, precisions, card, vocabulary, writer)
 
     def for_model(self, loaded: LoadedCheckpoint, search: Mapping[str, Any]) -> _Plan:
@@ -144,7 +143,7 @@ class _Plan:
             token_ids = self.vocabulary.token_ids(loaded.language.tokenizer, config.text, tokens)
             tokens, plan = eager_captioner(loaded, token_ids).tokens, replace(plan, token_ids=token_ids)
         if self.writer is not None:
-            limits = replace(self.writer.limits, max_new_tokens=search.get("max_new_tokens")).of(tokens)
+            limits = self.writer.limits.of(tokens, search.get("max_new_tokens"))
             writer = replace(self.writer, limits=limits)
             writer = writer if self.options.vision_precision else writer.for_tower(loaded.tower)
             plan = replace(plan, writer=writer, precisions=writer.precisions)
@@ -216,7 +215,7 @@ def _search_defaults(
     options = trained.within(room).model_dump() | chosen
     if limits is not None:
         options["num_beams"] = min(options["num_beams"], limits.max_beams)
-        options["max_new_tokens"] = min(options["max_new_tokens"], limits.max_new_tokens or room)
+        options["max_new_tokens"] = min(options["max_new_tokens"], limits.max_new_tokens)
     with reading("search options"):
         SearchConfig(**options)  # as the runtime will
     return SearchDefaults(**options)
@@ -304,11 +303,6 @@ def _write_manifest(fields: Mapping[str, Any], folder: Path, card: str | None) -
     manifest = Manifest(**fields, files=files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)})
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _exported(folder: Path) -> Collection[str]:
-    """The names in a folder that an earlier export wrote."""
-    return listed_files(folder / MANIFEST)
 
 
 def _raise_if_failed(checks: list[Check]) -> None:

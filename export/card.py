@@ -17,7 +17,7 @@ _METHODS: dict[Method, str] = {
 
 
 def default_license(language_model: str, vision: str) -> str:
-    """The licence that a card states unless `--license` names one."""
+    """The licence of the weights unless `--license` gives one."""
     return (
         f"Derived from the language model {_name(language_model)} and the vision tower {_name(vision)}, whose "
         "licences apply, and from the data that the adapters were trained on."
@@ -113,5 +113,5 @@ and {tokens} new tokens.
 
 
 def _name(source: str) -> str:
-    """A hub id unchanged, a folder by its name."""
+    """A hub id as it is; of a folder, its name alone."""
     return PurePosixPath(source).name if source.startswith(("/", ".")) else source

@@ -66,7 +66,7 @@ class ExportOptions(VerifyOptions, TensorRTOptions):
     """Licence of the weights, for the model card."""
     model_card: FilePath | None = None
     """Use this file as the model card."""
-    vocabulary: str | None = None
+    vocabulary: Annotated[str, Field(min_length=1)] | None = None
     """N or FILE: keep only the N most frequent tokens of the training captions (`--data`), or those of a text file with
     a word, phrase or caption per line. Smaller and faster, but the words differ, and the bundle cannot be restored."""
     data: Path | None = None

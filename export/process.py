@@ -1,4 +1,4 @@
-"""Parts of an export that run in processes of their own: that bounds their memory, and a crash is one sentence."""
+"""Run parts of an export in processes of their own, which frees their memory and turns a crash into one sentence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ..runtime.errors import ItuneError
 def run_module(
     module: str,
     *arguments: object,
-    error: Callable[[str], ItuneError],
+    about: str,
+    error: type[ItuneError],
     receive: Callable[[str], None] = lambda _line: None,
 ) -> None:
     """Run `python -m module` and pass each line of its output to `receive`.
 
-    If it fails, raises what `error` makes of the signal or of the last line on stderr.
+    If it fails, raises an `error` that begins with `about` and has the signal or the last line on stderr.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     with (
@@ -34,4 +35,5 @@ def run_module(
         stderr.seek(0)
         last = (stderr.read().strip().splitlines() or ["no message"])[-1]
     if status:
-        raise error(f"killed by signal {-status}, perhaps out of memory" if status < 0 else last)
+        reason = f"killed by signal {-status}, perhaps out of memory" if status < 0 else last
+        raise error(f"{about}: {reason}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, parse_config, save_config
-from ..files import hash_files
+from ..files import hash_files, staged_folder
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings, SearchDefaults
@@ -29,7 +28,6 @@ from .graph.onnx_tower import extract_tower
 from .methods.base import Weights
 from .methods.registry import METHODS
 from .quantize.rewrite import float_graph, read_weights
-from .staging import staged_folder
 
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
 
@@ -53,7 +51,8 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         )
     graphs = [bundle.path(bundle.graph(role, "onnxruntime").file) for role in ("vision", "decoder")]
     method = METHODS[manifest.method]
-    with staged_folder(output, force=force, own=_restored) as folder:
+    own = ("language-model", "vision", "checkpoint") if (output / "checkpoint" / CONFIG_FILE).is_file() else ()
+    with staged_folder(output, force=force, own=own) as folder:
         vision, decoder = map(read_weights, graphs)
         language_model, adapters = method.split_decoder(manifest.decoder, decoder)
         adapters |= method.split_vision(manifest.decoder, vision)
@@ -71,11 +70,6 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         _save_json(_preprocessor(manifest.image), folder / "vision" / PREPROCESSOR)
         _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
         _restore_config(settings, manifest.search, folder)
-
-
-def _restored(folder: Path) -> Collection[str]:
-    """The names in a folder that an earlier restore wrote."""
-    return ("language-model", "vision", "checkpoint") if (folder / "checkpoint" / CONFIG_FILE).is_file() else ()
 
 
 def _restore_config(settings: RestoreSettings, search: SearchDefaults, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The shortlist: the tokens a decoder keeps when `--vocabulary` cuts its embedding and its head."""
+"""The shortlist: the tokens that a decoder keeps when `--vocabulary` cuts its embedding and its head."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ..data.records import clean_caption, load_records
+from ..data.records import load_records
 from ..runtime.bundle import TokenSettings
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
 from ..runtime.settings import TextSettings
-from ..runtime.text import encode_caption, encode_text
+from ..runtime.text import clean_caption, encode_caption, encode_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, wanted: str, data: Path | None) -> Self:
-        """Read `--vocabulary N|FILE`: N counts the train split of `data`; FILE has a word or phrase on each line.
+        """Read `--vocabulary N|FILE`: N tokens of the train split of `data`, or a FILE with a word or phrase per line.
 
         Raises:
             ItuneError: N is below 1 or has no captions, or FILE is not UTF-8 text with words.
@@ -51,12 +51,12 @@ class Vocabulary:
 
     @property
     def sha256(self) -> str:
-        """The same for all vocabularies that make the same shortlist."""
+        """Identifies the source: equal sources make the same shortlist."""
         text = "\n".join([str(self.size), *self.captions, *self.lines])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def token_ids(self, tokenizer: Tokenizer, text: TextSettings, tokens: TokenSettings) -> Int64:
-        """The ascending ids of the tokens to keep; of equally frequent tokens, those with the lower id.
+        """The ascending ids of the tokens to keep; among equally frequent tokens, lower ids come first.
 
         Begin, prompt and end tokens and all single bytes are always kept, so that any text can be written.
         """

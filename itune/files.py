@@ -64,6 +64,26 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def staged_folder(output: Path, *, force: bool, own: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes the new folder `output`; with `force` it replaces an earlier output.
+
+    `own` has the names that an earlier run wrote to `output`; it is empty if something else is there. Raises ItuneError
+    if `output` may not be replaced, or appears before the block ends.
+    """
+    output = output.absolute()
+    replaces = output.exists()
+    if replaces and not (force and own):
+        why = "is not an earlier output, so --force cannot replace it" if force else "exists; --force replaces it"
+        raise ItuneError(f"{output} {why}: choose another --output")
+    if replaces:
+        keep_foreign(output, own)
+    with atomic_folder(output) as folder:
+        yield folder
+        if output.exists() and not replaces:
+            raise ItuneError(f"{output} appeared during the export: choose another --output")
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` if the block succeeds and is deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)

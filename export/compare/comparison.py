@@ -1,6 +1,6 @@
-"""Export a checkpoint in several precisions and measure the bundles against each other: size, captions, latency.
+"""Export a checkpoint in several precisions and compare the bundles: size, captions, latency.
 
-A folder holds the bundles and, beside each, NAME.json with its captions and fidelity; the next run uses them again if
+A folder holds the bundles and, beside each, NAME.json with its captions and fidelity. The next run uses them again if
 the bundles, photos and search are the same.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ... import __version__
 from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
@@ -28,13 +28,13 @@ from ...runtime.image import decode, preprocess
 from ...runtime.settings import Settings
 from ...runtime.text import encode_caption
 from ..bundle import export_bundle
-from ..options import ExportOptions, Precision
+from ..options import CompareOptions, ExportOptions
 from ..verify.captions import caption_photos
 from ..vocabulary import Vocabulary
-from .fidelity import Fidelity, measure_fidelity
+from .fidelity import Example, Fidelity, measure_fidelity
 from .stopwatch import Latency, measure_latency
 
-REFERENCE: Precision = "fp32"
+REFERENCE = "fp32"
 FIDELITY_PHOTOS = 100
 _Captions = dict[str, dict[str, Any]]
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -51,32 +51,30 @@ class _Cached(Settings):
 _CACHE = TypeAdapter(dict[str, _Cached])
 
 
-class Variant(Settings):
-    """One way to export the checkpoint; the fields are those of `ExportOptions`."""
-
-    name: str
-    precision: Precision
-    vision_precision: Precision | None = None
-    vocabulary: Annotated[str | None, Field(min_length=1)] = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse `PRECISION[+VISION][@N|FILE]`, such as int8, int4+fp32 or int8@5000."""
+def parse_variants(options: CompareOptions) -> dict[str, ExportOptions]:
+    """The variants of `--precisions`, such as int8, int4+fp32 or int8@5000, by their names, fp32 first."""
+    variants: dict[str, ExportOptions] = {}
+    for text in (REFERENCE, *options.precisions.split(",")):
         precisions, at, vocabulary = text.strip().partition("@")
         decoder, plus, vision = precisions.partition("+")
+        name = f"{precisions}@{Path(vocabulary).name}" if at else precisions
+        if name in variants and name != REFERENCE:
+            raise ItuneError(f"--precisions: {name} is repeated")
         content = {
-            "name": f"{precisions}@{Path(vocabulary).name}" if at else precisions,
             "precision": decoder,
             "vision_precision": vision if plus else None,
             "vocabulary": vocabulary if at else None,
+            "data": options.data if at else None,
+            "verify": options.verify,
         }
         with reading(f"--precisions {text}"):
-            return cls.model_validate(content)
+            variants[name] = ExportOptions.model_validate(content)
+    return variants
 
 
 @dataclass(frozen=True)
 class Row:
-    """The measurements of a variant."""
+    """A variant's measurements."""
 
     name: str
     megabytes: float
@@ -99,36 +97,27 @@ class Comparison:
     checkpoint: Path
     folder: Path
     records: Sequence[Record]
-    """All with captions, or all without: then there are no scores."""
-    data: Path | None
-    """The captions whose train split shortlists count."""
+    """Either all have captions, or none: then there are no scores."""
+    options: CompareOptions
     search: dict[str, Any]
     """Options of `Captioner.caption`."""
-    batch_size: int
-    latency_photos: int
-    threads: int | None
-    verify: bool
     progress: Progress
 
-    def run(self, variants: Sequence[Variant]) -> list[Row]:
+    def run(self) -> list[Row]:
         """Export missing bundles, measure, and return a row for every variant, fp32 first.
 
         Raises:
             ItuneError: two variants have the same name, no photo can be read, the folder has bundles of another
                 checkpoint, or an export fails.
         """
-        reference = Variant(name=REFERENCE, precision=REFERENCE)
-        variants = [reference, *(variant for variant in variants if variant != reference)]
-        names = [variant.name for variant in variants]
-        if len(set(names)) < len(names):
-            raise ItuneError(f"--precisions: {max(names, key=names.count)} is repeated")
-        bundles = {variant.name: self._export(variant) for variant in variants}
+        variants, threads = parse_variants(self.options), self.options.threads
+        bundles = {name: self._export(name, options) for name, options in variants.items()}
         captions = {name: self._captions(name, folder) for name, folder in bundles.items()}
         records = [record for record in self.records if record.id in captions[REFERENCE]]
         fidelities = {name: self._fidelity(name, bundles, records, captions[REFERENCE]) for name in bundles}
-        photos = [record.image for record in records[: self.latency_photos]]
+        photos = [record.image for record in records[: self.options.latency_photos]]
         with self.progress("measuring latency") as update:
-            latencies = measure_latency(bundles, photos, threads=self.threads, progress=update, **self.search)
+            latencies = measure_latency(bundles, photos, threads=threads, progress=update, **self.search)
         texts = {name: {key: written["caption"] for key, written in own.items()} for name, own in captions.items()}
         rows = []
         for name, folder in bundles.items():
@@ -148,23 +137,16 @@ class Comparison:
             )
         return rows
 
-    def _export(self, variant: Variant) -> Path:
-        """The variant's bundle, exported unless an earlier run did."""
-        folder = self.folder / variant.name
+    def _export(self, name: str, options: ExportOptions) -> Path:
+        """A variant's bundle, exported unless an earlier run did."""
+        folder = self.folder / name
         if not (folder / MANIFEST).is_file():
-            options = ExportOptions(
-                precision=variant.precision,
-                vision_precision=variant.vision_precision,
-                vocabulary=variant.vocabulary,
-                data=self.data if variant.vocabulary else None,
-                verify=self.verify,
-            )
-            with self.progress(f"{variant.name}: exporting"):
+            with self.progress(f"{name}: exporting"):
                 export_bundle(self.checkpoint, folder, options)
             return folder
         checkpoint, provenance = find_checkpoint(self.checkpoint), Bundle.load(folder).manifest.provenance
         source = {name: hash_files([checkpoint / name]) for name in (WEIGHTS_FILE, CONFIG_FILE)}
-        vocabulary = Vocabulary.read(variant.vocabulary, self.data).sha256 if variant.vocabulary else None
+        vocabulary = Vocabulary.read(options.vocabulary, options.data).sha256 if options.vocabulary else None
         if [provenance.get(key) for key in ("checkpoint", "itune", "vocabulary")] != [source, __version__, vocabulary]:
             raise ItuneError(
                 f"{folder} has a bundle of another checkpoint, vocabulary or itune: delete it, or choose another "
@@ -177,32 +159,29 @@ class Comparison:
         photos = {record.id: record.image.absolute() for record in self.records}
 
         def caption() -> dict[str, Any]:
-            captioner = Captioner.load(folder, threads=self.threads)
+            captioner = Captioner.load(folder, threads=self.options.threads)
             with self.progress(f"{name}: captioning") as update:
-                written = caption_photos(captioner, photos, update, batch_size=self.batch_size, **self.search)
+                written = caption_photos(captioner, photos, update, batch_size=self.options.batch_size, **self.search)
             return {key: each.model_dump() for key, each in written.items()}
 
         inputs = [_hash(folder), [[key, str(photo)] for key, photo in photos.items()], self.search]
         return self._cached(name, "captions", inputs, caption)
 
     def _fidelity(self, name: str, bundles: dict[str, Path], records: Sequence[Record], written: _Captions) -> Fidelity:
-        """Compare `name` with the reference on each photo's first human caption, or on the reference's own."""
+        """Compare `name` with the reference on each photo's first human caption, or on the reference's own caption."""
         if name == REFERENCE:
             return Fidelity(kl=0.0, top1=1.0, covered=1.0, positions=0)
         records = records[:FIDELITY_PHOTOS]
 
         def measure() -> dict[str, Any]:
-            reference, other = (Captioner.load(bundles[each], threads=self.threads) for each in (REFERENCE, name))
+            threads = self.options.threads
+            reference, other = (Captioner.load(bundles[each], threads=threads) for each in (REFERENCE, name))
             text = Bundle.load(bundles[REFERENCE], verify=False).manifest.text
-            examples = [
-                (
-                    preprocess(decode(record.image), reference.image),
-                    encode_caption(reference.tokenizer, text, record.captions[0])
-                    if record.captions
-                    else written[record.id]["tokens"],
-                )
-                for record in records
-            ]
+            examples: list[Example] = []
+            for record in records:
+                own = written[record.id]["tokens"]
+                caption = encode_caption(reference.tokenizer, text, record.captions[0]) if record.captions else own
+                examples.append((preprocess(decode(record.image), reference.image), caption))
             with self.progress(f"{name}: next tokens") as update:
                 engines = reference.engine, other.engine
                 return asdict(measure_fidelity(*engines, examples, reference.tokens, progress=update))
@@ -212,7 +191,7 @@ class Comparison:
         return Fidelity(**self._cached(name, "fidelity", [*hashes, photos], measure))
 
     def _cached(self, name: str, part: str, inputs: list[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A part of NAME.json, computed again if the inputs are not the same."""
+        """A part of NAME.json, computed again if the inputs have changed."""
         path = self.folder / f"{name}.json"
         content: dict[str, _Cached] = {}
         with suppress(FileNotFoundError, ValidationError):  # a file that is damaged or not ours is overwritten
@@ -226,5 +205,5 @@ class Comparison:
 
 
 def _hash(bundle: Path) -> str:
-    """Identifies a bundle: its manifest has the hashes of its files."""
+    """A bundle's identity: its manifest has the hashes of its files."""
     return hash_files([bundle / MANIFEST])

@@ -1,9 +1,10 @@
-"""How far a bundle's next-token distributions are from another's, without a search."""
+"""How far one bundle's next-token distributions are from another's, without a search."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from ...runtime.bundle import TokenSettings
 from ...runtime.engines.base import Candidates, Engine, Int64, UInt8
 
-BATCH = 16
+_BATCH = 16
 Float64 = NDArray[np.float64]
 Example = tuple[UInt8, Sequence[int]]
 """Pixels [H, W, 3] of an image, and the token ids of its caption."""
@@ -42,10 +43,11 @@ def measure_fidelity(
 
     A caption is read up to the first token that `other` cannot read.
     """
-    rows = []
-    for start in range(0, len(examples), BATCH):
-        rows += list(_compare_batch(reference, other, examples[start : start + BATCH], tokens))
-        progress(min(start + BATCH, len(examples)), len(examples))
+    rows: list[Float64] = []
+    for start in range(0, len(examples), _BATCH):
+        batch = examples[start : start + _BATCH]
+        rows += _compare_batch(reference, other, batch, tokens)
+        progress(start + len(batch), len(examples))
     found = np.concatenate(rows)
     kl, top1, covered = found.mean(axis=0).tolist()
     return Fidelity(kl, top1, covered, len(found))
@@ -54,31 +56,24 @@ def measure_fidelity(
 def _compare_batch(
     reference: Engine[Any], other: Engine[Any], examples: Sequence[Example], tokens: TokenSettings
 ) -> Iterator[Float64]:
-    """KL, agreement and covered probability of every row, [rows, 3], step by step."""
+    """For each step, the KL, agreement and covered probability of every row that is not at its end: [rows, 3]."""
     pixels = np.stack([image for image, _ in examples])
     states = reference.encode(pixels), other.encode(pixels)
     rows = np.arange(len(examples))
     step = np.tile(np.array(tokens.prompt_tokens), (len(examples), 1))
     captions = [list(caption) for _, caption in examples]
-    place = 0
-    while True:
+    for place in count():
         expected, found = (
             engine.step(step, rows, state, engine.most_candidates)
             for engine, state in zip((reference, other), states, strict=True)
         )
-        if not place:
+        if place == 0:
             readable = set(found.token_ids[0].tolist())
-            captions = [_readable_part(caption, readable) for caption in captions]
+            captions = [list(takewhile(readable.__contains__, caption)) for caption in captions]
         yield _compare(expected, found)[[place <= len(caption) for caption in captions]]
         if place == max(map(len, captions)):
             return
         step = np.array([[caption[place] if place < len(caption) else tokens.end] for caption in captions])
-        place += 1
-
-
-def _readable_part(caption: list[int], readable: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(caption) if token not in readable), len(caption))
-    return caption[:end]
 
 
 def _compare(expected: Candidates, found: Candidates) -> Float64:
@@ -95,7 +90,7 @@ def _compare(expected: Candidates, found: Candidates) -> Float64:
 
 
 def _sorted(candidates: Candidates) -> tuple[Int64, Float64]:
-    """The ascending ids of a whole vocabulary, and their log-probabilities in every row."""
+    """The ascending ids of all candidates, and their log-probabilities in every row."""
     order = np.argsort(candidates.token_ids, axis=1)
     logits = np.take_along_axis(candidates.logits, order, axis=1).astype(np.float64)
     return candidates.token_ids[0, order[0]], logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The comparison as a picture: quality against latency; larger marks are larger bundles."""
+"""The comparison as a picture: quality against latency; the larger the mark, the larger the bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .comparison import Row
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Write a PNG; quality is CIDEr-D, or without scores the agreement of the most likely tokens."""
+    """Write a PNG. Quality is CIDEr-D or, without scores, the agreement of the most likely tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         label = f"{row.name}, {row.megabytes:.0f} MB"
         axes.plot(row.latency.total, quality, "o", markersize=size, alpha=0.6, label=label)
     axes.set_xlim(0, 1.1 * max(row.latency.total for row in rows))
-    # At least a tenth of the best, so that noise does not fill the picture.
+    # The range is at least a tenth of the best quality, so that noise does not fill the picture.
     middle, span = (max(qualities) + min(qualities)) / 2, max(qualities) - min(qualities)
     half = 0.65 * max(span, 0.1 * max(qualities), 1)
     axes.set_ylim(middle - half, middle + half)

@@ -1,6 +1,6 @@
-"""Time bundles against each other, each in a process of its own that takes its turn at every photo.
+"""Time bundles against each other, each in a process of its own, in turns at every photo.
 
-The turns spread a drift in the machine's speed over all bundles; in separate processes, no bundle's threads disturb
+Turns spread a drift of the machine's speed over all bundles; in separate processes, no bundle's threads disturb
 another's.
 """
 
@@ -28,7 +28,7 @@ class Latency:
     encode: float
     search: float
     total: float
-    """Including the decoding of the file."""
+    """Decoding of the file included."""
 
 
 def measure_latency(

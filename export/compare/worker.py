@@ -1,27 +1,25 @@
-"""An object in a process of its own, called over a pipe, so that what is timed has its own threads and memory.
+"""An object in a process of its own, called over a pipe: it has its own threads and memory, and waits without CPU.
 
-A waiting process uses no CPU. It ends with the process that started it.
+A `ProcessPoolExecutor` would not end with a parent that was killed, nor say with which status its process died.
 """
 
 from __future__ import annotations
 
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import ItuneError
 
 
 class Worker:
-    """The object that `make(*arguments)` returns in the new process; `name` appears in errors.
+    """The object that `make(*arguments)` returns in the new process; errors name it `name`.
 
-    Every method raises the object's own ItuneError, ItuneError if the process died, and RuntimeError with the traceback
-    for anything else.
+    Every method raises the object's own ItuneError, an ItuneError if the process died, and otherwise a RuntimeError
+    with the traceback.
     """
 
     def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
@@ -37,14 +35,8 @@ class Worker:
         """Call a method of the object."""
         return self._answer((method, arguments, options))
 
-    def close(self) -> float:
-        """End the process; returns its peak resident memory in MB."""
-        peak: float = self._answer(None)
-        self.process.join()
-        return peak
-
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process."""
         self.process.terminate()
         self.process.join()
 
@@ -67,24 +59,12 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
     try:
         served = make(*arguments)
         pipe.send(None)
-        while (message := pipe.recv()) is not None:
-            method, positional, options = message
+        while True:
+            method, positional, options = pipe.recv()
             pipe.send(getattr(served, method)(*positional, **options))
-        pipe.send(peak_memory())
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except ItuneError as error:
         pipe.send(error)
     except Exception:
         pipe.send(RuntimeError(traceback.format_exc()))
-
-
-def peak_memory() -> float:
-    """The peak resident memory of this process in MB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, getrusage would count what the parent had when it started this process
-        lines = status.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,25 +1,24 @@
-"""Write the published checkpoint of another project as one of ours; its tensors' names tell which method it is."""
+"""Write the published checkpoint of another project as one of ours; the names of its tensors decide the method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from ...backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, ModelSource, VisionSource, save_config
-from ...files import hash_files
+from ...files import hash_files, staged_folder
 from ...methods.base import write_tensors
 from ...methods.schemas import CHECKPOINTS
 from ...runtime.bundle import TOKENIZER
 from ..options import ImportOptions
-from ..staging import staged_folder
 from .clipcap import import_clipcap
 from .smallcap import import_smallcap
 from .state_dict import Imported, State, read_state
 
 Importer = Callable[[Path, State, LanguageModel, VisionTower, ImportOptions], Imported]
 IMPORTERS: dict[str, Importer] = {"clip_project.": import_clipcap, ".crossattention.": import_smallcap}
-"""By a part of a tensor's name that only this method has."""
+"""By a part that only this method's tensors have in their names."""
 _FINE_TUNED = "language-model"
 """Subfolder of the checkpoint for a fine-tuned language model."""
 
@@ -40,7 +39,8 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             f"--import {file}: is no checkpoint of ClipCap or SmallCap: no tensor is named {' or '.join(IMPORTERS)}, "
             f"the first is {next(iter(state), 'missing')}; save the model's state_dict() alone"
         )
-    with staged_folder(output, force=force, own=_written) as folder:
+    own = (CONFIG_FILE, WEIGHTS_FILE, _FINE_TUNED) if (output / CONFIG_FILE).is_file() else ()
+    with staged_folder(output, force=force, own=own) as folder:
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)
         imported = importer(file, state, language, tower, options)
@@ -62,8 +62,3 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             **imported.model.describe(),
         )
         save_config(config, folder)
-
-
-def _written(folder: Path) -> Collection[str]:
-    """The names that an earlier import wrote to a folder."""
-    return (CONFIG_FILE, WEIGHTS_FILE, _FINE_TUNED) if (folder / CONFIG_FILE).is_file() else ()

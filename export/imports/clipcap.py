@@ -16,13 +16,13 @@ from ..options import ImportOptions
 from .state_dict import Imported, State, fitted, load_gpt2
 
 _THEIRS, _OURS = "clip_project.", "mapper."
-_HEADS = 8  # ClipCap's code has no other number
+_HEADS = 8  # fixed in ClipCap's code
 
 
 def import_clipcap(
     file: Path, state: State, language: LanguageModel, tower: VisionTower, options: ImportOptions
 ) -> Imported:
-    """Read a ClipCap state dict; the width of the mapper's input decides which image embedding it reads."""
+    """Read a ClipCap state dict; the input width of its mapper decides which image embedding it maps."""
     fine_tuned = load_gpt2(file, state, language, "gpt.")
     mapper = {name: tensor for name, tensor in state.items() if name.startswith(_THEIRS)}
     hidden_size = language.model.config.n_embd

@@ -30,7 +30,7 @@ _MODULES = {
     "output": ("crossattention.c_proj", 0, 1),
     "norm": ("ln_cross_attn", 0, 1),
 }
-"""By our name of a part: SmallCap's module, and which of how many pieces of its outputs the part is."""
+"""By our name of a part: SmallCap's module, the piece of the module's outputs, and the number of pieces."""
 # SmallCap trains on lower-cased words without punctuation; its text for an empty datastore is that of --disable_rag.
 _TEXT = TextSettings(begin=None, prompt="This image shows ", end=".", lower=True, strip_period=True)
 _SEARCH = SearchDefaults(num_beams=3, max_new_tokens=25, length_penalty=0.0, early_stopping=True)  # as in infer.py
@@ -60,7 +60,7 @@ def import_smallcap(
     )
     found = {name: tensor for name, tensor in state.items() if _CROSS.search(name)}
     own = model.adapter_state()
-    # Whoever saved the trained tensors alone has no norms: they are as initialised.
+    # A file of the trained tensors alone has no norms: they keep their initial values.
     sources = {name: _source(name) for name in own if ".norm." not in name or _source(name)[0] in found}
     shapes = {}
     for name, (theirs, _, pieces) in sources.items():
@@ -76,14 +76,14 @@ def import_smallcap(
 
 
 def _source(name: str) -> tuple[str, int, int]:
-    """Where SmallCap keeps one of our tensors: the tensor's name, and which of how many pieces it is."""
+    """Where SmallCap keeps one of our tensors: the tensor's name, the piece of it, and the number of pieces."""
     _, layer, part, kind = name.split(".")
     module, piece, pieces = _MODULES[part]
     return f"{_LAYER}{layer}.{module}.{kind}", piece, pieces
 
 
 def _retrieved_captions(file: Path) -> int:
-    """How many retrieved captions a prompt has, by the config.json beside the file."""
+    """How many retrieved captions a prompt has, according to the config.json beside the file."""
     try:
         config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -101,7 +101,7 @@ def _check_encoder(file: Path, state: State, tower: VisionTower) -> None:
         theirs = state.get(name)
         if theirs is None or not theirs.is_floating_point():
             continue
-        # Whoever saves in half precision rounds the frozen tower.
+        # A file in half precision has a rounded tower.
         if theirs.shape != tensor.shape or not torch.allclose(theirs.float(), tensor.float(), rtol=1e-2, atol=1e-3):
             raise CheckpointError(
                 f"--import {file}: tensor {name} differs from the vision tower's; name the CLIP it was trained with: "

@@ -1,4 +1,4 @@
-"""Published state dicts: read without running code in them, and checked against the model they must fit."""
+"""Published state dicts: read them without running their code, and check that they fit the model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Imported:
     """The adapters' weights under our checkpoint names."""
     text: TextSettings
     fine_tuned: bool
-    """The language model's weights differ from those that `ImportOptions` names."""
+    """The file's language model is not the one that `ImportOptions` names."""
     retrieval: RetrievalSettings | None = None
     search: SearchDefaults = field(default_factory=SearchDefaults)
 
 
 def read_state(file: Path) -> State:
-    """The tensors of a .pt, .bin or .safetensors file without scalars (buffers of old releases); runs no code in it."""
+    """The tensors of a .pt, .bin or .safetensors file, without scalars, which are buffers of old releases."""
     with reading(file, CheckpointError, mend="give --import the model's state_dict() alone; code is never loaded"):
         if file.suffix == ".safetensors":
             content = load_file(file)
@@ -52,7 +52,7 @@ def read_state(file: Path) -> State:
 
 
 def fitted(file: Path, found: State, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """`found` in float32, with exactly the names and shapes of `shapes`; both use the file's own names.
+    """`found` in float32, with exactly the names and shapes of `shapes`; both use the file's names.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, misshapen, not floating-point or not finite.
@@ -78,7 +78,7 @@ def fitted(file: Path, found: State, shapes: Mapping[str, Sequence[int]]) -> dic
 
 
 def load_gpt2(file: Path, state: State, language: LanguageModel, prefix: str) -> bool:
-    """Load the GPT-2 whose tensors have `prefix`, if there is one; returns whether that changed `language`."""
+    """Load the GPT-2 whose tensors' names begin with `prefix`, if any; returns whether that changed `language`."""
     found = {name: t for name, t in state.items() if name.startswith(prefix) and not name.endswith(_BUFFERS)}
     if not found:
         return False

@@ -21,13 +21,14 @@ from ...runtime.bundle import ProfileRange
 from ...runtime.errors import ItuneError, reading
 from ..process import run_module
 
-LIBRARIES: dict[str, Literal["tensorrt", "tensorrt-rtx"]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+LIBRARIES: dict[str, Flavour] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 """Modules in order of preference, with their names in a bundle."""
-OLDEST = (10, 14)
-"""The first release of `tensorrt` whose strongly typed parser this was written for."""
-BUILDER = "itune.export.tensorrt.plan_builder"
+_OLDEST = (10, 14)
+"""The oldest release of `tensorrt` that builds these graphs."""
+_BUILDER = "itune.export.tensorrt.plan_builder"
 _NO_FLOAT_PRODUCTS = "sm75"
-"""On Turing, tensorrt-rtx has no fp32 products, which the adapters' attention and the logits need."""
+"""Turing, where tensorrt-rtx cannot multiply in fp32, as the adapters' attention and the logits need."""
 
 
 class TensorRTError(ItuneError):
@@ -35,7 +36,7 @@ class TensorRTError(ItuneError):
 
 
 class PlanRequest(BaseModel):
-    """The input of the building process."""
+    """The input of the process that builds a plan."""
 
     source: Path
     target: Path
@@ -47,38 +48,37 @@ class LayerReport(BaseModel):
     """A graph as TensorRT parsed it, before the build."""
 
     layers: dict[str, int]
-    """Number of layers that compute in each precision; "other" has shapes, indices and masks."""
+    """Number of layers that compute in each type; "other" has shapes, indices and masks."""
     tensors: dict[str, int]
     """Number of tensors of each type between layers."""
     names: dict[str, list[str]]
-    """Their names, without those the parser adds; "h.*/attn/Softmax" stands for that tensor of every layer."""
+    """The tensors' names by type, without those that the parser adds; h.*/attn/Softmax is one tensor of every block."""
     weights: dict[str, int]
     """Bytes of weights of each type."""
     inputs: dict[str, str]
+    """The NumPy type of each input."""
     outputs: dict[str, str]
-    """The plan's inputs and outputs with their NumPy types."""
+    """The NumPy type of each output."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """The TensorRT that is installed."""
+    """The installed TensorRT."""
 
     module: Any
-    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    flavour: Flavour
 
     @classmethod
     def find(cls) -> Library:
         """Import TensorRT; raises TensorRTError if it is missing, too old or broken."""
         problem = "TensorRT is not installed"
-        for name, flavour in LIBRARIES.items():
-            if find_spec(name) is None:
-                continue
-            with reading(name, TensorRTError, mend="--target tensorrt cannot import it"):  # such as a missing library
+        name = next(filter(find_spec, LIBRARIES), None)
+        if name is not None:
+            with reading(name, TensorRTError, mend="--target tensorrt cannot import it"):
                 module = import_module(name)
-            if flavour != "tensorrt" or tuple(map(int, module.__version__.split(".")[:2])) >= OLDEST:
-                return cls(module, flavour)
+            if name != "tensorrt" or tuple(map(int, module.__version__.split(".")[:2])) >= _OLDEST:
+                return cls(module, LIBRARIES[name])
             problem = f"tensorrt {module.__version__} is too old"
-            break
         raise TensorRTError(f"{problem}; --target tensorrt needs: pip install 'itune[tensorrt]'")
 
     @property
@@ -88,15 +88,18 @@ class Library:
 
     @property
     def known_gpus(self) -> list[str]:
-        """The compute capabilities it can build for; empty if it builds for this machine's GPU only."""
+        """The compute capabilities that it can build for: at least this machine's GPU, if there is one."""
         if not hasattr(self.module.IBuilderConfig, "set_compute_capability"):
-            return []
+            import torch
+
+            gpus = [torch.cuda.get_device_capability()] if torch.cuda.is_available() else []
+            return [f"sm{major}{minor}" for major, minor in gpus]
         members = (name.lower() for name in self.module.ComputeCapability.__members__ if name.startswith("SM"))
         return sorted((name for name in members if name != _NO_FLOAT_PRODUCTS), key=lambda name: int(name[2:]))
 
     def choose_gpus(self, wanted: str | None) -> list[str]:
-        """Parse `--gpu`, a list such as "sm86,sm89"; by default all that one plan can serve, which adds no size."""
-        known = self.known_gpus or _own_gpu()
+        """Parse `--gpu`, a list such as "sm86,sm89"; by default all that are known, which makes a plan no larger."""
+        known = self.known_gpus
         gpus = list(dict.fromkeys(part.strip().lower() for part in (wanted or ",".join(known)).split(",")))
         if not set(gpus) <= set(known):
             targets = ", ".join(known) or "this machine's GPU, and there is none: use tensorrt-rtx"
@@ -104,33 +107,25 @@ class Library:
         return gpus
 
 
-def _own_gpu() -> list[str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    major, minor = torch.cuda.get_device_capability()
-    return [f"sm{major}{minor}"]
-
-
 def build_plan(request: PlanRequest, progress: Callable[[str], None], report: Callable[[LayerReport], None]) -> None:
-    """Build a plan in a process of its own, after calling `report`; raises TensorRTError if TensorRT cannot."""
+    """Build a plan in a process of its own; calls `report` once the graph is parsed.
+
+    Raises:
+        TensorRTError: TensorRT cannot build it.
+    """
 
     def receive(line: str) -> None:
-        message = json.loads(line) if line.startswith("{") else {}  # the library may print, too
+        message = json.loads(line) if line.startswith("{") else {}  # the library prints, too
         if "progress" in message:
             progress(f"building {request.target.name}: {message['progress']}")
         elif "report" in message:
             report(LayerReport.model_validate(message["report"]))
 
-    def failed(reason: str) -> TensorRTError:
-        return TensorRTError(f"{request.source.name}: {reason}")
-
-    run_module(BUILDER, request.model_dump_json(), error=failed, receive=receive)
+    run_module(_BUILDER, request.model_dump_json(), about=request.source.name, error=TensorRTError, receive=receive)
 
 
 def layer_table(name: str, report: LayerReport) -> Table:
-    """The layer report of a graph as a table with a line for every type."""
+    """A graph's layer report as a table with a row for every type."""
     table = Table(title=f"{name} in TensorRT", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("type", "layers", "tensors", "weights"):
         table.add_column(header, justify="left" if header == "type" else "right", no_wrap=True)
@@ -139,14 +134,10 @@ def layer_table(name: str, report: LayerReport) -> Table:
         weights = report.weights.get(kind, 0)
         counts = (str(counted.get(kind, "")) for counted in (report.layers, report.tensors))
         size = f"{weights / 1e6:.1f} MB" if weights >= 1e5 else ""
-        table.add_row(kind, *counts, size, _by_block(report.names.get(kind, [])), end_section=True)
+        blocks: dict[str, list[str]] = {}
+        for name in report.names.get(kind, []):
+            block, slash, last = name.rpartition("/")
+            blocks.setdefault(f"{block}: " if slash else "", []).append(last)
+        names = "; ".join(block + " ".join(found) for block, found in blocks.items())  # h.*/attn: Add Softmax; ...
+        table.add_row(kind, *counts, size, names, end_section=True)
     return table
-
-
-def _by_block(names: list[str]) -> str:
-    """Names grouped by block: "h.*/attn: Add Softmax"."""
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        block, _, last = name.rpartition("/")
-        blocks.setdefault(block, []).append(last)
-    return "; ".join(f"{block}: {' '.join(found)}" if block else " ".join(found) for block, found in blocks.items())

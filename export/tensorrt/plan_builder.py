@@ -16,7 +16,6 @@ from typing import Any
 from ...files import atomic_path
 from .library import LayerReport, Library, PlanRequest, TensorRTError
 
-OTHER = "other"
 _WORKSPACE = 2 << 30
 _ADDED = "ONNXTRT_"
 """Prefix of the names of tensors that the parser adds."""
@@ -28,19 +27,17 @@ class Builder:
 
     def __init__(self, library: Library, request: PlanRequest) -> None:
         self.trt, self.request = library.module, request
-        self.messages: list[str] = []
-        """The library's errors; the first is the cause."""
+        self.messages: list[str] = []  # the library's errors; the first is the cause
         self.logger = _logger(self.trt, self.messages)
         self.builder = self.trt.Builder(self.logger)
-        flags = self.trt.NetworkDefinitionCreationFlag
-        typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-        self.network = self.builder.create_network(typed)
+        # Absent from releases whose networks are always strongly typed.
+        typed = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        self.network = self.builder.create_network(0 if typed is None else 1 << int(typed))
         self.parser = self.trt.OnnxParser(self.network, self.logger)
 
     def parse(self) -> LayerReport:
         """Parse the graph; raises TensorRTError for an operator that TensorRT does not support."""
-        # By its path, so that external weights beside it are found.
-        if not self.parser.parse_from_file(str(self.request.source)):
+        if not self.parser.parse_from_file(str(self.request.source)):  # finds external weights beside it
             error = self.parser.get_error(0)
             reason = " ".join(error.desc().split("\n", 1)[-1].split()).split(" [checkMacros")[0]
             raise TensorRTError(
@@ -52,13 +49,12 @@ class Builder:
         """The plan's bytes; raises TensorRTError if the profile does not fit the graph or the builder fails."""
         config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, _WORKSPACE)
-        config.clear_flag(self.trt.BuilderFlag.TF32)  # no more digits than fp16, where the graph needs fp32
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # which has no more digits than fp16
         if hasattr(config, "set_compute_capability"):
             config.num_compute_capabilities = len(self.request.compute_capabilities)
             for place, gpu in enumerate(self.request.compute_capabilities):
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, gpu.upper()), place)
-        if hasattr(self.trt, "IProgressMonitor"):
-            config.progress_monitor = monitor = _monitor(self.trt)  # noqa: F841  # must outlive the build
+        config.progress_monitor = monitor = _monitor(self.trt)  # noqa: F841  # must outlive the build
         profile = self.builder.create_optimization_profile()
         for tensor in _all(self.network.get_input, self.network.num_inputs):
             sizes = self.request.profile[tensor.name]
@@ -105,7 +101,7 @@ def report_layers(trt: Any, network: Any) -> LayerReport:
             layers["int8"] += 1
         else:
             dtype = _dtype(outputs[0])
-            layers[dtype if dtype.startswith(("float", "bfloat")) or dtype == "int8" else OTHER] += 1
+            layers[dtype if dtype.startswith(("float", "bfloat")) or dtype == "int8" else "other"] += 1
     return LayerReport(
         layers=dict(layers),
         tensors=dict(tensors),
@@ -135,9 +131,6 @@ def _logger(trt: Any, messages: list[str]) -> Any:
     """A logger that keeps errors; TensorRT allows one in a process."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the module is only known at run time
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 messages.append(message)
@@ -146,22 +139,20 @@ def _logger(trt: Any, messages: list[str]) -> Any:
 
 
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
+    steps: dict[str, int] = {}
 
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
+            steps[phase_name] = num_steps
             if parent_phase is None:
                 _say(progress=phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            _say(progress=f"{phase_name} {step + 1}/{self.steps.get(phase_name, step + 1)}")
+            _say(progress=f"{phase_name} {step + 1}/{steps.get(phase_name, step + 1)}")
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
+            pass
 
     return Monitor()
 

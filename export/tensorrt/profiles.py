@@ -10,31 +10,32 @@ from ...runtime.errors import ItuneError
 
 MAX_K = 3840
 """The maximum number of candidates that TensorRT's TopK returns."""
-MAX_BEAMS = MAX_BATCH = 8
 _OPT_BEAMS = 5
-_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class PlanLimits:
     """The largest search that the plans have room for."""
 
-    max_beams: int = MAX_BEAMS
-    max_batch: int = MAX_BATCH
-    max_new_tokens: int | None = None
-    """None: 32, or as many as the model has positions for."""
+    max_beams: int = 8
+    max_batch: int = 8
+    max_new_tokens: int = 32
 
-    def of(self, tokens: TokenSettings) -> PlanLimits:
-        """The limits for a model, all known; raises ItuneError naming the flag if the model has no room for them."""
-        longest = self.max_new_tokens or min(_NEW_TOKENS, tokens.room)
+    def of(self, tokens: TokenSettings, max_new_tokens: int | None) -> PlanLimits:
+        """The limits for a model, by default as many of the new tokens as it has room for.
+
+        Raises:
+            ItuneError: the model has no room for them; names the flag.
+        """
+        limits = replace(self, max_new_tokens=max_new_tokens or min(self.max_new_tokens, tokens.room))
         most_beams = tokens.candidates // 2  # a search compares two candidates for each beam
         for flag, value, most in (
-            ("--max-new-tokens", longest, tokens.room),
-            ("--max-beams", self.max_beams, most_beams),
+            ("--max-new-tokens", limits.max_new_tokens, tokens.room),
+            ("--max-beams", limits.max_beams, most_beams),
         ):
             if value > most:
                 raise ItuneError(f"{flag} {value}: the language model allows at most {most}")
-        return replace(self, max_new_tokens=longest)
+        return limits
 
 
 def plan_profile(
@@ -44,8 +45,6 @@ def plan_profile(
 
     Rows range from the first step of one image to a full batch of beams, the past from nothing to the longest caption.
     """
-    limits = limits.of(tokens)
-    assert limits.max_new_tokens is not None
     prompt, rows = len(tokens.prompt_tokens), limits.max_batch * limits.max_beams
     past = prompt + limits.max_new_tokens
     beams = min(_OPT_BEAMS, limits.max_beams)
@@ -59,10 +58,12 @@ def plan_profile(
         "P + T": (1, step + 1, past + prompt),
         "N": (visual_tokens,) * 3,
     }
-    most = min(MAX_K, tokens.candidates)
-    ranges = {"k": ProfileRange(min=[1], opt=[min(2 * beams, most)], max=[most])}
+    ranges = {}
     for spec in inputs:
         dims = [(size,) * 3 if isinstance(size, int) else sizes[size] for size in spec.shape]
+        if spec.name == "k":
+            most = min(MAX_K, tokens.candidates)
+            dims = [(1, min(2 * beams, most), most)]
         lowest, usual, highest = ([dim[place] for dim in dims] for place in range(3))
-        ranges.setdefault(spec.name, ProfileRange(min=lowest, opt=usual, max=highest))
-    return {spec.name: ranges[spec.name] for spec in inputs}
+        ranges[spec.name] = ProfileRange(min=lowest, opt=usual, max=highest)
+    return ranges

@@ -1,4 +1,4 @@
-"""Captions that two sides write for the same photos: identical ones, and CIDEr-D on a dev split."""
+"""The captions that both sides write for the same photos: how many are equal, and CIDEr-D on a dev split."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .limits import Limits
 from .report import Check
 
 DEV_PHOTOS = 200
-"""How many photos of a dev split are captioned by default."""
+"""Default number of photos of a dev split to caption."""
 _DEV = "dev.json"
 _TIE = 1e-4
-"""Captions whose scores differ by less are equally good: rounding decides which one the search finds."""
+"""Captions whose scores differ by less are equally good: rounding decides which one the search returns."""
 
 
 class Written(Settings):
@@ -32,11 +32,11 @@ class Written(Settings):
 
     @classmethod
     def of(cls, caption: Caption) -> Self:
-        """Without timings and candidates."""
+        """The parts of a captioner's result."""
         return cls(caption=caption.caption, tokens=list(caption.tokens), score=caption.score)
 
     def as_good_as(self, other: Written) -> bool:
-        """Whether the tokens are the same or the scores tie."""
+        """Whether the tokens are equal or the scores tie."""
         return self.tokens == other.tokens or abs(self.score - other.score) < _TIE
 
 
@@ -78,15 +78,15 @@ def caption_dev_split(captioner: Captioner, folder: Path) -> dict[str, Written]:
     """Caption the dev split in `folder`; empty if there is none."""
     if not (folder / _DEV).exists():
         return {}
-    dev = _read(folder)
+    dev = _DevSplit.model_validate_json((folder / _DEV).read_bytes())
     return caption_photos(captioner, dev.photos, **dev.search.model_dump())
 
 
 def compare_dev_split(
     reference: dict[str, Written], found: dict[str, Written], folder: Path, limits: Limits
 ) -> list[Check]:
-    """Check how many captions are the same and how much of the reference's CIDEr-D is left."""
-    captions = _read(folder).captions
+    """Check how many captions are equal and how much of the reference's CIDEr-D is left."""
+    captions = _DevSplit.model_validate_json((folder / _DEV).read_bytes()).captions
     sides = [{key: own.caption for key, own in written.items()} for written in (reference, found)]
     before, after = (score(side, {key: captions[key] for key in side}) for side in sides)
     losses = np.array([before.per_image_cider[key] - after.per_image_cider[key] for key in reference])
@@ -100,7 +100,3 @@ def compare_dev_split(
         Check("captions, dev", case, None, same, limits.dev_captions, same >= limits.dev_captions),
         Check("CIDEr-D, dev", points, None, kept, limits.cider, enough),
     ]
-
-
-def _read(folder: Path) -> _DevSplit:
-    return _DevSplit.model_validate_json((folder / _DEV).read_bytes())

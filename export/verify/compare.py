@@ -1,4 +1,4 @@
-"""The compare side of a verification: replay the reference's scenarios on ONNX Runtime and measure differences."""
+"""The compare side of a verification: replay the reference's scenarios on ONNX Runtime and measure the differences."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ def compare(bundle: Path, folder: Path) -> list[Check]:
     loaded = Bundle.load(bundle, verify=False)
     reference = Reference.model_validate_json((folder / REFERENCE).read_bytes())
     pixels, vocabulary = np.load(folder / "pixels.npy"), np.load(folder / "vocabulary.npy")
-    scales = {
-        values(int(layer)): np.float32(scale)
-        for layer, scale in loaded.manifest.provenance.get(VALUE_SCALES, {}).items()
-    }
+    value_scales = loaded.manifest.provenance.get(VALUE_SCALES, {})
+    scales = {values(int(layer)): np.float32(scale) for layer, scale in value_scales.items()}
     differences = _Differences(loaded)
     for i, scenario in enumerate(reference.scenarios):
         found = replay(captioner.engine, pixels, scenario, vocabulary)
@@ -50,10 +48,9 @@ class _Differences:
     """Collects the largest difference of every output."""
 
     def __init__(self, bundle: Bundle) -> None:
-        graphs = [bundle.graph(role, "onnxruntime") for role in ("vision", "decoder")]
-        vision, decoder = (graph.precision for graph in graphs)
-        if vision == "fp32" and graphs[0].outputs[0].dtype == "float16":
-            vision = "fp16"  # a decoder in half precision reads no more of it
+        graph = bundle.graph("vision", "onnxruntime")
+        halved = graph.precision == "fp32" and graph.outputs[0].dtype == "float16"  # for a decoder in half precision
+        vision, decoder = "fp16" if halved else graph.precision, bundle.graph("decoder", "onnxruntime").precision
         self.vision, self.limits = LIMITS[vision], LIMITS[max(vision, decoder, key=list(LIMITS).index)]
         self.largest: dict[str, Check] = {}
         self.same_best: list[bool] = []
@@ -65,7 +62,7 @@ class _Differences:
                 self.same_best += (expected[name].argmax(axis=1) == found[name].argmax(axis=1)).tolist()
             when = "" if not step else " with past" if int(step) else " without past"
             limits = self.vision if output.startswith(VISUAL) else self.limits
-            # Compared with the graph's own logits, it is as exact in any precision.
+            # Compared with the graph's own logits, the log-sum-exp is as exact in any precision.
             limit = LIMITS["fp32"].outputs if output == "logsumexp" else limits.outputs
             self._note(output + when, case, difference, scale, (limits.measure, limit))
 
@@ -90,10 +87,10 @@ class _Differences:
 
 
 def _compare(expected: dict[str, Array], found: dict[str, Array]) -> Iterator[tuple[str, Array, float]]:
-    """Name, difference and root mean square of the expected values, for every output.
+    """Name, difference, and root mean square of the expected values, for every output.
 
     Logits are compared without each row's mean, which changes no probability. The log-sum-exp depends on a few logits,
-    which rounding may move far: it is compared with the graph's own logits.
+    which rounding may move far: it is compared with that of the graph's own logits.
     """
     for name, array in expected.items():
         other = found[name].astype(np.float64)

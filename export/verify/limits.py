@@ -13,7 +13,7 @@ class Limits:
     measure: Literal["max", "rms"]
     outputs: float
     neighbours: float
-    """For an image by itself against the same image in a batch."""
+    """For an image alone against the same image in a batch."""
     top1: float
     """Minimum fraction of rows with the same best token."""
     captions: float

@@ -1,4 +1,4 @@
-"""The verification's report: a check for every output, and the table that shows them."""
+"""A verification's report: a check for every output, and the table of all checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class VerificationError(ItuneError):
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the report."""
+    """A row of the report."""
 
     output: str
     case: str
@@ -33,7 +33,7 @@ CHECKS = TypeAdapter(list[Check])
 
 
 def report_table(checks: Sequence[Check], title: str) -> Table:
-    """The report as a table with a line for every output."""
+    """The report as a table with a row for every output."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("output", no_wrap=True)
     table.add_column("largest in")  # shrinks in a narrow terminal, so that the verdict stays visible

@@ -1,4 +1,4 @@
-"""Scenarios that both sides run: images, prompts of different lengths, and beams that change places."""
+"""The scenarios that both sides run: images, prompts of different lengths, and beams that change places."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Step(Settings):
     mask: list[list[bool]] | None = None
 
     def run(self, engine: Engine[Any], state: Any, k: int) -> Candidates:
-        """Run the step on an engine and return its `k` best tokens."""
+        """Run the step; returns the `k` best tokens of each row."""
         mask = None if self.mask is None else np.array(self.mask)
         return engine.step(np.array(self.tokens), np.array(self.parents), state, k, mask=mask)
 
@@ -59,11 +59,11 @@ class Scenario(Settings):
 
 
 class Reference(Settings):
-    """What the reference side passes to the other, besides arrays."""
+    """What the reference side passes to the compare side, besides arrays."""
 
     scenarios: list[Scenario]
     captions: list[list[Written]]
-    """Of every image, for each of CAPTION_BEAMS."""
+    """A list for each of CAPTION_BEAMS, with every image's caption."""
     dev: dict[str, Written]
 
 
@@ -91,7 +91,7 @@ def caption_images(captioner: Captioner, pixels: UInt8) -> list[list[Written]]:
 
 
 def record(engine: Engine[Any], pixels: UInt8, tokens: TokenSettings, vocabulary: Int64) -> list[Scenario]:
-    """Choose the tokens of all scenarios with an engine: likely ones, as a search would choose them."""
+    """Choose the tokens of all scenarios: those that `engine` finds likely, as in a search."""
     rng = np.random.default_rng(1)
     room = tokens.max_positions - _STEPS - len(tokens.prompt_tokens)
     scenarios = []
@@ -125,8 +125,11 @@ def _record(engine: Engine[Any], state: Any, beams: int, prompts: Sequence[list[
 def replay(engine: Engine[Any], pixels: UInt8, scenario: Scenario, vocabulary: Int64) -> dict[str, Array]:
     """All outputs of a scenario by name, those of a step as `NAME/step`.
 
-    `vocabulary` has the ascending ids of all tokens that the engine can write (ItuneError if not); logits are in its
-    order. Visual keys and values come as [images, N, r]. Padded positions of the cache are zero.
+    `vocabulary` has the ascending ids of all tokens that the engine can write; logits are in this order. Visual keys
+    and values are [images, N, r]. Padded positions of the cache are zero.
+
+    Raises:
+        ItuneError: the engine's candidates are other tokens.
     """
     state = engine.encode(pixels[scenario.images])
     results = _visual(state)

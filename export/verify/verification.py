@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,8 +21,10 @@ from ...runtime.bundle import Bundle
 from ...runtime.engines.base import Int64
 from ...runtime.errors import ItuneError
 from ..process import run_module
-from .captions import write_dev_split
+from .captions import caption_dev_split, write_dev_split
+from .compare import compare
 from .report import CHECKS, Check, VerificationError
+from .scenarios import REFERENCE, Reference, caption_images, pick_images, record, replay
 
 _REPORT, _SHORTLIST = "report.json", "shortlist.npy"
 
@@ -49,27 +52,41 @@ def verify_bundle(
         if dev:
             write_dev_split(dev, Bundle.load(bundle, verify=False).manifest.search, Path(folder))
         photos = f", with {len(dev)} dev photos" if dev else ""
+        run = partial(run_module, __name__, about="verification", error=VerificationError)
         progress(f"computing references in PyTorch{photos}")
-        run_module(__name__, "reference", checkpoint, folder, *([images] if images else []), error=_failed)
+        run("reference", checkpoint, folder, *([images] if images else []))
         progress(f"running the graphs{photos}")
-        run_module(__name__, "compare", bundle, folder, error=_failed)
+        run("compare", bundle, folder)
         return CHECKS.validate_json((Path(folder) / _REPORT).read_bytes())
 
 
-def _failed(reason: str) -> VerificationError:
-    return VerificationError(f"verification: {reason}")
+def write_reference(checkpoint: Path, folder: Path, images: Path | None = None, shortlist: Int64 | None = None) -> None:
+    """Record the scenarios and caption the images with a checkpoint; keep all outputs in `folder`."""
+    from ...loading import LoadedCheckpoint, eager_captioner  # torch, which the other side runs without
+
+    loaded = LoadedCheckpoint.load(checkpoint)
+    captioner = eager_captioner(loaded, shortlist)
+    vocabulary = np.arange(captioner.tokens.vocab_size) if shortlist is None else shortlist
+    pixels = pick_images(loaded.config.image, images)
+    scenarios = record(captioner.engine, pixels, captioner.tokens, vocabulary)
+    np.save(folder / "pixels.npy", pixels)
+    np.save(folder / "vocabulary.npy", vocabulary)
+    for i, scenario in enumerate(scenarios):
+        outputs = replay(captioner.engine, pixels, scenario, vocabulary)
+        np.savez(folder / f"{i}.npz", **outputs)  # type: ignore[arg-type]  # no output is named allow_pickle
+    reference = Reference(
+        scenarios=scenarios, captions=caption_images(captioner, pixels), dev=caption_dev_split(captioner, folder)
+    )
+    (folder / REFERENCE).write_text(reference.model_dump_json(), encoding="utf-8")
 
 
 def main(side: str, source: str, folder: str, images: str | None = None) -> None:
-    """Run one side; the imports keep torch out of the other."""
+    """Run one side."""
+    shortlist = Path(folder) / _SHORTLIST
     if side == "reference":
-        from .reference import write_reference
-
-        shortlist = np.load(Path(folder) / _SHORTLIST) if (Path(folder) / _SHORTLIST).exists() else None
-        write_reference(Path(source), Path(folder), Path(images) if images else None, shortlist)
+        vocabulary = np.load(shortlist) if shortlist.exists() else None
+        write_reference(Path(source), Path(folder), Path(images) if images else None, vocabulary)
     else:
-        from .compare import compare
-
         (Path(folder) / _REPORT).write_bytes(CHECKS.dump_json(compare(Path(source), Path(folder))))
 
 

@@ -51,7 +51,7 @@ def compare(
     common.require("export", "torch", "transformers", "safetensors", "onnx")
     common.require("benchmark", "matplotlib")
     common.exit_when_asked()
-    from ..export.compare.comparison import Comparison, Variant
+    from ..export.compare.comparison import Comparison
     from ..export.compare.picture import draw
     from ..files import atomic_path
     from ..runtime.engines.onnxruntime import available_cpus
@@ -61,15 +61,11 @@ def compare(
         checkpoint=checkpoint,
         folder=output,
         records=_records(options)[: options.limit],
-        data=options.data,
+        options=options,
         search={"num_beams": 5} | chosen(search),
-        batch_size=options.batch_size,
-        latency_photos=options.latency_photos,
-        threads=options.threads,
-        verify=options.verify,
         progress=_stage,
     )
-    rows = measured.run([Variant.parse(text) for text in options.precisions.split(",")])
+    rows = measured.run()
     settings = {
         "checkpoint": str(checkpoint),
         "photos": len(measured.records),

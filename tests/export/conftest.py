@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,11 +14,11 @@ from itune.runtime.errors import ItuneError
 def verification_in_this_process() -> Iterator[None]:
     """Both sides of a verification run here, where torch is loaded: `tests/itune/cli/test_export.py` starts them."""
 
-    def run(_module: str, *arguments: object, error: Callable[[str], ItuneError]) -> None:
+    def run(_module: str, *arguments: object, about: str, error: type[ItuneError]) -> None:
         try:
             verification.main(*map(str, arguments))
         except ItuneError as reason:
-            raise error(str(reason)) from None
+            raise error(f"{about}: {reason}") from None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "run_module", run)

@@ -22,7 +22,14 @@ def program(tmp_path, monkeypatch):
 
 def test_lines_are_received(program):
     lines = []
-    run_module(program("import sys; print(*sys.argv[1:], sep='\\n')"), "a", 1, error=ItuneError, receive=lines.append)
+    run_module(
+        program("import sys; print(*sys.argv[1:], sep='\\n')"),
+        "a",
+        1,
+        about="it",
+        error=ItuneError,
+        receive=lines.append,
+    )
     assert lines == ["a\n", "1\n"]
 
 
@@ -36,6 +43,7 @@ def test_lines_are_received(program):
 )
 def test_a_failure_is_one_sentence(program, text, value):
     with pytest.raises(ItuneError) as error:
-        run_module(program(text), error=ItuneError)
+        run_module(program(text), about="plan.onnx", error=ItuneError)
+    assert str(error.value).startswith("plan.onnx: ")
     assert value in str(error.value)
     assert "first" not in str(error.value)

@@ -13,8 +13,9 @@ from PIL import Image
 
 from itune.cli import common, export
 from itune.export.compare import comparison as compare_module
-from itune.export.compare.comparison import Variant
+from itune.export.compare.comparison import parse_variants
 from itune.export.compare.stopwatch import measure_latency
+from itune.export.options import CompareOptions
 from itune.runtime.bundle import MANIFEST, Bundle
 from itune.runtime.errors import ItuneError
 
@@ -128,23 +129,24 @@ def test_reference_captions_by_hand(clip_checkpoint, captions, tmp_path, run):
     assert (row["cider"], row["bleu4"]) == (scores["cider"], scores["bleu4"])
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("int8", ("int8", "int8", None, None)),
-        (" int8+fp32", ("int8+fp32", "int8", "fp32", None)),
-        ("fp32@5000", ("fp32@5000", "fp32", None, "5000")),
-        ("int8+int8@a/words.txt", ("int8+int8@words.txt", "int8", "int8", "a/words.txt")),
-    ],
-)
-def test_variants_are_read(text, expected):
-    assert tuple(Variant.parse(text).model_dump().values()) == expected
+def test_variants_are_read():
+    options = CompareOptions(precisions="int8, int8+fp32,fp32,fp32@5000,int8+int8@a/words.txt", data="captions.jsonl")
+    assert {
+        name: (each.precision, each.vision_precision, each.vocabulary, each.data is not None)
+        for name, each in parse_variants(options).items()
+    } == {
+        "fp32": ("fp32", None, None, False),
+        "int8": ("int8", None, None, False),
+        "int8+fp32": ("int8", "fp32", None, False),
+        "fp32@5000": ("fp32", None, "5000", True),
+        "int8+int8@words.txt": ("int8", "int8", "a/words.txt", True),
+    }
 
 
 @pytest.mark.parametrize("text", ["", "int9", "int8+", "int8+x", "+int8", "int8@"])
 def test_other_variants_are_refused(text):
     with pytest.raises(ItuneError) as error:
-        Variant.parse(text)
+        parse_variants(CompareOptions(precisions=text))
     assert f"--precisions {text}:" in str(error.value)
 
 

@@ -18,7 +18,7 @@ from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.export.tensorrt import library as tensorrt
 from itune.export.verify.compare import compare
-from itune.export.verify.reference import write_reference
+from itune.export.verify.verification import write_reference
 from itune.export.vocabulary import Vocabulary
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner

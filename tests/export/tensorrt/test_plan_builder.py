@@ -109,8 +109,8 @@ def test_tensorrt_comes_first_and_must_be_new_enough(monkeypatch):
     assert "10.13.2" in str(error.value)
     module.__version__ = "11.0.0.114"
     library = Library.find()
-    assert (library.flavour, library.version, library.known_gpus) == ("tensorrt", "11.0.0.114", [])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert (library.flavour, library.version, library.known_gpus) == ("tensorrt", "11.0.0.114", [])
     with pytest.raises(TensorRTError) as error:
         library.choose_gpus(None)
     assert "tensorrt-rtx" in str(error.value)

@@ -19,9 +19,9 @@ from itune.export.verify import verification
 from itune.export.verify.captions import Written, compare_dev_split, write_dev_split
 from itune.export.verify.compare import compare
 from itune.export.verify.limits import LIMITS
-from itune.export.verify.reference import write_reference
 from itune.export.verify.report import Check, VerificationError, report_table
 from itune.export.verify.scenarios import Scenario, Step, beside_loud_image, pick_images
+from itune.export.verify.verification import write_reference
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import ItuneError
@@ -219,7 +219,7 @@ def test_report_marks_what_failed():
 
 def test_errors_of_a_process_are_passed_on(tmp_path):
     with pytest.raises(VerificationError) as error:
-        run_module(verification.__name__, "compare", tmp_path, tmp_path, error=VerificationError)
+        run_module(verification.__name__, "compare", tmp_path, tmp_path, about="verification", error=VerificationError)
     assert str(tmp_path) in str(error.value)
 
 
