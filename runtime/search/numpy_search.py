@@ -58,7 +58,7 @@ class NumpySearch:
             places = config.rows_per_image if config.do_sample else 0
             self._images.append(_Image(number, len(prompt), [_Beam(prompt, 0.0)], [([], -np.inf)] * places))
         self._generated = 0
-        self._ban()
+        self._find_banned()
 
     def advance(self, logits: Float32, token_ids: Int64, logsumexp: Float32) -> tuple[Int64, Int64, Int64 | None]:
         """Choose the next token of every row from its candidates (see `engines.base.Candidates`).
@@ -90,7 +90,7 @@ class NumpySearch:
             first = rows.stop
         all_kept = len(kept) == len(self._images)
         self._images = [self._images[place] for place in kept]
-        self._ban()
+        self._find_banned()
         moves = np.array(tokens, np.int64).reshape(-1, 1), np.array(parents, np.int64)
         return *moves, None if all_kept else np.array(kept, np.int64)
 
@@ -98,7 +98,7 @@ class NumpySearch:
         """Tokens and score of every caption of each finished image; an empty list for the others."""
         return self._captions
 
-    def _ban(self) -> None:
+    def _find_banned(self) -> None:
         """Set each beam's `banned` tokens, and `k` so that enough candidates keep their scores."""
         config, lowered = self._config, 0
         for beam in (beam for image in self._images for beam in image.beams):
@@ -145,7 +145,7 @@ class NumpySearch:
         source = np.repeat(np.arange(len(sums)), token_ids.shape[1])
         best = np.lexsort((token_ids.ravel(), source, -ranks.ravel()))[:width]
         found = [(int(source[i]), int(token_ids.flat[i]), float(scores.flat[i])) for i in best]
-        found += [(*found[-1][:2], -np.inf)] * (width - len(found))  # in a vocabulary smaller than that
+        found += [(*found[-1][:2], -np.inf)] * (width - len(found))  # in a vocabulary smaller than `width`
         running, stopped = [], []
         for place, (beam, token, score) in enumerate(found):
             ends = token == self._end_token or self._generated == self._config.max_new_tokens
