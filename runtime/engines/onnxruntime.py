@@ -17,12 +17,11 @@ import onnxruntime as ort
 
 from ..bundle import Bundle
 from ..errors import BundleError, EngineError, reading
-from ..graph_names import EMBEDDING, PAST, PRESENT
-from .base import Bool, Candidates, Float32, Int64, UInt8, last_positions
+from ..graph_names import EMBEDDING, PAST, PRESENT, STEP
+from .base import Bool, Candidates, Float32, Int64, UInt8, mask_and_positions
 
 NAME = "onnxruntime"
 CPUINFO = Path("/proc/cpuinfo")
-_STEP = {"tokens", "positions", "mask", "parents", "k"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -101,24 +100,16 @@ class OnnxRuntimeEngine:
     ) -> dict[str, ort.OrtValue]:
         """The same step, but all outputs of the decoder graph by name."""
         state.rows = len(tokens)
-        real = np.ones(tokens.shape, np.bool_) if mask is None else mask
         if tokens.size < self.least_rows:
-            tokens, real, parents = np.repeat(tokens, 2, axis=0), np.repeat(real, 2, axis=0), np.repeat(parents, 2)
+            tokens, parents, mask = np.repeat(tokens, 2, axis=0), np.repeat(parents, 2), None
+        real, positions = mask_and_positions(state.mask, tokens, parents, mask)
         if state.mask is None:
             state.past = {
                 name: _value(np.zeros((len(tokens), heads, 0, head_dim), dtype))
                 for name, (heads, head_dim, dtype) in self._caches.items()
             }
-        else:
-            real = np.concatenate([state.mask[parents], real], axis=1)
-        inputs = {
-            "tokens": tokens,
-            "positions": last_positions(real, tokens.shape[1]),
-            "mask": real,
-            "parents": parents,
-            "k": np.array([min(k, self.most_candidates)]),
-        }
-        values = {name: _value(array) for name, array in inputs.items()}
+        inputs = tokens, positions, real, parents, np.array([min(k, self.most_candidates)])
+        values = {name: _value(array) for name, array in zip(STEP, inputs, strict=True)}
         named = self._run(self.decoder, self._outputs, values | state.past | state.visual)
         state.mask = real
         state.past = {name: named[name.replace(PAST, PRESENT)] for name in self._caches}
@@ -142,7 +133,7 @@ def _mismatch(vision: ort.InferenceSession, decoder: ort.InferenceSession, size:
     visual = {each.name for each in vision.get_outputs()} - {EMBEDDING}
     inputs, outputs = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
     caches = {name for name in inputs if name.startswith(PAST)}
-    needed = _STEP | visual | caches
+    needed = {*STEP} | visual | caches
     if inputs != needed:
         return f"its decoder graph takes {sorted(inputs - needed)} and lacks the inputs {sorted(needed - inputs)}"
     missing = {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs
