@@ -8,7 +8,6 @@ from ..bundle import Bundle, TokenSettings
 from ..errors import EngineError, ItuneError
 from . import onnxruntime, onnxruntime_cuda
 from .base import Engine
-from .tensorrt_plan import has_plans
 
 
 class Loaded(NamedTuple):
@@ -34,7 +33,8 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
     """
     if name not in ("auto", "tensorrt"):
         return _onnxruntime(bundle, threads, cuda=name == "onnxruntime-cuda")
-    auto, plans, reason, notice = name == "auto", name == "tensorrt" or has_plans(bundle), "", None
+    auto, reason, notice = name == "auto", "", None
+    plans = not auto or any(graph.engine == "tensorrt" for graph in bundle.manifest.graphs)
     if plans:
         try:
             return _tensorrt(bundle)._replace(notice="captioning with TensorRT" if auto else None)
