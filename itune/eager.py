@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from .retrieval.encoder import RetrievalHead
 
 
+@dataclass
 class EagerState:
     """What the language model sees of the images, the rows' cache, and the rows' mask of real tokens."""
 
-    def __init__(self, visual: Visual, embedding: Float32 | None = None) -> None:
-        self.visual, self.embedding = visual, embedding
-        self.cache = DynamicCache()
-        self.mask: Bool | None = None  # [rows, cached tokens]
+    visual: Visual
+    embedding: Float32 | None = None
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    mask: Bool | None = None  # [rows, cached tokens]
 
     @property
     def images(self) -> int:
