@@ -150,8 +150,10 @@ class TensorRTEngine:
         """
         graphs = [plan_graph(bundle, role) for role in ("vision", "decoder")]
         device = CudaDevice()
-        plans = (Plan(bundle.path(graph.file), graph, built, device.capability, cuda_graphs) for graph, built in graphs)
-        return cls(device, *plans, bundle.manifest.tokens.candidates)
+        vision, decoder = (
+            Plan(bundle.path(graph.file), graph, built, device.capability, cuda_graphs) for graph, built in graphs
+        )
+        return cls(device, vision, decoder, bundle.manifest.tokens.candidates)
 
     def encode(self, pixels: UInt8) -> TensorRTState:
         """Encode images, uint8 [B, H, W, 3]; more than `most_images` take several runs."""

@@ -19,7 +19,7 @@ from itune.runtime.search.loop import CORE, NATIVE
 from itune.runtime.search.loop import search as search_captions
 from itune.runtime.search.numpy_search import NumpySearch
 from itune.runtime.settings import ImageSettings, TextSettings
-from tests.runtime.tables import Search
+from tests.runtime.fake_engine import Search
 
 SENTENCES = {"red": "a dog runs on grass", "green": "two children play", "blue": "the sea is calm today"}
 END = "<|endoftext|>"

@@ -16,7 +16,7 @@ from itune.runtime.engines.base import Candidates
 from itune.runtime.search import SearchConfig
 from itune.runtime.search.loop import CORE, NATIVE
 from itune.runtime.search.numpy_search import NO_TOKEN, NumpySearch
-from tests.runtime.tables import best_of
+from tests.runtime.fake_engine import best_of
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="itune was built without a compiler")
 
