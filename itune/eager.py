@@ -52,7 +52,7 @@ class EagerEngine:
 
     @property
     def most_candidates(self) -> int:
-        """The number of tokens that a caption can be written with."""
+        """The number of different tokens that the model can write."""
         return len(self.vocabulary) if self.vocabulary is not None else self.model.language_model.config.vocab_size
 
     @torch.inference_mode()

@@ -37,7 +37,7 @@ class State(Protocol):
 
     @property
     def embedding(self) -> Float32 | None:
-        """What a datastore is searched with, [images, D] of length 1, from `encode`; None if the model has none."""
+        """The images' embeddings [images, D] of length 1, to search a datastore with; None if the model has none."""
 
     def keep(self, images: Int64) -> None:
         """Drop every image but `images` (indices into the present ones, ascending).
@@ -55,7 +55,7 @@ class Engine(Protocol[S]):
 
     @property
     def most_candidates(self) -> int:
-        """The number of tokens that a caption can be written with: a step is asked for at most so many candidates."""
+        """The number of different tokens that the model can write; a step returns at most this many for each row."""
 
     def encode(self, pixels: UInt8) -> S:
         """Encode images, uint8 pixels [images, height, width, 3], into a state with an empty cache."""

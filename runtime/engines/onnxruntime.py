@@ -100,7 +100,7 @@ class OnnxRuntimeEngine:
     def forward(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> dict[str, ort.OrtValue]:
-        """The same step, but all outputs of the decoder graph by name."""
+        """Run a step and return all outputs of the decoder graph by name."""
         state.rows = len(tokens)
         if tokens.size < self.least_rows:
             tokens, parents, mask = np.repeat(tokens, 2, axis=0), np.repeat(parents, 2), None
@@ -227,7 +227,7 @@ def has_cuda() -> bool:
 def has_vnni() -> bool:
     """Whether products of uint8 and int8 are exact here: on x86 without VNNI, ONNX Runtime's saturate.
 
-    Only Linux tells; elsewhere an x86 CPU counts as one without.
+    Only Linux reports it; on other systems an x86 CPU counts as one without VNNI.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True

@@ -95,7 +95,7 @@ class TensorRTEngine:
     """A bundle's plans behind the engine protocol. Threads may share it: they take turns on its stream."""
 
     def __init__(self, device: CudaDevice, vision: Plan, decoder: Plan, most_candidates: int) -> None:
-        """`most_candidates` is the vocabulary's; a plan returns fewer, and a search that needs more is refused.
+        """`most_candidates`: as in `Engine`; a plan returns at most `most_k`, and a search that needs more is refused.
 
         Raises:
             BundleError: the two plans do not fit each other.
