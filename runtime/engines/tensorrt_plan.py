@@ -115,8 +115,7 @@ class Plan:
             )
         self.host_inputs = {name for name in self.inputs if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         self._cuda_graphs = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
-        self._contexts: dict[int, Any] = {}
-        self._addresses: dict[int, dict[str, int]] = {}
+        self._contexts: dict[int, tuple[Any, dict[str, int]]] = {}  # with the addresses that each knows
 
     def run(self, sizes: Sizes, addresses: Mapping[str, int], stream: int) -> None:
         """Enqueue one run: `addresses` of every input and output, those of `host_inputs` in host memory.
@@ -126,7 +125,7 @@ class Plan:
             EngineError: TensorRT refused them, or failed.
         """
         profile = choose_profile(self.profiles, sizes, self.label)
-        context, known = self._context(profile, stream), self._addresses[profile]
+        context, known = self._context(profile, stream)
         shaped = all(
             context.set_input_shape(name, tuple(sizes[name])) for name in self.inputs if name not in self.host_inputs
         )
@@ -137,7 +136,7 @@ class Plan:
         if not shaped or not context.execute_async_v3(stream):
             raise EngineError(f"{self.label}: TensorRT cannot run it with {dict(sizes)}{_last_error(self._trt)}")
 
-    def _context(self, profile: int, stream: int) -> Any:
+    def _context(self, profile: int, stream: int) -> tuple[Any, dict[str, int]]:
         if profile not in self._contexts:
             arguments = []
             if self._cuda_graphs:
@@ -148,7 +147,7 @@ class Plan:
             if context is None or not context.set_optimization_profile_async(profile, stream):
                 problem = f"TensorRT cannot prepare profile {profile}{_last_error(self._trt)}"
                 raise EngineError(f"{self.label}: {problem}: the GPU may lack memory")
-            self._contexts[profile], self._addresses[profile] = context, {}
+            self._contexts[profile] = context, {}
         return self._contexts[profile]
 
 
