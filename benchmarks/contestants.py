@@ -126,7 +126,8 @@ class Bundle:
 
 def search_captions(engine: Any, pixels: UInt8, task: Task) -> Sample:
     """Caption with itune's search on any engine (an object with `encode` and `step`)."""
-    from itune.runtime.search import SearchConfig, search
+    from itune.runtime.search import SearchConfig
+    from itune.runtime.search.loop import search
 
     config = SearchConfig(num_beams=task.num_beams, min_new_tokens=task.new_tokens, max_new_tokens=task.new_tokens)
     start = time.perf_counter()

@@ -21,7 +21,8 @@ from rich.progress import track
 from itune import Captioner, ItuneError
 from itune.loading import load_captioner
 from itune.runtime.image import SUFFIXES, decode, preprocess
-from itune.runtime.search import PADDING, SearchConfig, search
+from itune.runtime.search import SearchConfig
+from itune.runtime.search.loop import PADDING, search
 
 BATCH = 4
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from itune.runtime.engines.base import Candidates
-from itune.runtime.search import NATIVE, SearchConfig
-from itune.runtime.search.core import Core, MakeCore, make_core
+from itune.runtime.search import SearchConfig
+from itune.runtime.search.loop import CORE, NATIVE
 from itune.runtime.search.numpy_search import NumpySearch
 
 VOCABULARY, END = 50_257, 50_256
@@ -54,9 +54,9 @@ def cases() -> list[Case]:
     ]
 
 
-def step_times(make: MakeCore, case: Case, rng: np.random.Generator) -> list[float]:
+def step_times(make: type[NumpySearch], case: Case, rng: np.random.Generator) -> list[float]:
     """Microseconds of each step but the first, on synthetic candidates."""
-    core: Core = make(np.full((case.images, 1), END), case.config, END, VOCABULARY)
+    core = make(np.full((case.images, 1), END), case.config, END, VOCABULARY)
     rows, times = case.images, []
     for _ in range(STEPS):
         candidates = made_up(rng, rows, core.k)
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="searches of each kind")
     repeats: int = parser.parse_args().repeats
-    cores: dict[str, MakeCore] = {"C++": make_core, "NumPy": NumpySearch} if NATIVE else {"NumPy": NumpySearch}
+    cores = ({"C++": CORE} if NATIVE else {}) | {"NumPy": NumpySearch}
     console = Console()
     table = Table("microseconds per step", *cores, title="constraints, advance and compaction, as called from Python")
     for case in cases():

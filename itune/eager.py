@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,19 +11,20 @@ from transformers import DynamicCache
 
 from .backbones import CACHE_ARGUMENT, VisionTower
 from .methods.base import CaptionModel, Visual
-from .runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8
+from .runtime.engines.base import Bool, Candidates, Float32, Int64, UInt8, mask_and_positions
 
 if TYPE_CHECKING:
     from .retrieval.encoder import RetrievalHead
 
 
+@dataclass
 class EagerState:
     """What the language model sees of the images, the rows' cache, and the rows' mask of real tokens."""
 
-    def __init__(self, visual: Visual, embedding: Float32 | None = None) -> None:
-        self.visual, self.embedding = visual, embedding
-        self.cache = DynamicCache()
-        self.mask: Tensor | None = None  # [rows, cached tokens]
+    visual: Visual
+    embedding: Float32 | None = None
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    mask: Bool | None = None  # [rows, cached tokens]
 
     @property
     def images(self) -> int:
@@ -50,7 +52,7 @@ class EagerEngine:
 
     @property
     def most_candidates(self) -> int:
-        """The number of tokens that a caption can be written with."""
+        """The number of different tokens that the model can write."""
         return len(self.vocabulary) if self.vocabulary is not None else self.model.language_model.config.vocab_size
 
     @torch.inference_mode()
@@ -62,24 +64,25 @@ class EagerEngine:
     def encode_features(self, visual: Tensor) -> EagerState:
         """Encode images whose visual embeddings [B, N, d_v] were computed before."""
         embedding = None if self.head is None else self.head.pool(visual).cpu().numpy()
-        return EagerState(self.model.project(visual.to(self._device, self._dtype)), embedding)
+        dtype = next(self.model.adapters.parameters()).dtype
+        return EagerState(self.model.project(visual.to(self._device, dtype)), embedding)
 
     @torch.inference_mode()
     def step(self, tokens: Int64, parents: Int64, state: EagerState, k: int, *, mask: Bool | None = None) -> Candidates:
         """Feed `tokens` [rows, T] to the language model and return the k best continuations of each row."""
-        input_ids = torch.from_numpy(tokens).to(self._device)
-        rows: Any = torch.from_numpy(parents).to(self._device)
-        real = torch.ones_like(input_ids) if mask is None else torch.from_numpy(mask).to(input_ids)
+        rows: Any
+        real, positions = mask_and_positions(state.mask, tokens, parents, mask)
+        input_ids, rows, attention_mask, position_ids = (
+            torch.from_numpy(array).to(self._device, torch.int64) for array in (tokens, parents, real, positions)
+        )
         if state.mask is not None:
             state.cache.reorder_cache(rows)
-            real = torch.cat([state.mask[rows], real], dim=1)
         state.mask = real
-        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         with self.model.looking_at(state.visual):
             logits: Any = self.model.language_model(
                 input_ids,
-                attention_mask=real,
-                position_ids=positions,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
                 use_cache=True,
                 logits_to_keep=1,
                 **{CACHE_ARGUMENT: state.cache},
@@ -93,10 +96,6 @@ class EagerEngine:
     @property
     def _device(self) -> torch.device:
         return self.model.language_model.device
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.model.adapters.parameters()).dtype
 
 
 def candidates(logits: Tensor, k: int) -> Candidates:

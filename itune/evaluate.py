@@ -16,7 +16,8 @@ from .metrics import Scores, score
 from .progress import OnProgress
 from .runtime import Captioner
 from .runtime.errors import ImageError
-from .runtime.search import SearchConfig, search
+from .runtime.search import SearchConfig
+from .runtime.search.loop import search
 from .runtime.settings import TextSettings
 from .training.batches import prompt_tokens, special_token
 

@@ -24,7 +24,8 @@ from .errors import BundleError, ImageError, ItuneError, SearchError, reading
 from .image import Source, decode, preprocess
 from .pipeline import decode_ahead
 from .retrieval.prompts import Retriever
-from .search import PADDING, SearchConfig, search
+from .search import SearchConfig
+from .search.loop import PADDING, search
 from .settings import ImageSettings, SearchDefaults, Settings
 from .text import decode_text, encode_caption, encode_text
 

@@ -6,6 +6,8 @@ VISUAL = "visual."
 """Prefix of the tensors from the vision graph to the decoder: `visual.{layer}.keys`, `.values`, or `visual.prefix`."""
 EMBEDDING = "visual.embedding"
 """Output of the vision graph that a datastore is searched with: float32 [images, D], of length 1."""
+TOKENS, POSITIONS, MASK, PARENTS, K = STEP = ("tokens", "positions", "mask", "parents", "k")
+"""Inputs of the decoder that every step sets, as in `Engine.step`."""
 PAST, PRESENT = "past_key_values.", "present."
 """Prefixes of the decoder's cache as input and as output: `past_key_values.{layer}.key`, `present.{layer}.value`."""
 HEAD = "head/"

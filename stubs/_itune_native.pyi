@@ -1,13 +1,3 @@
-from itune.runtime.engines.base import Float32, Int64
-from itune.runtime.search import SearchConfig
+from itune.runtime.search.numpy_search import NumpySearch
 
-class Search:
-    """The search's core in C++, as described by `core.Core`."""
-
-    def __init__(self, prompts: Int64, config: SearchConfig, end_token: int, most_candidates: int, /) -> None: ...
-    @property
-    def k(self) -> int: ...
-    def advance(
-        self, logits: Float32, token_ids: Int64, logsumexp: Float32, /
-    ) -> tuple[Int64, Int64, Int64 | None]: ...
-    def captions(self) -> list[list[tuple[list[int], float]]]: ...
+Search = NumpySearch  # the same interface

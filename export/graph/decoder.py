@@ -51,11 +51,11 @@ class Decoder:
     def build(self) -> Graph:
         """Build the whole graph."""
         g = self.graph
-        tokens = g.input("tokens", np.int64, ["rows", "T"])
-        positions = g.input("positions", np.int64, ["rows", "T"])
-        mask = g.input("mask", np.bool_, ["rows", "P + T"])
-        parents = g.input("parents", np.int64, ["rows"])
-        k = g.input("k", np.int64, [1])
+        tokens = g.input(graph_names.TOKENS, np.int64, ["rows", "T"])
+        positions = g.input(graph_names.POSITIONS, np.int64, ["rows", "T"])
+        mask = g.input(graph_names.MASK, np.bool_, ["rows", "P + T"])
+        parents = g.input(graph_names.PARENTS, np.int64, ["rows"])
+        k = g.input(graph_names.K, np.int64, [1])
         with g.scope("step"):
             bias = self.mask_bias(tokens, mask)
             self.declare_visual(tokens)

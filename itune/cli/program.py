@@ -128,7 +128,7 @@ class _Dash(str):
 
 
 def _version() -> str:
-    from ..runtime.search import NATIVE
+    from ..runtime.search.loop import NATIVE
 
     parts = [f"itune {__version__}", "native search" if NATIVE else "NumPy search"]
     with suppress(PackageNotFoundError):  # onnxruntime comes in wheels of several names

@@ -1,1 +1,1 @@
-"""Engines: what runs a bundle's graphs, one file each, behind the protocol in `base`."""
+"""Engines run a bundle's graphs behind the protocol in `base`."""

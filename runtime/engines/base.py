@@ -34,12 +34,10 @@ class State(Protocol):
     @property
     def images(self) -> int:
         """How many images are still in the state."""
-        ...
 
     @property
     def embedding(self) -> Float32 | None:
-        """What a datastore is searched with, [images, D] of length 1, from `encode`; None if the model has none."""
-        ...
+        """The images' embeddings [images, D] of length 1, to search a datastore with; None if the model has none."""
 
     def keep(self, images: Int64) -> None:
         """Drop every image but `images` (indices into the present ones, ascending).
@@ -47,7 +45,6 @@ class State(Protocol):
         Only the visual state is gathered. The cache is gathered by the `parents` of the next step, which still
         refer to rows of the previous step as it was before this call.
         """
-        ...
 
 
 S = TypeVar("S", bound=State)
@@ -58,12 +55,10 @@ class Engine(Protocol[S]):
 
     @property
     def most_candidates(self) -> int:
-        """The number of tokens that a caption can be written with: a step is asked for at most so many candidates."""
-        ...
+        """The number of different tokens that the model can write; a step returns at most this many for each row."""
 
     def encode(self, pixels: UInt8) -> S:
         """Encode images, uint8 pixels [images, height, width, 3], into a state with an empty cache."""
-        ...
 
     def step(self, tokens: Int64, parents: Int64, state: S, k: int, *, mask: Bool | None = None) -> Candidates:
         """Feed `tokens` [rows, T] and return the k best continuations of each row, k <= most_candidates.
@@ -72,10 +67,14 @@ class Engine(Protocol[S]):
         on the second the image's own row. `mask` [rows, T] is False at the left padding of prompts of different
         lengths (first step only); None means that every token is real. Positions follow from the mask.
         """
-        ...
 
 
-def last_positions(real: Bool, count: int) -> Int64:
-    """Positions [rows, count] of the last tokens, from the mask of real tokens [rows, length]: padding has none."""
-    positions: Int64 = np.maximum(real.cumsum(axis=1) - 1, 0)[:, -count:]
-    return positions
+def mask_and_positions(before: Bool | None, tokens: Int64, parents: Int64, mask: Bool | None) -> tuple[Bool, Int64]:
+    """The mask of real tokens [rows, cached and new tokens] after a step, and the positions of `tokens` [rows, T].
+
+    `before` is the mask after the previous step, None on the first; the others are the arguments of `Engine.step`.
+    """
+    real = np.ones(tokens.shape, np.bool_) if mask is None else mask
+    if before is not None:
+        real = np.concatenate([before[parents], real], axis=1)
+    return real, np.maximum(real.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :]

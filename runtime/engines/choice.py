@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from ..bundle import Bundle, TokenSettings
 from ..errors import EngineError, ItuneError
-from . import onnxruntime, onnxruntime_cuda
 from .base import Engine
-from .tensorrt_plan import has_plans
+from .onnxruntime import NAME, OnnxRuntimeCudaEngine, OnnxRuntimeEngine, has_cuda
 
 
 class Loaded(NamedTuple):
@@ -19,7 +18,7 @@ class Loaded(NamedTuple):
     """"tensorrt", "onnxruntime-cuda" or "onnxruntime"."""
     tokens: TokenSettings
     """The bundle's, with as many positions as this engine has."""
-    notice: str | None = None
+    notice: str | None
     """Which engine "auto" chose, and why; None for the plain case of the CPU."""
 
 
@@ -33,18 +32,18 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
         EngineError: the engine cannot run here; with "auto", the bundle was made for a GPU and no engine can use one.
     """
     if name not in ("auto", "tensorrt"):
-        return _onnxruntime(bundle, threads, cuda=name == "onnxruntime-cuda")
-    auto, plans, reason, notice = name == "auto", name == "tensorrt" or has_plans(bundle), "", None
+        return _onnxruntime(bundle, threads, name)
+    auto, reason, notice = name == "auto", "", None
+    plans = not auto or any(graph.engine == "tensorrt" for graph in bundle.manifest.graphs)
     if plans:
         try:
-            return _tensorrt(bundle)._replace(notice="captioning with TensorRT" if auto else None)
+            return _tensorrt(bundle, "captioning with TensorRT" if auto else None)
         except EngineError as error:
             reason = str(error)
-    if auto and onnxruntime_cuda.has_cuda():
+    if auto and has_cuda():
         try:
             why = f", as TensorRT cannot run here: {reason}" if plans else ""
-            loaded = _onnxruntime(bundle, threads, cuda=True)
-            return loaded._replace(notice=f"captioning with ONNX Runtime on CUDA{why}")
+            return _onnxruntime(bundle, threads, "onnxruntime-cuda", f"captioning with ONNX Runtime on CUDA{why}")
         except ItuneError as error:
             notice = f"captioning on the CPU: {error}"
             reason += f", nor can ONNX Runtime use a GPU: {error}"
@@ -53,19 +52,17 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
             f"{bundle.folder}: its TensorRT plans cannot run here: {reason}; --engine onnxruntime runs its ONNX graphs "
             "on the CPU, but a bundle exported with --target onnx --precision int8 is faster there"
         )
-    return _onnxruntime(bundle, threads)._replace(notice=notice)
+    return _onnxruntime(bundle, threads, notice=notice)
 
 
-def _tensorrt(bundle: Bundle) -> Loaded:
+def _tensorrt(bundle: Bundle, notice: str | None) -> Loaded:
     from .tensorrt import TensorRTEngine  # slow to import, and most machines have no use for it
 
-    engine = TensorRTEngine.load(bundle)
-    tokens = bundle.manifest.tokens
+    engine, tokens = TensorRTEngine.load(bundle), bundle.manifest.tokens
     most = min(tokens.max_positions, engine.most_positions)
-    return Loaded(engine, "tensorrt", tokens.model_copy(update={"max_positions": most}))
+    return Loaded(engine, "tensorrt", tokens.model_copy(update={"max_positions": most}), notice)
 
 
-def _onnxruntime(bundle: Bundle, threads: int | None, *, cuda: bool = False) -> Loaded:
-    engine = onnxruntime_cuda.OnnxRuntimeCudaEngine if cuda else onnxruntime.OnnxRuntimeEngine
-    name = "onnxruntime-cuda" if cuda else "onnxruntime"
-    return Loaded(engine.load(bundle, threads=threads), name, bundle.manifest.tokens)
+def _onnxruntime(bundle: Bundle, threads: int | None, name: str = NAME, notice: str | None = None) -> Loaded:
+    engine = OnnxRuntimeEngine if name == NAME else OnnxRuntimeCudaEngine
+    return Loaded(engine.load(bundle, threads=threads), name, bundle.manifest.tokens, notice)

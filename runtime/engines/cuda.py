@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 from ..errors import EngineError
 from .base import UInt8
 
-_CAPABILITY = "cudaDevAttrComputeCapability"
 _MODULE = "cuda.bindings.runtime"
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -25,7 +23,7 @@ class Memory:
     def __init__(self, cuda: Any, address: Any) -> None:
         self.address = int(address)
         """Aligned to at least 256 bytes."""
-        weakref.finalize(self, _free, cuda.cudaFree, address).atexit = False  # the process frees it anyway
+        weakref.finalize(self, cuda.cudaFree, address).atexit = False  # the process frees it anyway
 
 
 class HostMemory:
@@ -34,12 +32,7 @@ class HostMemory:
     def __init__(self, cuda: Any, address: Any, size: int) -> None:
         self.array: UInt8 = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(address)))
         """The bytes [size]. A view of them does not keep them alive."""
-        weakref.finalize(self, _free, cuda.cudaFreeHost, address).atexit = False
-
-
-def _free(function: Any, address: Any) -> None:
-    with suppress(Exception):  # whoever dropped the memory could not react
-        function(address)
+        weakref.finalize(self, cuda.cudaFreeHost, address).atexit = False
 
 
 class CudaDevice:
@@ -54,22 +47,20 @@ class CudaDevice:
     def __init__(self) -> None:
         try:
             self._cuda = import_module(_MODULE)
+            count, problem = self._call("cudaGetDeviceCount"), "CUDA finds no device"
         except ImportError as error:
-            if _has_driver():
-                mend = f"TensorRT needs {_MODULE}, which cannot be imported ({error}): pip install 'itune[tensorrt]'"
-            else:  # then installing it would not help
-                mend = f"there is no NVIDIA GPU with a working driver here ({_DRIVER} is missing)"
-            raise EngineError(mend) from None
-        try:
-            count, reason = self._call("cudaGetDeviceCount"), "CUDA finds no device"
+            if _has_driver():  # else installing it would not help
+                raise EngineError(
+                    f"TensorRT needs {_MODULE}, which cannot be imported ({error}): pip install 'itune[tensorrt]'"
+                ) from None
+            count, problem = 0, f"{_DRIVER} is missing"
         except (EngineError, RuntimeError) as error:  # RuntimeError: the driver's library cannot be loaded
-            count, reason = 0, str(error)
+            count, problem = 0, str(error)
         if not count:
-            raise EngineError(f"there is no NVIDIA GPU with a working driver here ({reason})")
-        major, minor = (
-            self._call("cudaDeviceGetAttribute", getattr(self._cuda.cudaDeviceAttr, f"{_CAPABILITY}{part}"), 0)
-            for part in ("Major", "Minor")
-        )
+            raise EngineError(f"there is no NVIDIA GPU with a working driver here ({problem})")
+        attributes = self._cuda.cudaDeviceAttr
+        major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
+        minor = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
         self.capability = f"sm{major}{minor}"
         """The compute capability, such as "sm86"."""
         # Not the default stream, where TensorRT would wait for the whole device at every run.

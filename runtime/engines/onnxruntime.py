@@ -1,11 +1,12 @@
-"""ONNX Runtime on the CPU: a session for the vision graph, a session for the decoder's step.
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU: a session for the vision graph, a session for the decoder's step.
 
-The key/value cache stays in ONNX Runtime's own memory: what a step returns is fed to the next one. `onnxruntime_cuda`
-does the same on a GPU.
+Visual state and cache stay in ONNX Runtime's own memory, on the device: what a step returns is fed to the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,12 @@ import onnxruntime as ort
 
 from ..bundle import Bundle
 from ..errors import BundleError, EngineError, reading
-from ..graph_names import EMBEDDING, PAST, PRESENT
-from .base import Bool, Candidates, Float32, Int64, UInt8, last_positions
+from ..graph_names import EMBEDDING, PAST, PRESENT, STEP
+from .base import Bool, Candidates, Float32, Int64, UInt8, mask_and_positions
 
 NAME = "onnxruntime"
+CUDA = "CUDAExecutionProvider"
 CPUINFO = Path("/proc/cpuinfo")
-_STEP = {"tokens", "positions", "mask", "parents", "k"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -99,26 +100,18 @@ class OnnxRuntimeEngine:
     def forward(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> dict[str, ort.OrtValue]:
-        """The same step, but all outputs of the decoder graph by name."""
+        """Run a step and return all outputs of the decoder graph by name."""
         state.rows = len(tokens)
-        real = np.ones(tokens.shape, np.bool_) if mask is None else mask
         if tokens.size < self.least_rows:
-            tokens, real, parents = np.repeat(tokens, 2, axis=0), np.repeat(real, 2, axis=0), np.repeat(parents, 2)
+            tokens, parents, mask = np.repeat(tokens, 2, axis=0), np.repeat(parents, 2), None
+        real, positions = mask_and_positions(state.mask, tokens, parents, mask)
         if state.mask is None:
             state.past = {
                 name: _value(np.zeros((len(tokens), heads, 0, head_dim), dtype))
                 for name, (heads, head_dim, dtype) in self._caches.items()
             }
-        else:
-            real = np.concatenate([state.mask[parents], real], axis=1)
-        inputs = {
-            "tokens": tokens,
-            "positions": last_positions(real, tokens.shape[1]),
-            "mask": real,
-            "parents": parents,
-            "k": np.array([min(k, self.most_candidates)]),
-        }
-        values = {name: _value(array) for name, array in inputs.items()}
+        inputs = tokens, positions, real, parents, np.array([min(k, self.most_candidates)])
+        values = {name: _value(array) for name, array in zip(STEP, inputs, strict=True)}
         named = self._run(self.decoder, self._outputs, values | state.past | state.visual)
         state.mask = real
         state.past = {name: named[name.replace(PAST, PRESENT)] for name in self._caches}
@@ -132,6 +125,54 @@ class OnnxRuntimeEngine:
             return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
 
 
+class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
+    """A bundle's graphs on the first GPU, with onnxruntime-gpu; operators without a CUDA kernel run on the CPU."""
+
+    device = "cuda"
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, threads: int | None = None) -> Self:
+        """Load a bundle's graphs and run them once on a black image, since some fail only when they run.
+
+        Raises:
+            BundleError: the bundle lacks a graph, or ONNX Runtime cannot load one on CUDA.
+            EngineError: onnxruntime has no CUDA, fell back to the CPU, or cannot run the graphs on CUDA.
+        """
+        problem, printed = f"onnxruntime {ort.__version__} has no CUDA", io.StringIO()
+        if has_cuda():
+            with contextlib.redirect_stdout(printed):  # it prints the libraries that it misses
+                ort.preload_dlls()  # CUDA's libraries may be in wheels of their own
+            ort.set_default_logger_severity(4)  # else it prints what it also raises
+            try:
+                engine = super().load(bundle, threads=threads)
+            finally:
+                ort.set_default_logger_severity(2)
+            if all(CUDA in session.get_providers() for session in (engine.vision, engine.decoder)):
+                state = engine.encode(np.zeros((1, *bundle.manifest.image.output_size, 3), np.uint8))
+                for _ in range(2):  # without a past and with one
+                    engine.step(np.array([[bundle.manifest.tokens.end]]), np.array([0]), state, 1)
+                return engine
+            missing = printed.getvalue().strip().split("\n")[0]
+            problem = "onnxruntime-gpu fell back to the CPU" + (f" ({missing})" if missing else "")
+        raise EngineError(
+            f"{problem}: it needs a GPU with its driver, and pip install 'onnxruntime-gpu[cuda,cudnn]' in place of "
+            "onnxruntime"
+        )
+
+    def _run(
+        self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            # Only the candidates go to the host.
+            binding.bind_output(name, "cpu" if name in Candidates._fields else self.device, 0)
+        with reading("the graphs cannot run on CUDA", EngineError, "export fp16 or fp32 for a GPU"):
+            session.run_with_iobinding(binding)
+        return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+
 def _mismatch(vision: ort.InferenceSession, decoder: ort.InferenceSession, size: tuple[int, int]) -> str | None:
     """Why the vision graph does not fit pixels of `size`, or the decoder graph the vision graph; None if they fit."""
     shapes = [each.shape for each in vision.get_inputs()]
@@ -142,15 +183,15 @@ def _mismatch(vision: ort.InferenceSession, decoder: ort.InferenceSession, size:
     visual = {each.name for each in vision.get_outputs()} - {EMBEDDING}
     inputs, outputs = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
     caches = {name for name in inputs if name.startswith(PAST)}
-    needed = _STEP | visual | caches
+    needed = {*STEP} | visual | caches
     if inputs != needed:
         return f"its decoder graph takes {sorted(inputs - needed)} and lacks the inputs {sorted(needed - inputs)}"
     missing = {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs
     return f"its decoder graph lacks the outputs {sorted(missing)}" if missing else None
 
 
-def session_options(threads: int, *, vnni: bool | None = None) -> ort.SessionOptions:
-    """The options of every session; `vnni`: whether the CPU has it, None asks `has_vnni`."""
+def session_options(threads: int) -> ort.SessionOptions:
+    """The options of every session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors come back as exceptions, and warnings do not help the user
@@ -159,31 +200,34 @@ def session_options(threads: int, *, vnni: bool | None = None) -> ort.SessionOpt
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # int8 convolution weights become fp32 once, at load, instead of at every run.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if not (has_vnni() if vnni is None else vnni):
+    if not has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 by uint8: slower, and exact
     return options
 
 
-def open_session(
-    path: Path, threads: int, *, vnni: bool | None = None, device: str = "cpu", graph: bytes | None = None
-) -> ort.InferenceSession:
+def open_session(path: Path, threads: int, *, device: str = "cpu", graph: bytes | None = None) -> ort.InferenceSession:
     """Open a session over a graph file; raises BundleError if ONNX Runtime cannot load it.
 
     `graph` replaces the content of the file, but not its external weights. `device` "cuda" leaves what has no CUDA
     kernel to the CPU, and silently falls back to the CPU where CUDA does not work.
     """
-    options = session_options(threads, vnni=vnni)
+    options = session_options(threads)
     if graph is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    providers = [*(["CUDAExecutionProvider"] if device == "cuda" else []), "CPUExecutionProvider"]
+    providers = [*([CUDA] if device == "cuda" else []), "CPUExecutionProvider"]
     with reading(path, BundleError, f"ONNX Runtime {ort.__version__} cannot load it"):
         return ort.InferenceSession(path if graph is None else graph, options, providers=providers)
+
+
+def has_cuda() -> bool:
+    """Whether the installed onnxruntime was built for CUDA; whether CUDA works shows when it loads a graph."""
+    return CUDA in ort.get_available_providers()
 
 
 def has_vnni() -> bool:
     """Whether products of uint8 and int8 are exact here: on x86 without VNNI, ONNX Runtime's saturate.
 
-    Only Linux tells; elsewhere an x86 CPU counts as one without.
+    Only Linux reports it; on other systems an x86 CPU counts as one without VNNI.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
@@ -197,9 +241,7 @@ def has_vnni() -> bool:
 
 def available_cpus() -> int:
     """The number of CPUs this process may run on; respects CPU affinity."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _value(array: Any, device: str = "cpu") -> ort.OrtValue:

@@ -18,16 +18,9 @@ from ..bundle import MANIFEST, Bundle, GraphEntry, PlanSettings, ProfileRange
 from ..errors import BundleError, EngineError, SearchError, reason
 
 NAME = "tensorrt"
-PACKAGES = {"tensorrt": "tensorrt-cu12", "tensorrt-rtx": "tensorrt-rtx-cu12"}
-"""The package to install for each flavour of plan; its module has the flavour's name."""
 Sizes = Mapping[str, Sequence[int]]
 """For each input its shape, or the values of a shape input (`k`)."""
 Profiles = Sequence[Mapping[str, ProfileRange]]
-
-
-def has_plans(bundle: Bundle) -> bool:
-    """Whether a bundle was exported for TensorRT."""
-    return any(graph.engine == NAME for graph in bundle.manifest.graphs)
 
 
 def plan_graph(bundle: Bundle, role: str) -> tuple[GraphEntry, PlanSettings]:
@@ -41,12 +34,8 @@ def plan_graph(bundle: Bundle, role: str) -> tuple[GraphEntry, PlanSettings]:
     return graph, graph.plan
 
 
-def import_tensorrt(plan: PlanSettings, label: str) -> Any:
-    """The module that built a plan, in exactly its version: no other can read it.
-
-    Raises:
-        EngineError: it is not installed, or in another version.
-    """
+def _import(plan: PlanSettings, label: str) -> Any:
+    """The module that built a plan, in exactly its version: no other can read it."""
     try:
         trt = import_module(plan.flavour.replace("-", "_"))
         problem = f"{trt.__version__} is installed"
@@ -55,18 +44,9 @@ def import_tensorrt(plan: PlanSettings, label: str) -> Any:
     if trt is None or trt.__version__ != plan.version:
         raise EngineError(
             f"{label} was built with {plan.flavour} {plan.version}, {problem}: "
-            f"pip install {PACKAGES[plan.flavour]}=={plan.version}, or export it again"
+            f"pip install {plan.flavour}-cu12=={plan.version}, or export it again"
         )
     return trt
-
-
-def check_capability(plan: PlanSettings, capability: str, label: str) -> None:
-    """Raise EngineError unless a plan was built for GPUs like this one."""
-    if capability not in plan.compute_capabilities:
-        raise EngineError(
-            f"{label} was built for {', '.join(plan.compute_capabilities)}, but the GPU here is {capability}: "
-            f"export it again with --gpu {capability}"
-        )
 
 
 @cache
@@ -94,19 +74,26 @@ def _last_error(trt: Any) -> str:
 class Plan:
     """A loaded plan, with an execution context for each of its optimisation profiles."""
 
-    def __init__(self, trt: Any, path: Path, graph: GraphEntry, profiles: Profiles, cuda_graphs: bool = False) -> None:
-        """`cuda_graphs`: replay whole runs as CUDA graphs, where the library can.
+    def __init__(
+        self, path: Path, graph: GraphEntry, built: PlanSettings, capability: str, cuda_graphs: bool = False
+    ) -> None:
+        """`capability` is the GPU's ("sm86"); `cuda_graphs` replays whole runs as CUDA graphs, where the library can.
 
         Only TensorRT-RTX does this by itself, for the shapes that it has specialised its kernels for. With TensorRT, a
         captured step would be bound to one past length and one side of the cache, and a context loses it when its
         shapes change: it would take a context, with its memory, for each past length, number of rows and of images.
 
         Raises:
-            EngineError: TensorRT cannot load it here.
+            EngineError: it was built for other GPUs, the library that built it is not here, or cannot load it.
             BundleError: it is not the plan that the manifest describes.
         """
-        self._trt, self.profiles = trt, profiles
         self.label = label = str(path)
+        if capability not in built.compute_capabilities:
+            raise EngineError(
+                f"{label} was built for {', '.join(built.compute_capabilities)}, but the GPU here is {capability}: "
+                f"export it again with --gpu {capability}"
+            )
+        self._trt, self.profiles = trt, profiles = _import(built, label), built.profiles
         self.inputs = {spec.name: np.dtype(spec.dtype) for spec in graph.inputs}
         self.outputs = {spec.name: np.dtype(spec.dtype) for spec in graph.outputs}
         self._runtime = trt.Runtime(_log(trt))
@@ -128,8 +115,7 @@ class Plan:
             )
         self.host_inputs = {name for name in self.inputs if engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         self._cuda_graphs = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
-        self._contexts: dict[int, Any] = {}
-        self._addresses: dict[int, dict[str, int]] = {}
+        self._contexts: dict[int, tuple[Any, dict[str, int]]] = {}  # with the addresses that each knows
 
     def run(self, sizes: Sizes, addresses: Mapping[str, int], stream: int) -> None:
         """Enqueue one run: `addresses` of every input and output, those of `host_inputs` in host memory.
@@ -139,7 +125,7 @@ class Plan:
             EngineError: TensorRT refused them, or failed.
         """
         profile = choose_profile(self.profiles, sizes, self.label)
-        context, known = self._context(profile, stream), self._addresses[profile]
+        context, known = self._context(profile, stream)
         shaped = all(
             context.set_input_shape(name, tuple(sizes[name])) for name in self.inputs if name not in self.host_inputs
         )
@@ -150,7 +136,7 @@ class Plan:
         if not shaped or not context.execute_async_v3(stream):
             raise EngineError(f"{self.label}: TensorRT cannot run it with {dict(sizes)}{_last_error(self._trt)}")
 
-    def _context(self, profile: int, stream: int) -> Any:
+    def _context(self, profile: int, stream: int) -> tuple[Any, dict[str, int]]:
         if profile not in self._contexts:
             arguments = []
             if self._cuda_graphs:
@@ -161,7 +147,7 @@ class Plan:
             if context is None or not context.set_optimization_profile_async(profile, stream):
                 problem = f"TensorRT cannot prepare profile {profile}{_last_error(self._trt)}"
                 raise EngineError(f"{self.label}: {problem}: the GPU may lack memory")
-            self._contexts[profile], self._addresses[profile] = context, {}
+            self._contexts[profile] = context, {}
         return self._contexts[profile]
 
 

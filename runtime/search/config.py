@@ -36,26 +36,20 @@ class SearchConfig(SearchDefaults):
     def _consistent(self) -> Self:
         fields, samples, most = type(self).model_fields, self.do_sample, self.max_new_tokens
         sampling = " and ".join(name for name in _SAMPLING if getattr(self, name) != fields[name].default)
-        for wrong, message in (
-            (self.min_new_tokens > most, f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {most}"),
-            # Scores are divided by length ** length_penalty, which must be neither 0 nor infinite.
-            (
-                abs(self.length_penalty) * math.log2(most) > 1000,
-                f"length_penalty {self.length_penalty}: choose a value between -10 and 10",
-            ),
-            (
-                samples and self.num_beams != 1,
-                f"num_beams must be 1 when sampling, not {self.num_beams}; num_return sets the number of samples",
-            ),
-            (
-                not samples and (self.num_return or 1) > self.num_beams,
-                f"num_return {self.num_return} exceeds num_beams {self.num_beams}",
-            ),
-            (not samples and sampling, f"{sampling} needs do_sample (itune-run: --sample)"),
-        ):
-            if wrong:
-                raise ValueError(message)
-        return self
+        if self.min_new_tokens > most:
+            problem = f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {most}"
+        # Scores are divided by length ** length_penalty, which must be neither 0 nor infinite.
+        elif abs(self.length_penalty) * math.log2(most) > 1000:
+            problem = f"length_penalty {self.length_penalty}: choose a value between -10 and 10"
+        elif samples and self.num_beams != 1:
+            problem = f"num_beams must be 1 when sampling, not {self.num_beams}; num_return sets the number of samples"
+        elif not samples and (self.num_return or 1) > self.num_beams:
+            problem = f"num_return {self.num_return} exceeds num_beams {self.num_beams}"
+        elif not samples and sampling:
+            problem = f"{sampling} needs do_sample (itune-run: --sample)"
+        else:
+            return self
+        raise ValueError(problem)
 
     @property
     def rows_per_image(self) -> int:

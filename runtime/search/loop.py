@@ -1,4 +1,4 @@
-"""The loop between an engine and the search's core."""
+"""The loop between an engine and the search's core, which is C++ where the extension was built, else NumPy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ import numpy as np
 from ..engines.base import Candidates, Engine, Int64, S
 from ..errors import SearchError
 from .config import Hypothesis, SearchConfig
-from .core import MakeCore, make_core
-from .processors import NO_TOKEN
+from .numpy_search import NO_TOKEN, NumpySearch
 
+try:
+    import _itune_native
+except ImportError:  # built without a compiler
+    NATIVE = False
+else:
+    NATIVE = True
+
+CORE: type[NumpySearch] = _itune_native.Search if NATIVE else NumpySearch
+"""The core that runs here; the two have the same interface and find the same captions."""
 PADDING = 8
 """Pad prompts of different lengths to a multiple of this, so that no caption depends on another prompt."""
 
@@ -23,7 +31,7 @@ def search(
     config: SearchConfig,
     end_token: int,
     *,
-    core: MakeCore = make_core,
+    core: type[NumpySearch] = CORE,
     multiple: int = 1,
 ) -> list[list[Hypothesis]]:
     """Caption the images of `state`: at most `config.num_return` hypotheses for each image.

@@ -1,4 +1,11 @@
-"""The search's core in NumPy: for machines without a compiler, and the oracle that the C++ core is tested against."""
+"""The search's core in NumPy: for machines without a compiler, and the oracle that the C++ core is tested against.
+
+The logits processors of transformers are applied to an engine's k candidates instead of the whole vocabulary. This is
+exact because every processor only lowers scores (a ban, or a repetition penalty of at least 1). A row asks for
+k = 2 * num_beams + (tokens that can be lowered), so at least 2 * num_beams of its candidates keep their scores. A token
+that the engine did not return had no higher logit than those (or the same logit and a higher id), and its score can
+only have fallen. It is not among the row's 2 * num_beams best, and the search looks no further.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +15,10 @@ import numpy as np
 
 from ..engines.base import Float32, Int64
 from .config import SearchConfig
-from .processors import NO_TOKEN, Float64, Processors
-from .sampling import choose, uniform
+from .sampling import Float64, choose, uniform
 
+NO_TOKEN = -1
+"""Left padding of prompts."""
 Scored = tuple[list[int], float]
 """The tokens of a caption, and its length-normalised score."""
 
@@ -33,11 +41,16 @@ class _Image:
 
 
 class NumpySearch:
-    """The state of one search, as described by `core.Core`."""
+    """The state of one search between two steps of the engine. Not thread-safe."""
+
+    k: int
+    """How many candidates of each row the next `advance` needs, at most `most_candidates`."""
 
     def __init__(self, prompts: Int64, config: SearchConfig, end_token: int, most_candidates: int) -> None:
+        """`prompts` [images, length], left-padded with NO_TOKEN; `most_candidates` as in `Engine`."""
         self._config, self._end_token, self._most_candidates = config, end_token, most_candidates
-        self._processors = Processors(config, end_token)
+        # As in transformers, the end token alone is never a bad word, but a sequence may end with it.
+        self._bad_words = {*config.bad_words} - {(end_token,)}
         self._captions: list[list[Scored]] = [[] for _ in prompts]
         self._images = []
         for number, row in enumerate(prompts):
@@ -47,24 +60,20 @@ class NumpySearch:
         self._generated = 0
         self._find_banned()
 
-    def _find_banned(self) -> None:
-        config, lowered = self._config, 0
-        for beam in (beam for image in self._images for beam in image.beams):
-            beam.banned = self._processors.banned(beam.history, self._generated)
-            penalised = len(beam.history) if config.repetition_penalty != 1 else 0
-            lowered = max(lowered, len(beam.banned) + penalised)
-        unchanged = (config.top_k or self._most_candidates) if config.do_sample else 2 * config.num_beams
-        self.k = min(unchanged + lowered, self._most_candidates)
-
     def advance(self, logits: Float32, token_ids: Int64, logsumexp: Float32) -> tuple[Int64, Int64, Int64 | None]:
-        """Choose the next token of every row."""
+        """Choose the next token of every row from its candidates (see `engines.base.Candidates`).
+
+        Returns:
+            tokens [rows, 1] and parents [rows] for the engine's next step, without the rows of finished images;
+            the images that continue [images], as indices into the current ones, or None if all do.
+        """
         # In float64, adding a beam's score to two different logits does not make them equal. A row without any
         # possible token has a logsumexp of -inf, and -inf - -inf is NaN.
         log_probs = logits.astype(np.float64) - np.where(logsumexp > -np.inf, logsumexp, 0)[:, None]
         # transformers' processors see log-probabilities in beam search and raw logits elsewhere.
         processed = log_probs.copy() if self._config.num_beams > 1 else logits.astype(np.float64)
         for row, beam in enumerate(beam for image in self._images for beam in image.beams):
-            processed[row] = self._processors.apply(processed[row], token_ids[row], beam.history, beam.banned)
+            self._process(processed[row], token_ids[row].tolist(), beam)
         self._generated += 1
         tokens, parents, kept, first = [], [], [], 0
         for place, image in enumerate(self._images):
@@ -86,8 +95,37 @@ class NumpySearch:
         return *moves, None if all_kept else np.array(kept, np.int64)
 
     def captions(self) -> list[list[Scored]]:
-        """Tokens and score of every caption of each finished image."""
+        """Tokens and score of every caption of each finished image; an empty list for the others."""
         return self._captions
+
+    def _find_banned(self) -> None:
+        """Set each beam's `banned` tokens, and `k` so that enough candidates keep their scores."""
+        config, lowered = self._config, 0
+        for beam in (beam for image in self._images for beam in image.beams):
+            beam.banned = self._banned(beam.history)
+            penalised = len(beam.history) if config.repetition_penalty != 1 else 0
+            lowered = max(lowered, len(beam.banned) + penalised)
+        unchanged = (config.top_k or self._most_candidates) if config.do_sample else 2 * config.num_beams
+        self.k = min(unchanged + lowered, self._most_candidates)
+
+    def _banned(self, history: list[int]) -> list[int]:
+        """The tokens that may not follow: minimum length, n-grams that may not repeat, bad words."""
+        banned = [self._end_token] if self._generated < self._config.min_new_tokens else []
+        if size := self._config.no_repeat_ngram_size:
+            starts, last = range(len(history) + 1 - size), history[len(history) + 1 - size :]
+            banned += [history[i + size - 1] for i in starts if history[i : i + size - 1] == last]
+        for *prefix, token in self._bad_words:
+            if len(prefix) <= len(history) and history[len(history) - len(prefix) :] == prefix:
+                banned.append(token)
+        return banned
+
+    def _process(self, scores: Float64, token_ids: list[int], beam: _Beam) -> None:
+        """Lower the scores [k] of a row's candidates in place: repetition penalty, then banned tokens."""
+        penalty = self._config.repetition_penalty
+        if penalty != 1:
+            seen = _places(beam.history, token_ids)
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        scores[_places(beam.banned, token_ids)] = -np.inf
 
     def _move_beams(
         self, image: _Image, processed: Float64, log_probs: Float64, token_ids: Int64
@@ -107,7 +145,7 @@ class NumpySearch:
         source = np.repeat(np.arange(len(sums)), token_ids.shape[1])
         best = np.lexsort((token_ids.ravel(), source, -ranks.ravel()))[:width]
         found = [(int(source[i]), int(token_ids.flat[i]), float(scores.flat[i])) for i in best]
-        found += [(*found[-1][:2], -np.inf)] * (width - len(found))  # in a vocabulary smaller than that
+        found += [(*found[-1][:2], -np.inf)] * (width - len(found))  # in a vocabulary smaller than `width`
         running, stopped = [], []
         for place, (beam, token, score) in enumerate(found):
             ends = token == self._end_token or self._generated == self._config.max_new_tokens
@@ -158,3 +196,9 @@ class NumpySearch:
         length = config.max_new_tokens if longest else self._generated
         reachable = image.beams[0].score / float(length) ** config.length_penalty
         return not reachable > (image.finished[-1][1] if full else -np.inf)
+
+
+def _places(tokens: list[int], token_ids: list[int]) -> list[int]:
+    """The places of `tokens` in `token_ids`; faster than np.isin for as few as these."""
+    wanted = set(tokens)
+    return [place for place, token in enumerate(token_ids) if token in wanted] if wanted else []

@@ -13,10 +13,12 @@ batch nor on the number of samples. Different images use the same numbers.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..engines.base import Int64
 from .config import SearchConfig
-from .processors import Float64
+
+Float64 = NDArray[np.float64]
 
 
 def choose(logits: Float64, token_ids: Int64, config: SearchConfig, number: float) -> int | None:

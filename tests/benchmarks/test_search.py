@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from itune.runtime.search import NATIVE
+from itune.runtime.search.loop import NATIVE
 from tests.conftest import REPOSITORY
 
 

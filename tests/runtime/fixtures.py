@@ -15,12 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from itune.runtime.bundle import MANIFEST, TOKENIZER, DecoderSettings, GraphEntry, Manifest, TensorSpec, TokenSettings
 from itune.runtime.manifest import FileHash
-from itune.runtime.search import NATIVE
-from itune.runtime.search import search as search_captions
-from itune.runtime.search.core import make_core
+from itune.runtime.search.loop import CORE, NATIVE
+from itune.runtime.search.loop import search as search_captions
 from itune.runtime.search.numpy_search import NumpySearch
 from itune.runtime.settings import ImageSettings, TextSettings
-from tests.runtime.tables import Search
+from tests.runtime.fake_engine import Search
 
 SENTENCES = {"red": "a dog runs on grass", "green": "two children play", "blue": "the sea is calm today"}
 END = "<|endoftext|>"
@@ -121,7 +120,7 @@ def search(request: pytest.FixtureRequest) -> Search:
         return partial(search_captions, core=NumpySearch)
     if not NATIVE:
         pytest.skip("itune was built without a compiler")
-    return partial(search_captions, core=make_core)
+    return partial(search_captions, core=CORE)
 
 
 @pytest.fixture(scope="session")

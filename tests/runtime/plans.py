@@ -35,7 +35,7 @@ def profiles_of(graph: GraphEntry, tokens: int) -> list[dict[str, ProfileRange]]
 
     def allowed(spec: TensorSpec, names: dict[str, tuple[int, int]]) -> ProfileRange:
         if spec.name == "k":
-            return ProfileRange(min=[2], opt=[10], max=[K])
+            return ProfileRange(min=[1], opt=[10], max=[K])
         low, high = ([dim if isinstance(dim, int) else names[dim][side] for dim in spec.shape] for side in (0, 1))
         return ProfileRange(min=low, opt=high, max=high)
 

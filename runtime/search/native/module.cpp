@@ -1,4 +1,4 @@
-// The Python module `_itune_native`; _itune_native.pyi has its types.
+// The Python module `_itune_native`; NumpySearch in numpy_search.py has the same interface.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -29,23 +29,25 @@ void make(itune::Search* self, Input<std::int64_t, 2> prompts, nb::object config
     auto integer = [&](const char* name) { return nb::cast<std::int64_t>(config.attr(name)); };
     auto real = [&](const char* name) { return nb::cast<double>(config.attr(name)); };
     nb::object early_stopping = config.attr("early_stopping");
-    itune::Options options;
-    options.end_token = end_token;
-    options.most_candidates = most_candidates;
-    options.num_beams = integer("num_beams");
-    options.rows_per_image = integer("rows_per_image");
-    options.max_new_tokens = integer("max_new_tokens");
-    options.length_penalty = real("length_penalty");
-    options.stop_when_full = early_stopping.is(nb::bool_(true));
-    options.stop_never_early = nb::isinstance<nb::str>(early_stopping);
-    options.do_sample = nb::cast<bool>(config.attr("do_sample"));
-    options.warpers = {real("temperature"), integer("top_k"), real("top_p")};
-    options.seed = nb::cast<std::uint64_t>(config.attr("seed"));
     auto bad_words = nb::cast<std::vector<itune::Tokens>>(config.attr("bad_words"));
-    itune::Processors processors{real("repetition_penalty"), integer("no_repeat_ngram_size"), integer("min_new_tokens"),
-                                 end_token, {bad_words.begin(), bad_words.end()}};
-    processors.bad_words.erase({end_token});  // as in transformers; a sequence may end with it
-    new (self) itune::Search(prompts.data(), prompts.shape(0), prompts.shape(1), options, std::move(processors));
+    itune::Config own;
+    own.end_token = end_token;
+    own.most_candidates = most_candidates;
+    own.num_beams = integer("num_beams");
+    own.rows_per_image = integer("rows_per_image");
+    own.max_new_tokens = integer("max_new_tokens");
+    own.min_new_tokens = integer("min_new_tokens");
+    own.no_repeat_ngram_size = integer("no_repeat_ngram_size");
+    own.length_penalty = real("length_penalty");
+    own.repetition_penalty = real("repetition_penalty");
+    own.stop_when_full = early_stopping.is(nb::bool_(true));
+    own.stop_never_early = nb::isinstance<nb::str>(early_stopping);
+    own.bad_words = {bad_words.begin(), bad_words.end()};
+    own.bad_words.erase({end_token});  // as in transformers; a sequence may end with it
+    own.do_sample = nb::cast<bool>(config.attr("do_sample"));
+    own.warpers = {real("temperature"), integer("top_k"), real("top_p")};
+    own.seed = nb::cast<std::uint64_t>(config.attr("seed"));
+    new (self) itune::Search(prompts.data(), prompts.shape(0), prompts.shape(1), std::move(own));
 }
 
 nb::tuple advance(itune::Search& search, Input<float, 2> logits, Input<std::int64_t, 2> token_ids,

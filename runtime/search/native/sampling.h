@@ -11,6 +11,8 @@
 
 namespace itune {
 
+constexpr double kImpossible = -std::numeric_limits<double>::infinity();
+
 inline std::uint64_t high_product(std::uint64_t a, std::uint64_t b) {
     std::uint64_t a_low = a & 0xFFFFFFFF, a_high = a >> 32, b_low = b & 0xFFFFFFFF, b_high = b >> 32;
     std::uint64_t middle = a_high * b_low + (a_low * b_low >> 32);
@@ -58,7 +60,7 @@ class Nucleus {
             std::partial_sort(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(size), order_.end(), better);
         }
         double best = logits[order_[0]], sum = 0;
-        if (best == -std::numeric_limits<double>::infinity()) return false;
+        if (best == kImpossible) return false;
         cumulative_.clear();
         for (std::size_t i = 0; i < size; ++i) {
             sum += std::exp((logits[order_[i]] - best) / warpers.temperature);

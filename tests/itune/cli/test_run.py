@@ -20,7 +20,7 @@ from itune import __version__
 from itune.cli import run as command
 from itune.cli.run import expand
 from itune.runtime.bundle import MANIFEST
-from itune.runtime.search import NATIVE
+from itune.runtime.search.loop import NATIVE
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
 Paint = Callable[..., Path]

@@ -20,7 +20,8 @@ from itune.eager import EagerEngine
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel, ImagePrefix
 from itune.runtime.errors import ItuneError
-from itune.runtime.search import SearchConfig, search
+from itune.runtime.search import SearchConfig
+from itune.runtime.search.loop import search
 from itune.runtime.settings import TextSettings
 from itune.runtime.text import encode_caption
 from itune.training.batches import prompt_tokens

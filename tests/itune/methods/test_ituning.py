@@ -18,9 +18,10 @@ from itune.eager import EagerEngine, candidates
 from itune.loading import LoadedCheckpoint
 from itune.methods.ituning.model import ITuningModel
 from itune.runtime.errors import ItuneError
-from itune.runtime.search import SearchConfig, search
+from itune.runtime.search import SearchConfig
+from itune.runtime.search.loop import search
 from tests.conftest import refused
-from tests.runtime.tables import best_of
+from tests.runtime.fake_engine import best_of
 
 
 @pytest.fixture(scope="module")

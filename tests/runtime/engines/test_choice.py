@@ -15,10 +15,10 @@ from itune import Captioner
 from itune.cli import run as command
 from itune.loading import load_captioner
 from itune.runtime.captioner import ENGINES
-from itune.runtime.engines import onnxruntime_cuda
+from itune.runtime.engines import choice
+from itune.runtime.engines import onnxruntime as onnxruntime_engine
 from itune.runtime.engines.cuda import CudaDevice
-from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
-from itune.runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from itune.runtime.engines.onnxruntime import CUDA, OnnxRuntimeCudaEngine, OnnxRuntimeEngine, open_session
 from itune.runtime.errors import BundleError, EngineError, ItuneError
 from tests.runtime.plans import make_plan_bundle
 
@@ -45,11 +45,11 @@ def onnxruntime_gpu(monkeypatch):
     real = ort.InferenceSession
 
     def session(path, options, providers):
-        assert providers[0] == PROVIDER or providers == ["CPUExecutionProvider"]
+        assert providers[0] == CUDA or providers == ["CPUExecutionProvider"]
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort, "InferenceSession", session)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDER, "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: print("no libraries"), raising=False)
 
 
@@ -122,8 +122,8 @@ def test_a_silent_fallback_is_noticed(bundle, plans, capsys, monkeypatch):
 @pytest.mark.usefixtures("onnxruntime_gpu")
 def test_plans_fall_to_onnx_runtime_on_cuda(plans, monkeypatch):
     monkeypatch.setattr(CudaDevice, "__init__", lambda _self: (_ for _ in ()).throw(EngineError("no driver")))
-    monkeypatch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaEngine", Bound)
-    monkeypatch.setattr(onnxruntime_cuda, "PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(choice, "OnnxRuntimeCudaEngine", Bound)
+    monkeypatch.setattr(onnxruntime_engine, "CUDA", "CPUExecutionProvider")
     captioner = Captioner.load(plans, threads=1)
     assert captioner.engine_name == "onnxruntime-cuda"
     assert captioner.engine_notice == "captioning with ONNX Runtime on CUDA, as TensorRT cannot run here: no driver"
@@ -134,8 +134,8 @@ def test_graphs_that_cannot_run_on_cuda_run_on_the_cpu(bundle, monkeypatch):
     def fail(*_arguments):
         raise RuntimeError("CUDA kernel of GroupQueryAttention\nwithout an attention bias")
 
-    monkeypatch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaEngine", Bound)
-    monkeypatch.setattr(onnxruntime_cuda, "PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(choice, "OnnxRuntimeCudaEngine", Bound)
+    monkeypatch.setattr(onnxruntime_engine, "CUDA", "CPUExecutionProvider")
     monkeypatch.setattr(InferenceSession, "run_with_iobinding", fail)
     captioner = Captioner.load(bundle, threads=1)
     assert captioner.engine_name == "onnxruntime"

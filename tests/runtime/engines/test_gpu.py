@@ -13,8 +13,7 @@ from itune import Captioner
 from itune.runtime.bundle import Bundle
 from itune.runtime.captioner import Caption
 from itune.runtime.engines.cuda import CudaDevice
-from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from itune.runtime.engines.onnxruntime_cuda import has_cuda
+from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, has_cuda
 from itune.runtime.engines.tensorrt import TensorRTEngine
 from itune.runtime.errors import EngineError
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from itune.runtime.engines.base import Candidates
-from itune.runtime.search import NATIVE, SearchConfig
-from itune.runtime.search.core import Core, make_core
-from itune.runtime.search.numpy_search import NumpySearch
-from itune.runtime.search.processors import NO_TOKEN
-from tests.runtime.tables import best_of
+from itune.runtime.search import SearchConfig
+from itune.runtime.search.loop import CORE, NATIVE
+from itune.runtime.search.numpy_search import NO_TOKEN, NumpySearch
+from tests.runtime.fake_engine import best_of
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="itune was built without a compiler")
 
@@ -76,7 +75,7 @@ def test_equals_numpy(data: st.DataObject) -> None:
     for prompt in prompts:
         prompt[: rng.integers(length)] = NO_TOKEN
     end_token = int(rng.integers(vocabulary))
-    cores: list[Core] = [make(prompts, config, end_token, vocabulary) for make in (make_core, NumpySearch)]
+    cores = [make(prompts, config, end_token, vocabulary) for make in (CORE, NumpySearch)]
     rows, kept = images, None
     while kept is None or len(kept):
         assert cores[0].k == cores[1].k <= vocabulary
@@ -98,7 +97,7 @@ def test_equals_numpy(data: st.DataObject) -> None:
 
 def test_other_threads_run_meanwhile() -> None:
     size = 200_000
-    core = make_core(np.ones((40, 1), np.int64), SearchConfig(num_beams=1, do_sample=True, top_k=0), 0, size)
+    core = CORE(np.ones((40, 1), np.int64), SearchConfig(num_beams=1, do_sample=True, top_k=0), 0, size)
     logits = np.random.default_rng(0).normal(size=(40, size)).astype(np.float32)  # unsorted: a third of a second
     candidates = Candidates(logits, np.tile(np.arange(size), (40, 1)), np.zeros(40, np.float32))
     thread = threading.Thread(target=core.advance, args=candidates)

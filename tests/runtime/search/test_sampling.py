@@ -23,7 +23,7 @@ from itune.runtime.engines.base import Float32
 from itune.runtime.errors import SearchError, reason
 from itune.runtime.search import SearchConfig
 from itune.runtime.search.sampling import uniform
-from tests.runtime.tables import Search, TableEngine, TableState, always, log_sum_exp, random_logits
+from tests.runtime.fake_engine import Search, TableEngine, TableState, always, log_sum_exp, random_logits
 
 VOCABULARY, END = 14, 13
 SAMPLES = 4000

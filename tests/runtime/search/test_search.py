@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from itune.runtime.engines.base import Candidates, Float32
 from itune.runtime.errors import SearchError, reason
 from itune.runtime.search import Hypothesis, SearchConfig
-from tests.runtime.tables import Logits, Search, TableEngine, TableState, always, log_sum_exp, random_logits
+from tests.runtime.fake_engine import Logits, Search, TableEngine, TableState, always, log_sum_exp, random_logits
 
 
 def processed(scores: list[float], history: tuple[int, ...], new: int, config: SearchConfig, end: int) -> list[float]:

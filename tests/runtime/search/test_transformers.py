@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.runtime.engines.base import Bool, Candidates, Int64, UInt8
 from itune.runtime.search import Hypothesis, SearchConfig
-from tests.runtime.tables import Search
+from tests.runtime.fake_engine import Search
 
 VOCABULARY, END = 60, 59
 CLOSE = 1e-4
