@@ -30,7 +30,6 @@ from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph.builder import Graph
-from .graph.embedding import EmbeddingReference
 from .methods.registry import METHODS, build_decoder, build_vision
 from .options import ExportOptions, Precision
 from .quantize.integer_matmul import Blocks, Rows, Scheme
@@ -40,6 +39,7 @@ from .tensorrt.library import LayerReport
 from .tensorrt.plans import PlanWriter, Role
 from .tensorrt.profiles import PlanLimits
 from .verify.compare import VALUE_SCALES
+from .verify.embedding import EmbeddingReference
 from .verify.report import Check, VerificationError
 from .verify.scenarios import pick_images
 from .verify.verification import verify_bundle

@@ -22,11 +22,11 @@ from ..files import hash_files
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings, SearchDefaults
+from .graph.builder import Weights
 from .graph.clip import PREFIX as CLIP_PREFIX
 from .graph.clip import unfold_clip
 from .graph.embedding import clip_projection
 from .graph.onnx_tower import extract_tower
-from .methods.base import Weights
 from .methods.registry import METHODS
 from .quantize.rewrite import float_graph, read_weights
 from .staging import staged_folder

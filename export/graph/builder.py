@@ -5,7 +5,7 @@ Weights stay NumPy arrays, never copied, until `Graph.save` streams them to disk
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,7 @@ CONSTANT = "constant."
 """Prefix of the names that `Graph.constant` gives; all other initializers are weights."""
 
 Array = NDArray[Any]
+Weights = Mapping[str, Array]
 
 
 class Graph:
