@@ -5,7 +5,7 @@ Weights stay NumPy arrays, never copied, until `Graph.save` streams them to disk
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -106,6 +106,11 @@ class Graph:
         self.nodes.append(helper.make_node(op_type, inputs, outputs, name=node_name, domain=domain, **attributes))
         return outputs
 
+    def drop_unused_weights(self) -> None:
+        """Keep only the weights that a node, or a graph inside it, reads."""
+        used = set(_read_names(self.nodes))
+        self.weights = {name: array for name, array in self.weights.items() if name in used}
+
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Within the block, nodes are named `name/...` (nested scopes join)."""
@@ -151,6 +156,19 @@ class Graph:
             self._taken[stem] += 1
             name = f"{stem}_{self._taken[stem]}"
         return self._claim(name)
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _read_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _read_names(inner.node)
 
 
 def _value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:

@@ -21,11 +21,11 @@ from onnx import TensorProto, helper
 
 from ...runtime import graph_names
 from ...runtime.errors import ItuneError
-from ..graph.builder import Array, Graph
+from ..graph.builder import Array, Graph, attributes
 from ..graph.onnx_tower import PREFIX as TOWER
 from ..options import Precision
-from ..quantize.integer_matmul import SCALES
-from ..quantize.rewrite import DEQUANTIZED, FP16, FP32, INT8
+from ..quantize.integer_matmul import INT8, SCALES
+from ..quantize.rewrite import DEQUANTIZED, FP16, FP32
 from ..quantize.weights import QMAX, to_half
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -97,12 +97,12 @@ def _weight_axis(node: onnx.NodeProto, weights: Mapping[str, Array]) -> int | No
     weight = weights.get(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.dtype != np.float32 or node.input[0] in weights:
         return None
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    options = attributes(node)
     if node.op_type == "Conv":
-        return 0 if attributes.get("group", 1) == 1 else None
-    if weight.ndim != 2 or attributes.get("transA"):
+        return 0 if options.get("group", 1) == 1 else None
+    if weight.ndim != 2 or options.get("transA"):
         return None
-    return {"MatMul": 1, "Gemm": 0 if attributes.get("transB") else 1}.get(node.op_type)
+    return {"MatMul": 1, "Gemm": 0 if options.get("transB") else 1}.get(node.op_type)
 
 
 def float_values(graph: Graph) -> set[str]:
@@ -140,8 +140,7 @@ class _Typer:
         for value in g.outputs:
             if value.name in self.kinds:
                 value.type.tensor_type.elem_type = self.kinds[value.name]
-        used = {name for node in g.nodes for name in node.input}
-        g.weights = {name: array for name, array in g.weights.items() if name in used}
+        g.drop_unused_weights()
 
     def rewrite(self, node: onnx.NodeProto) -> None:
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
