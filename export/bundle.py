@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,7 @@ def export_bundle(
     """
     checkpoint = find_checkpoint(checkpoint)
     plan = _Plan.make(checkpoint, options, report_plan)
-    with staged_folder(output, force=options.force, own=_exported) as folder:
+    with staged_folder(output, force=options.force, own=lambda path: listed_files(path / MANIFEST)) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         plan = plan.for_model(loaded, search)
@@ -94,7 +94,12 @@ def export_bundle(
             )
             checks += [] if embeddings is None else [embeddings.check(folder, plan.precisions["vision"])]
             report(checks)
-            _raise_if_failed(checks)
+            if failed := [check for check in checks if not check.passed]:
+                first, others = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+                raise VerificationError(
+                    f"the graphs do not compute what the checkpoint does, so no bundle was written: {first.output} "
+                    f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.case}{others}"
+                )
         if plan.writer is not None:
             fields["graphs"] += plan.writer.build(manifest, folder, progress)
             manifest = _write_manifest(fields, folder, plan.card)
@@ -139,11 +144,12 @@ class _Plan:
 
     def for_model(self, loaded: LoadedCheckpoint, search: Mapping[str, Any]) -> _Plan:
         """The plan, completed with what depends on the model."""
-        config, tokens, plan = loaded.config, eager_captioner(loaded).tokens, self
+        config, plan = loaded.config, self
         if self.vocabulary is not None:
-            token_ids = self.vocabulary.token_ids(loaded.language.tokenizer, config.text, tokens)
-            tokens, plan = eager_captioner(loaded, token_ids).tokens, replace(plan, token_ids=token_ids)
+            tokens = eager_captioner(loaded).tokens
+            plan = replace(plan, token_ids=self.vocabulary.token_ids(loaded.language.tokenizer, config.text, tokens))
         if self.writer is not None:
+            tokens = eager_captioner(loaded, plan.token_ids).tokens
             limits = replace(self.writer.limits, max_new_tokens=search.get("max_new_tokens")).of(tokens)
             writer = replace(self.writer, limits=limits)
             writer = writer if self.options.vision_precision else writer.for_tower(loaded.tower)
@@ -152,11 +158,6 @@ class _Plan:
             pooling = None if config.retrieval is None else config.retrieval.encoder.pooling
             plan = replace(plan, head=load_head(loaded.tower, config.vision.source, pooling))
         return plan
-
-    @property
-    def limits(self) -> PlanLimits | None:
-        """The largest search that the TensorRT plans have room for; None without plans."""
-        return None if self.writer is None else self.writer.limits
 
 
 def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             "visual_width": config.vision.width,
             **METHODS[loaded.model.method].settings(loaded.model),
         },
-        "search": _search_defaults(config.search, search, tokens.room, plan.limits),
+        "search": _search_defaults(config.search, search, tokens.room, plan.writer and plan.writer.limits),
         "patches": _patches(options.patch_grid, tower),
         "provenance": {
             "itune": __version__,
@@ -304,18 +305,3 @@ def _write_manifest(fields: Mapping[str, Any], folder: Path, card: str | None) -
     manifest = Manifest(**fields, files=files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)})
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _exported(folder: Path) -> Collection[str]:
-    """The names in a folder that an earlier export wrote."""
-    return listed_files(folder / MANIFEST)
-
-
-def _raise_if_failed(checks: list[Check]) -> None:
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        first, others = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise VerificationError(
-            f"the graphs do not compute what the checkpoint does, so no bundle was written: {first.output} "
-            f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.case}{others}"
-        )

@@ -68,12 +68,12 @@ class Graph:
 
     def input(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> str:
         """Declare an input; a dimension is a size, or a name if it varies."""
-        self.inputs.append(_value_info(self._claim(name), dtype, shape))
+        self.inputs.append(value_info(self._claim(name), dtype, shape))
         return name
 
     def output(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> None:
         """Declare the value `name`, made by `op(..., name=name)`, an output of the graph."""
-        self.outputs.append(_value_info(name, dtype, shape))
+        self.outputs.append(value_info(name, dtype, shape))
 
     def initializer(self, name: str, array: Array) -> str:
         """Add a weight under its full name (the scope does not apply)."""
@@ -120,18 +120,21 @@ class Graph:
         finally:
             self._scope = before
 
+    def to_model(self, inputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        """The graph without its weights, and with these inputs."""
+        return helper.make_model(
+            helper.make_graph(self.nodes, self.name, inputs, self.outputs),
+            opset_imports=[helper.make_opsetid(*opset) for opset in sorted(self.opsets.items())],
+            ir_version=IR_VERSION,
+            producer_name="itune",
+        )
+
     def save(self, path: Path) -> list[Path]:
         """Write the graph, with equal bytes for equal graphs; returns its files, the graph first.
 
         From `EXTERNAL_BYTES` on, the larger weights go to `<path>.data`. Each file is written atomically.
         """
-        proto = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
-        model = helper.make_model(
-            proto,
-            opset_imports=[helper.make_opsetid(*opset) for opset in sorted(self.opsets.items())],
-            ir_version=IR_VERSION,
-            producer_name="itune",
-        )
+        model = self.to_model(self.inputs)
         files = [path]
         if sum(array.nbytes for array in self.weights.values()) < EXTERNAL_BYTES:
             model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
@@ -171,7 +174,8 @@ def _read_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
                 yield from _read_names(inner.node)
 
 
-def _value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+def value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    """An input or output of a graph; a dimension is a size, or a name if it varies."""
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
 
