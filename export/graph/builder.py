@@ -51,10 +51,7 @@ class Graph:
 
     @classmethod
     def from_model(cls, model: onnx.ModelProto, folder: Path) -> Self:
-        """Take a model apart; the files of its external weights are in `folder`.
-
-        Its own opset stays: convert it to `OPSET` before appending operators.
-        """
+        """Take a model of any opset apart; the files of its external weights are in `folder`."""
         graph = cls(model.graph.name)
         graph.nodes = list(model.graph.node)
         graph.weights = {t.name: _read_tensor(t, folder) for t in model.graph.initializer}
@@ -202,8 +199,7 @@ def _stream_tensor(name: str, array: Array, location: str, file: Any) -> onnx.Te
         data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
         data_location=onnx.TensorProto.EXTERNAL,
     )
-    entries = {"location": location, "offset": file.tell(), "length": array.nbytes}
-    for key, value in entries.items():
+    for key, value in (("location", location), ("offset", file.tell()), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     np.ascontiguousarray(array).tofile(file)
     return tensor

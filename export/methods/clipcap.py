@@ -135,10 +135,11 @@ class ClipCapDecoder(Decoder):
         An image's rows are side by side, so its prefix is not repeated for them: ids become rows of all prefixes.
         """
         g = self.graph
-        is_prefix = g.op("GreaterOrEqual", tokens, g.constant(self.vocab_size))
+        vocab_size = g.constant(self.config.vocab_size)
+        is_prefix = g.op("GreaterOrEqual", tokens, vocab_size)
         readable = 0 if self.vocabulary is None else int(self.vocabulary[0])
         text = super().embed(g.op("Where", is_prefix, g.constant(readable), tokens))
-        place = g.op("Max", g.op("Sub", tokens, g.constant(self.vocab_size)), g.constant(0))
+        place = g.op("Max", g.op("Sub", tokens, vocab_size), g.constant(0))
         images = g.op("Shape", PREFIX, start=0, end=1)
         first = g.op("Range", g.constant(0), g.op("Squeeze", images, g.constant([0])), g.constant(1))
         first = g.op("Unsqueeze", g.op("Mul", first, g.constant(self.prefix_length)), g.constant([1]))

@@ -85,9 +85,9 @@ class ITuningDecoder(VisualDecoder):
         g, name = self.graph, f"transformer.h.{i}"
         with g.scope("mlp"):
             inner = linear(g, layer_norm(g, hidden, f"{name}.ln_2", self.epsilon), f"{name}.mlp.c_fc")
-            sizes = g.constant([self.inner, self.visual_width])
+            sizes = g.constant([self.config.n_inner or 4 * self.width, self.visual_width])
             inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
-            inner = activation(g, inner, self.activation)
+            inner = activation(g, inner, self.config.activation_function)
             with g.scope("adapter"):
                 found = self.attend_image(i, query)
             joined = g.op("Concat", inner, found, axis=-1)

@@ -6,7 +6,7 @@ each value's magnitudes, from which its range is chosen afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,6 @@ class _RecordingEngine(OnnxRuntimeEngine):
         return named
 
 
-def _add_outputs(path: Path, names: Iterable[str]) -> Path:
-    """Copy a graph with some of its inner values as outputs; the copy is beside it, where its external weights are."""
-    model = onnx.load(path, load_external_data=False)
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    copy = path.with_name(f"calibration-{path.name}")
-    onnx.save(model, copy)
-    return copy
-
-
 def calibration_images(source: Path) -> list[Any]:
     """Evenly spaced photos of a folder, or noise for `random`.
 
@@ -114,7 +105,7 @@ def calibrate(
     folder: Path,
     manifest: Manifest,
     images: Sequence[Any],
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Histogram]:
     """Caption the images with the fp32 graphs; histograms of the values that int8 quantises, by name.
 
@@ -128,8 +119,12 @@ def calibrate(
         graph = Graph.load(path)
         joined = {name: parts for _, name, *parts in _joined(graph)}
         own = [part for name in quantized_inputs(graph) for part in joined.get(name, [name])]
-        sessions.append(open_session(_add_outputs(path, own), available_cpus()))
         histograms |= {name: Histogram() for name in own}
+        model = onnx.load(path, load_external_data=False)
+        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in own)
+        copy = path.with_name(f"calibration-{path.name}")  # beside its external weights
+        onnx.save(model, copy)
+        sessions.append(open_session(copy, available_cpus()))
     engine = _RecordingEngine(sessions[0], sessions[1], manifest.tokens.candidates)
     engine.histograms = histograms
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
