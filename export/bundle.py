@@ -23,6 +23,7 @@ from ..files import hash_files, listed_files
 from ..loading import LoadedCheckpoint, eager_captioner
 from ..retrieval.encoder import RetrievalHead, load_head
 from ..runtime.bundle import MANIFEST, TOKENIZER, GraphEntry, Manifest, TensorSpec, square_grid
+from ..runtime.captioner import Captioner
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
 from ..runtime.manifest import FileHash
@@ -37,7 +38,6 @@ from .quantize.rewrite import halve_graph, quantize_graph
 from .staging import staged_folder
 from .tensorrt.library import LayerReport
 from .tensorrt.plans import PlanWriter, Role
-from .tensorrt.profiles import PlanLimits
 from .verify.compare import VALUE_SCALES
 from .verify.embedding import EmbeddingReference
 from .verify.report import Check, VerificationError
@@ -163,12 +163,12 @@ class _Plan:
 def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's fields that follow from the checkpoint and the options."""
     options, config, gpt2, tower = plan.options, loaded.config, loaded.language.model.config, loaded.tower
-    tokens = eager_captioner(loaded, plan.token_ids).tokens
+    captioner = eager_captioner(loaded, plan.token_ids)
     fields: dict[str, Any] = {
         "method": loaded.model.method,
         "image": config.image,
         "text": config.text,
-        "tokens": tokens,
+        "tokens": captioner.tokens,
         "decoder": {
             "layers": gpt2.n_layer,
             "heads": gpt2.n_head,
@@ -178,7 +178,7 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             "visual_width": config.vision.width,
             **METHODS[loaded.model.method].settings(loaded.model),
         },
-        "search": _search_defaults(config.search, search, tokens.room, plan.writer and plan.writer.limits),
+        "search": _search_defaults(captioner, search, plan.writer),
         "patches": _patches(options.patch_grid, tower),
         "provenance": {
             "itune": __version__,
@@ -207,17 +207,15 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
     return fields
 
 
-def _search_defaults(
-    trained: SearchDefaults, chosen: Mapping[str, Any], room: int, limits: PlanLimits | None
-) -> SearchDefaults:
-    """The chosen options, else the checkpoint's, for captions of at most `room` tokens and within the plans' limits."""
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+def _search_defaults(captioner: Captioner, chosen: Mapping[str, Any], writer: PlanWriter | None) -> SearchDefaults:
+    """The chosen options, else the checkpoint's, within what the model and the TensorRT plans have room for."""
+    chosen, room = {name: value for name, value in chosen.items() if value is not None}, captioner.tokens.room
     if chosen.get("max_new_tokens", 0) > room:
         raise ItuneError(f"--max-new-tokens {chosen['max_new_tokens']}: the language model has positions for {room}")
-    options = trained.within(room).model_dump() | chosen
-    if limits is not None:
-        options["num_beams"] = min(options["num_beams"], limits.max_beams)
-        options["max_new_tokens"] = min(options["max_new_tokens"], limits.max_new_tokens or room)
+    options = captioner.search.model_dump() | chosen
+    if writer is not None:
+        options["num_beams"] = min(options["num_beams"], writer.limits.max_beams)
+        options["max_new_tokens"] = min(options["max_new_tokens"], writer.limits.max_new_tokens or room)
     with reading("search options"):
         SearchConfig(**options)  # as the runtime will
     return SearchDefaults(**options)

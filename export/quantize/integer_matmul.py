@@ -15,6 +15,7 @@ and `NAME.scales`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,19 +50,10 @@ class Blocks:
         """Append a product of `is_product`, without its bias, to a graph that has its weight; the weight stays."""
         x, weight = product.input[:2]
         codes, (n, k) = self.store(graph, weight, transpose=not is_transposed(product))
-        node = helper.make_node(
-            "MatMulNBits",
-            [x, codes, weight + SCALES],
-            product.output,
-            name=product.name,
-            domain=MICROSOFT,
-            N=n,
-            K=k,
-            bits=self.bits,
-            block_size=BLOCK_SIZES[self.bits],
-            accuracy_level=4,  # integer arithmetic; the default dequantises the weights at every step
-        )
-        graph.nodes.append(node)
+        # Accuracy level 4 computes in integers; the default dequantises the weights at every step.
+        options: dict[str, Any] = {"bits": self.bits, "block_size": BLOCK_SIZES[self.bits], "accuracy_level": 4}
+        options |= {"N": n, "K": k, "name": product.name, "domain": MICROSOFT}
+        graph.nodes.append(helper.make_node("MatMulNBits", [x, codes, weight + SCALES], product.output, **options))
         graph.opsets[MICROSOFT] = 1
 
     def store(self, graph: Graph, weight: str, *, transpose: bool) -> tuple[str, tuple[int, int]]:
@@ -112,8 +104,8 @@ def is_product(graph: Graph, node: onnx.NodeProto) -> bool:
     weight = graph.weights.get(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
         return False
-    plain = _PLAIN_GEMM | attributes(node)
-    return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain.items() >= _PLAIN_GEMM.items())
+    plain = (_PLAIN_GEMM | attributes(node)).items() >= _PLAIN_GEMM.items()
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain)
 
 
 def is_transposed(product: onnx.NodeProto) -> bool:

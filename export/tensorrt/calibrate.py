@@ -114,7 +114,8 @@ def calibrate(
     Raises:
         ItuneError: no image can be read.
     """
-    histograms, sessions = {}, []
+    histograms: dict[str, Histogram] = {}
+    sessions = []
     for path in (vision, decoder):
         graph = Graph.load(path)
         joined = {name: parts for _, name, *parts in _joined(graph)}
