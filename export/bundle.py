@@ -23,6 +23,7 @@ from ..files import hash_files, listed_files, staged_folder
 from ..loading import LoadedCheckpoint, eager_captioner
 from ..retrieval.encoder import RetrievalHead, load_head
 from ..runtime.bundle import MANIFEST, TOKENIZER, GraphEntry, Manifest, TensorSpec, square_grid
+from ..runtime.captioner import Captioner
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
 from ..runtime.manifest import FileHash
@@ -30,15 +31,14 @@ from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults, Size
 from .card import MODEL_CARD, default_license, model_card
 from .graph.builder import Graph
-from .graph.embedding import EmbeddingReference
 from .methods.registry import METHODS, build_decoder, build_vision
 from .options import ExportOptions, Precision
 from .quantize.integer_matmul import Blocks, Rows, Scheme
 from .quantize.rewrite import halve_graph, quantize_graph
 from .tensorrt.library import LayerReport
 from .tensorrt.plans import PlanWriter, Role
-from .tensorrt.profiles import PlanLimits
 from .verify.compare import VALUE_SCALES
+from .verify.embedding import EmbeddingReference
 from .verify.report import Check, VerificationError
 from .verify.scenarios import pick_images
 from .verify.verification import verify_bundle
@@ -93,7 +93,12 @@ def export_bundle(
             )
             checks += [] if embeddings is None else [embeddings.check(folder, plan.precisions["vision"])]
             report(checks)
-            _raise_if_failed(checks)
+            if failed := [check for check in checks if not check.passed]:
+                first, others = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+                raise VerificationError(
+                    f"the graphs do not compute what the checkpoint does, so no bundle was written: {first.output} "
+                    f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.case}{others}"
+                )
         if plan.writer is not None:
             fields["graphs"] += plan.writer.build(manifest, folder, progress, report_plan)
             manifest = _write_manifest(fields, folder, plan.card)
@@ -138,11 +143,12 @@ class _Plan:
 
     def for_model(self, loaded: LoadedCheckpoint, search: Mapping[str, Any]) -> _Plan:
         """The plan, completed with what depends on the model."""
-        config, tokens, plan = loaded.config, eager_captioner(loaded).tokens, self
+        config, plan = loaded.config, self
         if self.vocabulary is not None:
-            token_ids = self.vocabulary.token_ids(loaded.language.tokenizer, config.text, tokens)
-            tokens, plan = eager_captioner(loaded, token_ids).tokens, replace(plan, token_ids=token_ids)
+            tokens = eager_captioner(loaded).tokens
+            plan = replace(plan, token_ids=self.vocabulary.token_ids(loaded.language.tokenizer, config.text, tokens))
         if self.writer is not None:
+            tokens = eager_captioner(loaded, plan.token_ids).tokens
             limits = self.writer.limits.of(tokens, search.get("max_new_tokens"))
             writer = replace(self.writer, limits=limits)
             writer = writer if self.options.vision_precision else writer.for_tower(loaded.tower)
@@ -152,21 +158,16 @@ class _Plan:
             plan = replace(plan, head=load_head(loaded.tower, config.vision.source, pooling))
         return plan
 
-    @property
-    def limits(self) -> PlanLimits | None:
-        """The largest search that the TensorRT plans have room for; None without plans."""
-        return None if self.writer is None else self.writer.limits
-
 
 def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's fields that follow from the checkpoint and the options."""
     options, config, gpt2, tower = plan.options, loaded.config, loaded.language.model.config, loaded.tower
-    tokens = eager_captioner(loaded, plan.token_ids).tokens
+    captioner = eager_captioner(loaded, plan.token_ids)
     fields: dict[str, Any] = {
         "method": loaded.model.method,
         "image": config.image,
         "text": config.text,
-        "tokens": tokens,
+        "tokens": captioner.tokens,
         "decoder": {
             "layers": gpt2.n_layer,
             "heads": gpt2.n_head,
@@ -176,7 +177,7 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             "visual_width": config.vision.width,
             **METHODS[loaded.model.method].settings(loaded.model),
         },
-        "search": _search_defaults(config.search, search, tokens.room, plan.limits),
+        "search": _search_defaults(captioner, search, plan.writer),
         "patches": _patches(options.patch_grid, tower),
         "provenance": {
             "itune": __version__,
@@ -205,17 +206,15 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
     return fields
 
 
-def _search_defaults(
-    trained: SearchDefaults, chosen: Mapping[str, Any], room: int, limits: PlanLimits | None
-) -> SearchDefaults:
-    """The chosen options, else the checkpoint's, for captions of at most `room` tokens and within the plans' limits."""
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+def _search_defaults(captioner: Captioner, chosen: Mapping[str, Any], writer: PlanWriter | None) -> SearchDefaults:
+    """The chosen options, else the checkpoint's, within what the model and the TensorRT plans have room for."""
+    chosen, room = {name: value for name, value in chosen.items() if value is not None}, captioner.tokens.room
     if chosen.get("max_new_tokens", 0) > room:
         raise ItuneError(f"--max-new-tokens {chosen['max_new_tokens']}: the language model has positions for {room}")
-    options = trained.within(room).model_dump() | chosen
-    if limits is not None:
-        options["num_beams"] = min(options["num_beams"], limits.max_beams)
-        options["max_new_tokens"] = min(options["max_new_tokens"], limits.max_new_tokens)
+    options = captioner.search.model_dump() | chosen
+    if writer is not None:
+        options["num_beams"] = min(options["num_beams"], writer.limits.max_beams)
+        options["max_new_tokens"] = min(options["max_new_tokens"], writer.limits.max_new_tokens)
     with reading("search options"):
         SearchConfig(**options)  # as the runtime will
     return SearchDefaults(**options)
@@ -303,13 +302,3 @@ def _write_manifest(fields: Mapping[str, Any], folder: Path, card: str | None) -
     manifest = Manifest(**fields, files=files | {MODEL_CARD: FileHash.of(folder / MODEL_CARD)})
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _raise_if_failed(checks: list[Check]) -> None:
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        first, others = failed[0], f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise VerificationError(
-            f"the graphs do not compute what the checkpoint does, so no bundle was written: {first.output} "
-            f"is {first.value:.2g} where {first.limit:.2g} is allowed, in {first.case}{others}"
-        )

@@ -6,7 +6,6 @@ integers.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, parse_config, save_config
-from ..files import hash_files, staged_folder
-from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle, RestoreSettings
+from ..files import hash_files, staged_folder, write_json
+from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle
 from ..runtime.errors import BundleError
-from ..runtime.settings import ImageSettings, SearchDefaults
+from ..runtime.settings import ImageSettings
+from .graph.builder import Weights
 from .graph.clip import PREFIX as CLIP_PREFIX
 from .graph.clip import unfold_clip
 from .graph.embedding import clip_projection
 from .graph.onnx_tower import extract_tower
-from .methods.base import Weights
 from .methods.registry import METHODS
 from .quantize.rewrite import float_graph, read_weights
 
@@ -46,8 +45,8 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
     manifest, settings = bundle.manifest, bundle.manifest.restore
     if settings is None:
         raise BundleError(
-            f"{source / MANIFEST}: field restore is missing, so this bundle cannot be restored (with --vocabulary, a "
-            "bundle lacks a part of its language model); export without"
+            f"{source / MANIFEST}: field restore is missing, so this bundle cannot be restored: export it again, "
+            "without --vocabulary, which leaves out a part of the language model"
         )
     graphs = [bundle.path(bundle.graph(role, "onnxruntime").file) for role in ("vision", "decoder")]
     method = METHODS[manifest.method]
@@ -60,27 +59,22 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         _save_part(folder / "language-model", language_model, settings.language_model)
         shutil.copyfile(bundle.path(TOKENIZER), folder / "language-model" / TOKENIZER)
         if settings.vision is None:
-            (folder / "vision").mkdir()
             extract_tower(float_graph(graphs[0])).save(folder / "vision" / "model.onnx")
         else:
             folded = {name.removeprefix(CLIP_PREFIX): w for name, w in vision.items() if name.startswith(CLIP_PREFIX)}
             state = unfold_clip(folded, CLIPVisionConfig.from_dict(settings.vision), manifest.image)
             tower = {f"vision_model.{name}": weight for name, weight in state.items()} | clip_projection(vision)
             _save_part(folder / "vision", tower, settings.vision)
-        _save_json(_preprocessor(manifest.image), folder / "vision" / PREPROCESSOR)
+        write_json(folder / "vision" / PREPROCESSOR, _preprocessor(manifest.image))
         _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
-        _restore_config(settings, manifest.search, folder)
-
-
-def _restore_config(settings: RestoreSettings, search: SearchDefaults, folder: Path) -> None:
-    content = parse_config(settings.checkpoint).model_dump(mode="json", by_alias=True)
-    content["search"] = search.model_dump(mode="json")
-    for field, name in (("language_model", "language-model"), ("vision", "vision")):
-        weights = hash_files([path for path in (folder / name).iterdir() if path.suffix != ".json"])
-        content[field] |= {"source": f"../{name}", "revision": None, "sha256": weights}
-    if content.get("retrieval"):  # a datastore of the original tower does not fit this one
-        content["retrieval"]["encoder"] |= {name: content["vision"][name] for name in ("source", "sha256")}
-    save_config(parse_config(content), folder / "checkpoint")
+        content = parse_config(settings.checkpoint).model_dump(mode="json", by_alias=True)
+        content["search"] = manifest.search.model_dump(mode="json")
+        for field, name in (("language_model", "language-model"), ("vision", "vision")):
+            weights = hash_files([path for path in (folder / name).iterdir() if path.suffix != ".json"])
+            content[field] |= {"source": f"../{name}", "revision": None, "sha256": weights}
+        if content.get("retrieval"):  # a datastore of the original tower does not fit this one
+            content["retrieval"]["encoder"] |= {name: content["vision"][name] for name in ("source", "sha256")}
+        save_config(parse_config(content), folder / "checkpoint")
 
 
 def _preprocessor(image: ImageSettings) -> dict[str, Any]:
@@ -105,14 +99,10 @@ def _preprocessor(image: ImageSettings) -> dict[str, Any]:
 
 def _save_part(folder: Path, tensors: Weights, config: dict[str, Any]) -> None:
     _save_tensors(tensors, folder / "model.safetensors")
-    _save_json(config, folder / "config.json")
+    write_json(folder / "config.json", config)
 
 
 def _save_tensors(tensors: Weights, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     floats = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
     save_file(floats, path, metadata={"format": "pt"})
-
-
-def _save_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ Weights stay NumPy arrays, never copied, until `Graph.save` streams them to disk
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,7 @@ CONSTANT = "constant."
 """Prefix of the names that `Graph.constant` gives; all other initializers are weights."""
 
 Array = NDArray[Any]
+Weights = Mapping[str, Array]
 
 
 class Graph:
@@ -50,10 +51,7 @@ class Graph:
 
     @classmethod
     def from_model(cls, model: onnx.ModelProto, folder: Path) -> Self:
-        """Take a model apart; the files of its external weights are in `folder`.
-
-        Its own opset stays: convert it to `OPSET` before appending operators.
-        """
+        """Take a model of any opset apart; the files of its external weights are in `folder`."""
         graph = cls(model.graph.name)
         graph.nodes = list(model.graph.node)
         graph.weights = {t.name: _read_tensor(t, folder) for t in model.graph.initializer}
@@ -67,12 +65,12 @@ class Graph:
 
     def input(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> str:
         """Declare an input; a dimension is a size, or a name if it varies."""
-        self.inputs.append(_value_info(self._claim(name), dtype, shape))
+        self.inputs.append(value_info(self._claim(name), dtype, shape))
         return name
 
     def output(self, name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> None:
         """Declare the value `name`, made by `op(..., name=name)`, an output of the graph."""
-        self.outputs.append(_value_info(name, dtype, shape))
+        self.outputs.append(value_info(name, dtype, shape))
 
     def initializer(self, name: str, array: Array) -> str:
         """Add a weight under its full name (the scope does not apply)."""
@@ -105,6 +103,11 @@ class Graph:
         self.nodes.append(helper.make_node(op_type, inputs, outputs, name=node_name, domain=domain, **attributes))
         return outputs
 
+    def drop_unused_weights(self) -> None:
+        """Keep only the weights that a node, or a graph inside it, reads."""
+        used = set(_read_names(self.nodes))
+        self.weights = {name: array for name, array in self.weights.items() if name in used}
+
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Within the block, nodes are named `name/...` (nested scopes join)."""
@@ -114,18 +117,21 @@ class Graph:
         finally:
             self._scope = before
 
+    def to_model(self, inputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        """The graph without its weights, and with these inputs."""
+        return helper.make_model(
+            helper.make_graph(self.nodes, self.name, inputs, self.outputs),
+            opset_imports=[helper.make_opsetid(*opset) for opset in sorted(self.opsets.items())],
+            ir_version=IR_VERSION,
+            producer_name="itune",
+        )
+
     def save(self, path: Path) -> list[Path]:
         """Write the graph, with equal bytes for equal graphs; returns its files, the graph first.
 
         From `EXTERNAL_BYTES` on, the larger weights go to `<path>.data`. Each file is written atomically.
         """
-        proto = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
-        model = helper.make_model(
-            proto,
-            opset_imports=[helper.make_opsetid(*opset) for opset in sorted(self.opsets.items())],
-            ir_version=IR_VERSION,
-            producer_name="itune",
-        )
+        model = self.to_model(self.inputs)
         files = [path]
         if sum(array.nbytes for array in self.weights.values()) < EXTERNAL_BYTES:
             model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
@@ -152,7 +158,21 @@ class Graph:
         return self._claim(name)
 
 
-def _value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _read_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _read_names(inner.node)
+
+
+def value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    """An input or output of a graph; a dimension is a size, or a name if it varies."""
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
 
@@ -179,8 +199,7 @@ def _stream_tensor(name: str, array: Array, location: str, file: Any) -> onnx.Te
         data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
         data_location=onnx.TensorProto.EXTERNAL,
     )
-    entries = {"location": location, "offset": file.tell(), "length": array.nbytes}
-    for key, value in entries.items():
+    for key, value in (("location", location), ("offset", file.tell()), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     np.ascontiguousarray(array).tofile(file)
     return tensor

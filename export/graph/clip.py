@@ -7,7 +7,6 @@ queries' weights. Layers that serve the pooled output only are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import onnx
 
 from ...backbones import ClipTower
 from ...runtime.settings import ImageSettings
-from .builder import Array, Graph
+from .builder import Array, Graph, Weights
 from .ops import Config, activation, add_residual, arrays, attention, join_heads, layer_norm, linear, split_heads
 
 PREFIX = "clip."
@@ -39,7 +38,7 @@ def append_clip(graph: Graph, pixels: str, tower: ClipTower) -> str:
     return x
 
 
-def fold_clip(state: Mapping[str, Array], config: Config, image: ImageSettings) -> dict[str, Array]:
+def fold_clip(state: Weights, config: Config, image: ImageSettings) -> dict[str, Array]:
     """The graph's weights, matrices as [in, out], from the state of a `CLIPVisionModel`."""
     weights = {}
     for name, array in state.items():
@@ -54,7 +53,7 @@ def fold_clip(state: Mapping[str, Array], config: Config, image: ImageSettings) 
     return weights
 
 
-def unfold_clip(weights: Mapping[str, Array], config: Config, image: ImageSettings) -> dict[str, Array]:
+def unfold_clip(weights: Weights, config: Config, image: ImageSettings) -> dict[str, Array]:
     """The inverse of `fold_clip`, with an identity for the layer norm of the pooled output."""
     state = {
         "post_layernorm.weight": np.ones(config.hidden_size, np.float32),

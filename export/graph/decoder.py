@@ -34,14 +34,9 @@ class Decoder:
     def __init__(self, model: CaptionModel, weights: dict[str, Array], vocabulary: Array | None, fused: bool) -> None:
         """A decoder with these weights; for `vocabulary` and `fused`, see `methods.registry.build_decoder`."""
         config: Config = model.language_model.config
-        self.layers, self.heads = config.n_layer, config.n_head
-        self.width, self.inner = config.n_embd, config.n_inner or 4 * config.n_embd
+        self.config, self.vocabulary = config, vocabulary
+        self.heads, self.width, self.epsilon = config.n_head, config.n_embd, config.layer_norm_epsilon
         self.head_dim = self.width // self.heads
-        self.epsilon = config.layer_norm_epsilon
-        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        self.inverse_layer_scaling = config.scale_attn_by_inverse_layer_idx
-        self.activation = config.activation_function
-        self.vocab_size, self.vocabulary = config.vocab_size, vocabulary
         self.fused = fused and self.head_dim % 8 == 0  # GroupQueryAttention requires it
         self.graph = Graph("decoder")
         for name, array in weights.items():
@@ -63,7 +58,7 @@ class Decoder:
                 self.declare_lengths(mask)
         with g.scope("embeddings"):
             hidden = add_residual(g, self.embed(tokens), g.op("Gather", "transformer.wpe.weight", positions))
-        for i in range(self.layers):
+        for i in range(self.config.n_layer):
             with g.scope(f"h.{i}"):
                 hidden = add_residual(g, hidden, self.self_attention(i, hidden, parents, bias))
                 hidden = self.attend_visual(i, hidden)
@@ -80,7 +75,7 @@ class Decoder:
         if self.vocabulary is not None:
             # The row of a token outside the vocabulary does not exist, which stops the runtime: a wrong embedding
             # would go unnoticed.
-            rows = np.full(self.vocab_size, len(self.vocabulary), np.int32)
+            rows = np.full(self.config.vocab_size, len(self.vocabulary), np.int32)
             rows[self.vocabulary] = np.arange(len(self.vocabulary))
             tokens = self.graph.op("Gather", self.graph.initializer("vocabulary.rows", rows), tokens)
         return self.graph.op("Gather", EMBEDDINGS, tokens)
@@ -117,15 +112,16 @@ class Decoder:
         g, name = self.graph, f"transformer.h.{i}"
         with g.scope("attn"):
             qkv = linear(g, layer_norm(g, hidden, f"{name}.ln_1", self.epsilon), f"{name}.attn.c_attn")
-            scaling = self.scaling / (i + 1) if self.inverse_layer_scaling else self.scaling
+            scaling = self.head_dim**-0.5 if self.config.scale_attn_weights else 1.0
+            if self.config.scale_attn_by_inverse_layer_idx:
+                scaling /= i + 1
             past = []
             for part in ("key", "value"):  # [rows, heads, P, head_dim] of the row that each row continues
                 cache = g.input(graph_names.past(i, part), np.float32, ["past_rows", self.heads, "P", self.head_dim])
                 past.append(g.op("Gather", cache, parents))
+                g.output(graph_names.present(i, part), np.float32, ["rows", self.heads, "P + T", self.head_dim])
             attend = self.attend_fused if self.fused else self.attend
             context = attend(i, qkv, past, bias, scaling)
-            for part in ("key", "value"):
-                g.output(graph_names.present(i, part), np.float32, ["rows", self.heads, "P + T", self.head_dim])
             return linear(g, context, f"{name}.attn.c_proj")
 
     def attend(self, i: int, qkv: str, past: list[str], bias: str, scaling: float) -> str:
@@ -146,22 +142,16 @@ class Decoder:
     def attend_fused(self, i: int, qkv: str, past: list[str], bias: str, scaling: float) -> str:
         """The same in one operator."""
         inputs = [qkv, "", "", *past, self.lengths, self.length, "", "", "", bias]
-        return self.graph.ops(
-            "GroupQueryAttention",
-            *inputs,
-            names=[None, graph_names.present(i, "key"), graph_names.present(i, "value")],
-            domain=MICROSOFT,
-            num_heads=self.heads,
-            kv_num_heads=self.heads,
-            scale=scaling,
-        )[0]
+        names = [None, graph_names.present(i, "key"), graph_names.present(i, "value")]
+        shape = {"num_heads": self.heads, "kv_num_heads": self.heads, "scale": scaling}
+        return self.graph.ops("GroupQueryAttention", *inputs, names=names, domain=MICROSOFT, **shape)[0]
 
     def feed_forward(self, i: int, hidden: str) -> str:
         """A layer's feed-forward block, without its residual."""
         g, name = self.graph, f"transformer.h.{i}"
         with g.scope("mlp"):
             inner = linear(g, layer_norm(g, hidden, f"{name}.ln_2", self.epsilon), f"{name}.mlp.c_fc")
-            return linear(g, activation(g, inner, self.activation), f"{name}.mlp.c_proj")
+            return linear(g, activation(g, inner, self.config.activation_function), f"{name}.mlp.c_proj")
 
     def head(self, hidden: str, k: str) -> None:
         """The k best next tokens of the last position, and the log-sum-exp over all tokens."""

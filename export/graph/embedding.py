@@ -1,24 +1,12 @@
-"""The vision graph's output that searches a datastore, and the check that it equals PyTorch's embedding."""
+"""The vision graph's output that searches a datastore."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
-
 import numpy as np
 
-from ...backbones import VisionTower
 from ...retrieval.encoder import RetrievalHead
-from ...runtime.bundle import Bundle
-from ...runtime.engines.base import Float32, UInt8
-from ...runtime.engines.onnxruntime import available_cpus, open_session
 from ...runtime.graph_names import EMBEDDING
-from ..options import Precision
-from ..verify.limits import LIMITS
-from ..verify.report import Check
-from .builder import Array, Graph
+from .builder import Array, Graph, Weights
 from .ops import normalize, pool_cls
 
 CLIPCAP_PROJECTION = ("visual.projection.norm_weight", "visual.projection.norm_bias", "visual.projection.weight")
@@ -41,7 +29,7 @@ def append_embedding(graph: Graph, visual: str, head: RetrievalHead) -> None:
     graph.output(EMBEDDING, np.float32, ("images", head.encoder.dim))
 
 
-def clip_projection(weights: Mapping[str, Array]) -> dict[str, Array]:
+def clip_projection(weights: Weights) -> dict[str, Array]:
     """A vision graph's CLIP projection under transformers' names; empty if the graph has none."""
     for names in (CLIPCAP_PROJECTION, PROJECTION):
         if names[0] in weights:
@@ -52,26 +40,3 @@ def clip_projection(weights: Mapping[str, Array]) -> dict[str, Array]:
                 "visual_projection.weight": projection.T,
             }
     return {}
-
-
-@dataclass(frozen=True)
-class EmbeddingReference:
-    """PyTorch's embeddings of some images, to compare the exported output with."""
-
-    pixels: UInt8
-    embeddings: Float32
-
-    @classmethod
-    def record(cls, tower: VisionTower, head: RetrievalHead, pixels: UInt8) -> Self:
-        """Embed `pixels` [images, H, W, 3]."""
-        return cls(pixels, head.pool(tower.embed(pixels)).cpu().numpy())
-
-    def check(self, bundle: Path, precision: Precision) -> Check:
-        """A line of the verification's report: the largest distance between two vectors of length 1."""
-        vision = Bundle.load(bundle, verify=False).graph("vision", "onnxruntime")
-        session = open_session(bundle / vision.file, available_cpus())
-        found = np.asarray(session.run([EMBEDDING], {vision.inputs[0].name: self.pixels})[0])
-        difference = np.linalg.norm(found - self.embeddings, axis=1)
-        limit, worst = LIMITS[precision].outputs, float(difference.max())
-        largest = float(np.abs(found - self.embeddings).max())
-        return Check(EMBEDDING, f"image {difference.argmax()}", largest, worst, limit, worst <= limit)

@@ -14,8 +14,6 @@ from .builder import Array, Graph
 
 Config = Any
 """A transformers configuration, whose fields are typed as optional."""
-_EXACT_GELUS = ("gelu", "gelu_python")
-_TANH_GELUS = ("gelu_new", "gelu_accurate", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 _MIN_LENGTH = 1e-12  # as in torch.nn.functional.normalize
 
 
@@ -96,15 +94,16 @@ def activation(graph: Graph, x: str, name: str) -> str:
     Raises:
         ItuneError: no operator computes this function.
     """
-    if name in _EXACT_GELUS:
-        return graph.op("Gelu", x)
-    if name in _TANH_GELUS:
-        return graph.op("Gelu", x, approximate="tanh")
-    if name == "quick_gelu":
-        gate = graph.op("Sigmoid", graph.op("Mul", x, graph.constant(1.702, np.float32)))
-        return graph.op("Mul", x, gate)
-    if name in ("silu", "swish"):
-        return graph.op("Mul", x, graph.op("Sigmoid", x))
-    if name == "relu":
-        return graph.op("Relu", x)
+    match name:
+        case "gelu" | "gelu_python":
+            return graph.op("Gelu", x)
+        case "gelu_new" | "gelu_accurate" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_python_tanh":
+            return graph.op("Gelu", x, approximate="tanh")
+        case "quick_gelu":
+            gate = graph.op("Sigmoid", graph.op("Mul", x, graph.constant(1.702, np.float32)))
+            return graph.op("Mul", x, gate)
+        case "silu" | "swish":
+            return graph.op("Mul", x, graph.op("Sigmoid", x))
+        case "relu":
+            return graph.op("Relu", x)
     raise ItuneError(f"config.json: the activation function {name!r} cannot be exported; GELU, ReLU and SiLU can")

@@ -8,11 +8,13 @@ attention's queries, keys and values.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ...methods.clipcap.model import ClipCapModel
+from ...methods.clipcap.model import ClipCapConfig, ClipCapModel
 from ...runtime.graph_names import VISUAL
-from ..graph.builder import Array, Graph
+from ..graph.builder import Array, Graph, Weights
 from ..graph.decoder import Decoder
 from ..graph.embedding import CLIPCAP_PROJECTION
 from ..graph.ops import (
@@ -27,12 +29,15 @@ from ..graph.ops import (
     pool_cls,
     split_heads,
 )
-from .base import ExportMethod, Weights
 
 PREFIX = f"{VISUAL}prefix"
 _QKV = ".attn.qkv.weight"
 _QUERIES, _KEYS_VALUES = ".attn.to_queries.weight", ".attn.to_keys_values.weight"
 _NORM_EPSILON = 1e-5  # PyTorch's
+SETTINGS: dict[str, Any] = {
+    "adapter_layers": [], "bottleneck": None, "adapter_heads": None, "lambda_": None, "score_scale": None
+}  # fmt: skip
+"""The manifest's fields about attention to the image, which no layer has."""
 
 
 def fold_mapper(state: Weights) -> dict[str, Array]:
@@ -43,7 +48,7 @@ def fold_mapper(state: Weights) -> dict[str, Array]:
             keys_values = state[name.replace(_QUERIES, _KEYS_VALUES)]
             weights[name.replace(_QUERIES, _QKV)] = np.concatenate([array, keys_values]).T
         elif not name.endswith(_KEYS_VALUES):
-            weights[name] = _transposed(name, array)
+            weights[name] = array.T if name.endswith(".weight") else array
     return {f"{VISUAL}{name}": array for name, array in weights.items()}
 
 
@@ -53,65 +58,64 @@ def unfold_mapper(weights: Weights) -> dict[str, Array]:
     for name, array in weights.items():
         own = name.removeprefix(VISUAL)
         if name.endswith(_QKV):
-            width = len(array)
-            state[own.replace(_QKV, _QUERIES)] = array.T[:width]
-            state[own.replace(_QKV, _KEYS_VALUES)] = array.T[width:]
+            queries, *keys_values = np.split(array.T, 3)
+            state[own.replace(_QKV, _QUERIES)] = queries
+            state[own.replace(_QKV, _KEYS_VALUES)] = np.concatenate(keys_values)
         elif own != name:
-            state[own] = _transposed(name, array)
+            state[own] = array.T if name.endswith(".weight") else array
     return state
 
 
-def _transposed(name: str, array: Array) -> Array:
-    return array.T if name.endswith(".weight") and ".norm" not in name else array
+def append_mapper(graph: Graph, embeddings: str, model: ClipCapModel, _tokens: int) -> None:
+    """Append the output `visual.prefix` to `embeddings` [images, N, d_v]."""
+    for name, array in fold_mapper(arrays(model.adapter_state())).items():
+        graph.initializer(name, array)
+    config = model.config
+    with graph.scope("visual"):
+        _append_mapper(graph, _pool(graph, embeddings, config), config)
+    graph.output(PREFIX, np.float32, ("images", config.prefix_length, config.hidden_size))
 
 
-class _Mapper:
-    """Appends a mapper's operators; `itune.methods.clipcap.model` has the same in PyTorch."""
+def _pool(g: Graph, embeddings: str, config: ClipCapConfig) -> str:
+    """The mapper's input [images, width]."""
+    if config.pooling == "mean":
+        x = g.op("ReduceMean", embeddings, g.constant([1]), keepdims=0)
+    else:
+        projection = None if config.projected_width is None else CLIPCAP_PROJECTION
+        x = pool_cls(g, embeddings, projection, config.layer_norm_eps)
+    return normalize(g, x) if config.normalize else x
 
-    def __init__(self, graph: Graph, model: ClipCapModel) -> None:
-        self.graph, self.config = graph, model.config
 
-    def pool(self, embeddings: str) -> str:
-        """The mapper's input [images, width] from `embeddings` [images, N, d_v]."""
-        g, config = self.graph, self.config
-        if config.pooling == "mean":
-            x = g.op("ReduceMean", embeddings, g.constant([1]), keepdims=0)
-        else:
-            projection = None if config.projected_width is None else CLIPCAP_PROJECTION
-            x = pool_cls(g, embeddings, projection, config.layer_norm_eps)
-        return normalize(g, x) if config.normalize else x
+def _append_mapper(g: Graph, x: str, config: ClipCapConfig) -> None:
+    name = f"{VISUAL}mapper"
+    if config.mapper == "mlp":
+        hidden = linear(g, g.op("Tanh", linear(g, x, f"{name}.model.0")), f"{name}.model.2")
+        g.op("Reshape", hidden, g.constant([0, config.prefix_length, config.hidden_size]), name=PREFIX)
+        return
+    x = linear(g, x, f"{name}.linear")
+    x = g.op("Reshape", x, g.constant([0, config.clip_length, config.hidden_size]))
+    images = g.op("Shape", x, start=0, end=1)
+    shape = g.op("Concat", images, g.constant([config.prefix_length, config.hidden_size]), axis=0)
+    x = g.op("Concat", x, g.op("Expand", f"{name}.prefix_const", shape), axis=1)
+    for i in range(config.mapper_layers):
+        with g.scope(f"layers.{i}"):
+            x = _layer(g, f"{name}.transformer.layers.{i}", x, config)
+    ends = (g.constant([value]) for value in (config.clip_length, config.clip_length + config.prefix_length, 1))
+    g.op("Slice", x, *ends, name=PREFIX)
 
-    def append(self, x: str) -> None:
-        """The output `visual.prefix` from the pooled embeddings."""
-        g, config, name = self.graph, self.config, f"{VISUAL}mapper"
-        if config.mapper == "mlp":
-            hidden = linear(g, g.op("Tanh", linear(g, x, f"{name}.model.0")), f"{name}.model.2")
-            g.op("Reshape", hidden, g.constant([0, config.prefix_length, config.hidden_size]), name=PREFIX)
-            return
-        x = linear(g, x, f"{name}.linear")
-        x = g.op("Reshape", x, g.constant([0, config.clip_length, config.hidden_size]))
-        images = g.op("Shape", x, start=0, end=1)
-        shape = g.op("Concat", images, g.constant([config.prefix_length, config.hidden_size]), axis=0)
-        x = g.op("Concat", x, g.op("Expand", f"{name}.prefix_const", shape), axis=1)
-        for i in range(config.mapper_layers):
-            with g.scope(f"layers.{i}"):
-                x = self.layer(f"{name}.transformer.layers.{i}", x)
-        ends = (g.constant([value]) for value in (config.clip_length, config.clip_length + config.prefix_length, 1))
-        g.op("Slice", x, *ends, name=PREFIX)
 
-    def layer(self, name: str, x: str) -> str:
-        """A transformer layer."""
-        g, width, heads = self.graph, self.config.hidden_size, self.config.mapper_heads
-        with g.scope("attn"):
-            qkv = g.op("MatMul", layer_norm(g, x, f"{name}.norm1", _NORM_EPSILON), f"{name}{_QKV}")
-            query, keys, values = split_heads(g, qkv, heads, width)
-            # The scale stays out of the weights, which a restored checkpoint must get back bit for bit.
-            query = g.op("Mul", query, g.constant((width // heads) ** -0.5, np.float32))
-            context = join_heads(g, attention(g, query, keys, values), width)
-            x = add_residual(g, x, linear(g, context, f"{name}.attn.project"))
-        with g.scope("mlp"):
-            inner = linear(g, layer_norm(g, x, f"{name}.norm2", _NORM_EPSILON), f"{name}.mlp.fc1")
-            return add_residual(g, x, linear(g, activation(g, inner, "relu"), f"{name}.mlp.fc2"))
+def _layer(g: Graph, name: str, x: str, config: ClipCapConfig) -> str:
+    width, heads = config.hidden_size, config.mapper_heads
+    with g.scope("attn"):
+        qkv = g.op("MatMul", layer_norm(g, x, f"{name}.norm1", _NORM_EPSILON), f"{name}{_QKV}")
+        query, keys, values = split_heads(g, qkv, heads, width)
+        # The scale stays out of the weights, which a restored checkpoint must get back bit for bit.
+        query = g.op("Mul", query, g.constant((width // heads) ** -0.5, np.float32))
+        context = join_heads(g, attention(g, query, keys, values), width)
+        x = add_residual(g, x, linear(g, context, f"{name}.attn.project"))
+    with g.scope("mlp"):
+        inner = linear(g, layer_norm(g, x, f"{name}.norm2", _NORM_EPSILON), f"{name}.mlp.fc1")
+        return add_residual(g, x, linear(g, activation(g, inner, "relu"), f"{name}.mlp.fc2"))
 
 
 class ClipCapDecoder(Decoder):
@@ -131,10 +135,11 @@ class ClipCapDecoder(Decoder):
         An image's rows are side by side, so its prefix is not repeated for them: ids become rows of all prefixes.
         """
         g = self.graph
-        is_prefix = g.op("GreaterOrEqual", tokens, g.constant(self.vocab_size))
+        vocab_size = g.constant(self.config.vocab_size)
+        is_prefix = g.op("GreaterOrEqual", tokens, vocab_size)
         readable = 0 if self.vocabulary is None else int(self.vocabulary[0])
         text = super().embed(g.op("Where", is_prefix, g.constant(readable), tokens))
-        place = g.op("Max", g.op("Sub", tokens, g.constant(self.vocab_size)), g.constant(0))
+        place = g.op("Max", g.op("Sub", tokens, vocab_size), g.constant(0))
         images = g.op("Shape", PREFIX, start=0, end=1)
         first = g.op("Range", g.constant(0), g.op("Squeeze", images, g.constant([0])), g.constant(1))
         first = g.op("Unsqueeze", g.op("Mul", first, g.constant(self.prefix_length)), g.constant([1]))
@@ -143,22 +148,3 @@ class ClipCapDecoder(Decoder):
         prefixes = g.op("Reshape", PREFIX, g.constant([-1, self.width]))
         image = g.op("Gather", prefixes, rows)
         return g.op("Where", g.op("Unsqueeze", is_prefix, g.constant([-1])), image, text)
-
-
-def _append_visual(graph: Graph, embeddings: str, model: ClipCapModel, _tokens: int) -> None:
-    for name, array in fold_mapper(arrays(model.adapter_state())).items():
-        graph.initializer(name, array)
-    mapper = _Mapper(graph, model)
-    with graph.scope("visual"):
-        mapper.append(mapper.pool(embeddings))
-    graph.output(PREFIX, np.float32, ("images", model.config.prefix_length, model.config.hidden_size))
-
-
-_NO_ATTENTION = ("bottleneck", "adapter_heads", "lambda_", "score_scale")
-CLIPCAP = ExportMethod(
-    append_visual=_append_visual,
-    decoder=ClipCapDecoder,
-    settings=lambda _model: {"adapter_layers": []} | dict.fromkeys(_NO_ATTENTION),
-    split_decoder=lambda _settings, weights: (dict(weights), {}),
-    split_vision=lambda _settings, weights: unfold_mapper(weights),
-)

@@ -19,10 +19,9 @@ import numpy as np
 from ...methods.ituning.model import ITuningModel
 from ...runtime.bundle import MANIFEST, DecoderSettings
 from ...runtime.errors import BundleError
-from ..graph.builder import Array, Graph
+from ..graph.builder import Array, Weights
 from ..graph.ops import activation, arrays, layer_norm, linear
-from .base import ExportMethod, Weights
-from .visual_attention import Projections, VisualDecoder, append_projections, split_projections
+from .visual_attention import VisualDecoder
 
 
 def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lambda_: float) -> dict[str, Array]:
@@ -32,7 +31,7 @@ def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lam
     GPT2LMHeadModel's state dict, `adapters` those of a checkpoint; neither is changed.
     """
     merged = dict(language_model)
-    for i in adapter_layers(adapters):
+    for i in sorted({int(name.split(".")[1]) for name in adapters}):
         mlp, layer = f"transformer.h.{i}.mlp", f"layers.{i}"
         for name, weight, axis in (
             (f"{mlp}.c_fc.weight", adapters[f"{layer}.query.weight"].T * score_scale, 1),
@@ -44,12 +43,13 @@ def merge(language_model: Weights, adapters: Weights, *, score_scale: float, lam
     return merged
 
 
-def unmerge(
-    merged: Weights, *, bottleneck: int, score_scale: float, lambda_: float
-) -> tuple[dict[str, Array], dict[str, Array]]:
+def unmerge(settings: DecoderSettings, merged: Weights) -> tuple[dict[str, Array], dict[str, Array]]:
     """The inverse of `merge`: the language model's weights, and the adapters' without keys and values."""
+    bottleneck, score_scale, lambda_ = settings.bottleneck, settings.score_scale, settings.lambda_
+    if bottleneck is None or score_scale is None or lambda_ is None:
+        raise BundleError(f"{MANIFEST}: decoder: bottleneck, score_scale or lambda is null; export the bundle again")
     language_model, adapters = dict(merged), {}
-    for i in adapter_layers(merged):
+    for i in settings.adapter_layers:
         mlp, layer = f"transformer.h.{i}.mlp", f"layers.{i}"
         weight, bias, proj = (merged[f"{mlp}.{name}"] for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight"))
         inner = len(bias) - bottleneck
@@ -63,12 +63,6 @@ def unmerge(
     return language_model, adapters
 
 
-def adapter_layers(weights: Weights) -> list[int]:
-    """The decoder layers that have an adapter, ascending."""
-    names = (name.split(".") for name in weights if name.startswith("layers.") and name.endswith(".output.bias"))
-    return sorted(int(parts[1]) for parts in names)
-
-
 def merged_input(layer: int) -> str:
     """The node of an adapted layer that joins GELU(...) and S U."""
     return f"h.{layer}/mlp/Concat"
@@ -80,14 +74,9 @@ class ITuningDecoder(VisualDecoder):
     def __init__(self, model: ITuningModel, vocabulary: Array | None, fused: bool) -> None:
         config = model.config
         assert config.score_scale is not None
-        weights = merge(
-            arrays(model.language_model_state()),
-            arrays(model.adapter_state()),
-            score_scale=config.score_scale,
-            lambda_=config.lambda_,
-        )
+        state, adapters = arrays(model.language_model_state()), arrays(model.adapter_state())
+        weights = merge(state, adapters, score_scale=config.score_scale, lambda_=config.lambda_)
         super().__init__(model, weights, vocabulary, fused)
-        self.attend_in(model.adapter_layers, config.heads, config.bottleneck)
 
     def feed_forward(self, i: int, hidden: str) -> str:
         """The feed-forward block, and the adapter inside it where the layer has one."""
@@ -96,9 +85,9 @@ class ITuningDecoder(VisualDecoder):
         g, name = self.graph, f"transformer.h.{i}"
         with g.scope("mlp"):
             inner = linear(g, layer_norm(g, hidden, f"{name}.ln_2", self.epsilon), f"{name}.mlp.c_fc")
-            sizes = g.constant([self.inner, self.visual_width])
+            sizes = g.constant([self.config.n_inner or 4 * self.width, self.visual_width])
             inner, query = g.ops("Split", inner, sizes, names=[None, None], axis=-1)
-            inner = activation(g, inner, self.activation)
+            inner = activation(g, inner, self.config.activation_function)
             with g.scope("adapter"):
                 found = self.attend_image(i, query)
             joined = g.op("Concat", inner, found, axis=-1)
@@ -106,15 +95,8 @@ class ITuningDecoder(VisualDecoder):
             return g.op("Add", g.op("MatMul", joined, f"{name}.mlp.c_proj.weight"), bias)
 
 
-def _projections(model: ITuningModel) -> Projections:
-    return {i: (model.adapter(i).key, model.adapter(i).value) for i in model.adapter_layers}
-
-
-def _append_visual(graph: Graph, embeddings: str, model: ITuningModel, tokens: int) -> None:
-    append_projections(graph, embeddings, _projections(model), model.config.heads, tokens)
-
-
-def _settings(model: ITuningModel) -> dict[str, Any]:
+def settings(model: ITuningModel) -> dict[str, Any]:
+    """The manifest's fields about attention to the image."""
     config = model.config
     return {
         "adapter_layers": model.adapter_layers,
@@ -123,13 +105,3 @@ def _settings(model: ITuningModel) -> dict[str, Any]:
         "lambda_": config.lambda_,
         "score_scale": config.score_scale,
     }
-
-
-def _split_decoder(settings: DecoderSettings, weights: Weights) -> tuple[dict[str, Array], dict[str, Array]]:
-    if settings.bottleneck is None or settings.score_scale is None or settings.lambda_ is None:
-        raise BundleError(f"{MANIFEST}: decoder: bottleneck, score_scale or lambda is null; export the bundle again")
-    scales = {"score_scale": settings.score_scale, "lambda_": settings.lambda_}
-    return unmerge(weights, bottleneck=settings.bottleneck, **scales)
-
-
-ITUNING = ExportMethod(_append_visual, ITuningDecoder, _settings, _split_decoder, split_projections)

@@ -1,23 +1,62 @@
-"""The exporter's methods by name, and the two graphs that they make of a captioner."""
+"""The graphs of every captioning method: how to build them, and how to take them apart again."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ...backbones import ClipTower, OnnxTower, VisionTower
 from ...methods.base import CaptionModel
 from ...retrieval.encoder import RetrievalHead
+from ...runtime.bundle import DecoderSettings
 from ...runtime.settings import Method
-from ..graph.builder import Array, Graph
+from ..graph.builder import Array, Graph, Weights
 from ..graph.clip import append_clip
+from ..graph.decoder import Decoder
 from ..graph.embedding import append_embedding
 from ..graph.onnx_tower import append_onnx
-from .base import ExportMethod
-from .clipcap import CLIPCAP
-from .ituning import ITUNING
-from .smallcap import SMALLCAP
+from . import clipcap, ituning, smallcap
+from .visual_attention import append_projections, split_projections
 
-METHODS: dict[Method, ExportMethod] = {"i-tuning": ITUNING, "clipcap": CLIPCAP, "smallcap": SMALLCAP}
+
+@dataclass(frozen=True)
+class ExportMethod:
+    """A method's part of the graphs. `model` is the method's CaptionModel."""
+
+    append_visual: Callable[[Graph, str, Any, int], None]
+    """(graph, embeddings, model, N): append the outputs `visual.NAME` to embeddings [images, N, d_v]."""
+    decoder: Callable[[Any, Array | None, bool], Decoder]
+    """(model, vocabulary, fused): the decoder's builder."""
+    settings: Callable[[Any], dict[str, Any]]
+    """(model): the manifest's fields `decoder.*` about attention to the image."""
+    split_decoder: Callable[[DecoderSettings, Weights], tuple[dict[str, Array], dict[str, Array]]]
+    """(settings, weights): the weights of the language model and of the adapters, under their own names."""
+    split_vision: Callable[[DecoderSettings, Weights], dict[str, Array]]
+    """(settings, weights): the adapters' weights in a vision graph, under their checkpoint names."""
+
+
+METHODS: dict[Method, ExportMethod] = {
+    "i-tuning": ExportMethod(
+        append_projections, ituning.ITuningDecoder, ituning.settings, ituning.unmerge, split_projections
+    ),
+    "smallcap": ExportMethod(
+        append_projections,
+        smallcap.SmallCapDecoder,
+        smallcap.settings,
+        smallcap.unfold_cross_attention,
+        split_projections,
+    ),
+    "clipcap": ExportMethod(
+        append_visual=clipcap.append_mapper,
+        decoder=clipcap.ClipCapDecoder,
+        settings=lambda _model: clipcap.SETTINGS,
+        split_decoder=lambda _settings, weights: (dict(weights), {}),
+        split_vision=lambda _settings, weights: clipcap.unfold_mapper(weights),
+    ),
+}
 
 
 def build_vision(model: CaptionModel, tower: VisionTower, head: RetrievalHead | None = None) -> Graph:

@@ -6,50 +6,32 @@ visual.{i}.values   float32 [images, heads, N, w]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from torch import nn
 
+from ...methods.attention import AttendingModel
 from ...runtime import graph_names
 from ...runtime.bundle import DecoderSettings
-from ..graph.builder import Array, Graph
+from ..graph.builder import Array, Graph, Weights
 from ..graph.decoder import Decoder
 from ..graph.ops import attention
-from .base import Weights
 
 WEIGHT, BIAS = "visual.weight", "visual.bias"
-Projections = Mapping[int, tuple[nn.Linear, nn.Linear]]
-"""The linear layers of keys and values by decoder layer."""
+"""The projections of all layers as one, [d_v, layers * 2 * width]: keys before values in each layer."""
 
 
-def join_projections(projections: Projections) -> tuple[Array, Array]:
-    """All layers' projections as one: weight [d_v, layers * 2 * width] and bias, keys before values in each layer."""
-    linears = [linear for pair in projections.values() for linear in pair]
-    weight = np.concatenate([linear.weight.detach().numpy() for linear in linears]).T
-    return weight, np.concatenate([linear.bias.detach().numpy() for linear in linears])
-
-
-def split_projections(settings: DecoderSettings, weights: Weights) -> dict[str, Array]:
-    """The inverse of `join_projections`: tensors under their checkpoint names, in Linear layout."""
-    names = [f"layers.{i}.{part}" for i in settings.adapter_layers for part in ("key", "value")]
-    split = np.split(weights[WEIGHT], len(names), axis=1)
-    tensors = {f"{name}.weight": np.ascontiguousarray(w.T) for name, w in zip(names, split, strict=True)}
-    biases = np.split(weights[BIAS], len(names))
-    return tensors | {f"{name}.bias": bias for name, bias in zip(names, biases, strict=True)}
-
-
-def append_projections(graph: Graph, embeddings: str, projections: Projections, heads: int, tokens: int) -> None:
+def append_projections(graph: Graph, embeddings: str, model: AttendingModel, tokens: int) -> None:
     """Append the keys and values of all layers, from one matrix product with `embeddings` [images, tokens, d_v]."""
-    weight, bias = join_projections(projections)
-    count = 2 * len(projections)
-    width = len(bias) // (count * heads)
+    adapters = model.attending.values()
+    linears = [linear for adapter in adapters for linear in (adapter.key, adapter.value)]
+    graph.initializer(WEIGHT, np.concatenate([linear.weight.detach().numpy() for linear in linears]).T)
+    graph.initializer(BIAS, np.concatenate([linear.bias.detach().numpy() for linear in linears]))
+    heads = next(iter(adapters)).heads
+    width = linears[0].out_features // heads
     with graph.scope("visual"):
-        product = graph.op("MatMul", embeddings, graph.initializer(WEIGHT, weight))
-        product = graph.op("Add", product, graph.initializer(BIAS, bias))
-        parts = graph.ops("Split", product, names=[None] * count, axis=-1, num_outputs=count)
+        product = graph.op("Add", graph.op("MatMul", embeddings, WEIGHT), BIAS)
+        parts = graph.ops("Split", product, names=[None] * len(linears), axis=-1, num_outputs=len(linears))
         split = graph.constant([0, 0, heads, width])
-        for layer, keys, values in zip(projections, parts[::2], parts[1::2], strict=True):
+        for layer, keys, values in zip(model.attending, parts[::2], parts[1::2], strict=True):
             for name, value, perm, shape in (
                 (graph_names.keys(layer), keys, (0, 2, 3, 1), (width, tokens)),
                 (graph_names.values(layer), values, (0, 2, 1, 3), (tokens, width)),
@@ -58,12 +40,24 @@ def append_projections(graph: Graph, embeddings: str, projections: Projections, 
                 graph.output(name, np.float32, ("images", heads, *shape))
 
 
+def split_projections(settings: DecoderSettings, weights: Weights) -> dict[str, Array]:
+    """The adapters' keys and values in a vision graph, under their checkpoint names and in Linear layout."""
+    names = [f"layers.{i}.{part}" for i in settings.adapter_layers for part in ("key", "value")]
+    tensors = {}
+    for stored, kind in ((WEIGHT, "weight"), (BIAS, "bias")):
+        for name, array in zip(names, np.split(weights[stored], len(names), axis=-1), strict=True):
+            tensors[f"{name}.{kind}"] = array.T
+    return tensors
+
+
 class VisualDecoder(Decoder):
     """A GPT-2 some of whose layers attend to the image."""
 
-    def attend_in(self, layers: list[int], heads: int, width: int) -> None:
-        """Set the layers that attend, and the shape of that attention; `width` is that of all heads together."""
-        self.visual_layers, self.visual_heads, self.visual_width = layers, heads, width
+    def __init__(self, model: AttendingModel, weights: dict[str, Array], vocabulary: Array | None, fused: bool) -> None:
+        super().__init__(model, weights, vocabulary, fused)
+        adapter = next(iter(model.attending.values()))
+        self.visual_layers, self.visual_heads = model.adapter_layers, adapter.heads
+        self.visual_width = adapter.query.out_features  # all heads together
 
     def declare_visual(self, tokens: str) -> None:
         """Declare all keys and values, and the shapes of queries grouped by image and of results grouped by row."""

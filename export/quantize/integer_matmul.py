@@ -15,12 +15,13 @@ and `NAME.scales`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import onnx
 from onnx import helper
 
-from ..graph.builder import MICROSOFT, Graph
+from ..graph.builder import MICROSOFT, Graph, attributes
 from .weights import (
     BLOCK_SIZES,
     QMAX,
@@ -30,22 +31,13 @@ from .weights import (
     quantize_per_channel,
 )
 
-SCALES = ".scales"
+INT8, SCALES = ".int8", ".scales"
+"""Suffixes of the codes and the scales of a quantised weight."""
 _TRANSPOSED = ".T"
 _ROUNDING = ".rounding"
 """In the names of the nodes that quantise activations for `Rows`."""
+_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 _TINY = np.finfo(np.float32).tiny  # a row of zeros must not divide by zero
-
-
-class MatMul(NamedTuple):
-    """A node that computes x W or x W^T for a constant W."""
-
-    name: str
-    x: str
-    weight: str
-    output: str
-    transposed: bool
-    """Whether the weight is [N, K]: x W^T."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +46,14 @@ class Blocks:
 
     bits: int = 8
 
-    def append(self, graph: Graph, matmul: MatMul) -> None:
-        """Append the product to a graph that has its weight; the weight stays."""
-        codes, (n, k) = self.store(graph, matmul.weight, transpose=not matmul.transposed)
-        node = helper.make_node(
-            "MatMulNBits",
-            [matmul.x, codes, matmul.weight + SCALES],
-            [matmul.output],
-            name=matmul.name,
-            domain=MICROSOFT,
-            N=n,
-            K=k,
-            bits=self.bits,
-            block_size=BLOCK_SIZES[self.bits],
-            accuracy_level=4,  # integer arithmetic; the default dequantises the weights at every step
-        )
-        graph.nodes.append(node)
+    def append(self, graph: Graph, product: onnx.NodeProto) -> None:
+        """Append a product of `is_product`, without its bias, to a graph that has its weight; the weight stays."""
+        x, weight = product.input[:2]
+        codes, (n, k) = self.store(graph, weight, transpose=not is_transposed(product))
+        # Accuracy level 4 computes in integers; the default dequantises the weights at every step.
+        options: dict[str, Any] = {"bits": self.bits, "block_size": BLOCK_SIZES[self.bits], "accuracy_level": 4}
+        options |= {"N": n, "K": k, "name": product.name, "domain": MICROSOFT}
+        graph.nodes.append(helper.make_node("MatMulNBits", [x, codes, weight + SCALES], product.output, **options))
         graph.opsets[MICROSOFT] = 1
 
     def store(self, graph: Graph, weight: str, *, transpose: bool) -> tuple[str, tuple[int, int]]:
@@ -88,29 +72,45 @@ class Blocks:
 class Rows:
     """Per-channel int8 weights, and activations divided by the largest absolute value of their row."""
 
-    def append(self, graph: Graph, matmul: MatMul) -> None:
-        """Append the product to a graph that has its weight; the weight stays."""
-        name = f"{matmul.weight}{_TRANSPOSED if matmul.transposed else ''}.int8"
-        if name not in graph.weights:
-            array = graph.weights[matmul.weight]
-            codes, scales = quantize_per_channel(array if matmul.transposed else array.T)
-            graph.initializer(name, np.ascontiguousarray(codes.T))  # [K, N]
-            graph.initializer(matmul.weight + SCALES, scales)
+    def append(self, graph: Graph, product: onnx.NodeProto) -> None:
+        """Append a product of `is_product`, without its bias, to a graph that has its weight; the weight stays."""
+        x, weight = product.input[:2]
+        transposed = is_transposed(product)
+        codes_name = f"{weight}{_TRANSPOSED if transposed else ''}{INT8}"
+        if codes_name not in graph.weights:
+            array = graph.weights[weight]
+            codes, scales = quantize_per_channel(array if transposed else array.T)
+            graph.initializer(codes_name, np.ascontiguousarray(codes.T))  # [K, N]
+            graph.initializer(weight + SCALES, scales)
         zero, step = graph.constant(128, np.uint8), graph.constant(1 / QMAX, np.float32)
-        with graph.scope(matmul.name + _ROUNDING):
-            largest = graph.op("ReduceMax", graph.op("Abs", matmul.x), graph.constant([-1]), keepdims=1)
+        with graph.scope(product.name + _ROUNDING):
+            largest = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
             largest = graph.op("Max", largest, graph.constant(_TINY, np.float32))
-            rounded = graph.op("QuantizeLinear", graph.op("Div", matmul.x, largest), step, zero)
-        raw = f"{matmul.output}.raw"
-        inputs = [rounded, name, step, matmul.weight + SCALES, zero]
+            rounded = graph.op("QuantizeLinear", graph.op("Div", x, largest), step, zero)
+        raw = f"{product.output[0]}.raw"
+        inputs = [rounded, codes_name, step, weight + SCALES, zero]
         graph.nodes += [
-            helper.make_node("MatMulIntegerToFloat", inputs, [raw], name=matmul.name, domain=MICROSOFT),
-            helper.make_node("Mul", [raw, largest], [matmul.output], name=f"{matmul.name}{_ROUNDING}/Mul"),
+            helper.make_node("MatMulIntegerToFloat", inputs, [raw], name=product.name, domain=MICROSOFT),
+            helper.make_node("Mul", [raw, largest], product.output, name=f"{product.name}{_ROUNDING}/Mul"),
         ]
         graph.opsets[MICROSOFT] = 1
 
 
 Scheme = Blocks | Rows
+
+
+def is_product(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node computes x W or x W^T, perhaps with a bias, for a constant float32 W."""
+    weight = graph.weights.get(node.input[1]) if len(node.input) > 1 else None
+    if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
+        return False
+    plain = (_PLAIN_GEMM | attributes(node)).items() >= _PLAIN_GEMM.items()
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain)
+
+
+def is_transposed(product: onnx.NodeProto) -> bool:
+    """Whether a product's weight is [N, K]: x W^T."""
+    return attributes(product).get("transB") == 1
 
 
 def restore_products(graph: Graph) -> None:
@@ -130,8 +130,8 @@ def restore_products(graph: Graph) -> None:
             continue
         codes, scales = graph.weights[node.input[1]], graph.weights[node.input[place]]
         if node.op_type == "MatMulNBits":
-            attributes = {a.name: a.i for a in node.attribute}
-            array = dequantize_blockwise(codes, scales, attributes["K"], attributes["bits"])
+            shape = attributes(node)
+            array = dequantize_blockwise(codes, scales, shape["K"], shape["bits"])
         else:
             array = dequantize_per_channel(codes.T, scales)
         # Blocks are stored as [N, K], per-channel weights as [K, N].

@@ -50,13 +50,12 @@ def quantize_blockwise(weight: Float, bits: int = 8) -> tuple[NDArray[np.uint8],
     padded[:, :k] = weight
     padded = padded.reshape(n, blocks, block_size)
     if bits == 8:
-        scales = _scales(np.abs(padded).max(axis=2))
+        scales = _scales(np.abs(padded).max(axis=2), QMAX)
         codes = np.rint(padded / scales[..., None]).clip(-QMAX, QMAX)
         return (codes + 128).astype(np.uint8), scales
     # All 16 codes are used: the value of largest magnitude, of either sign, becomes -8 exactly.
     largest = np.take_along_axis(padded, np.abs(padded).argmax(axis=2)[..., None], axis=2)[..., 0]
-    scales = (largest / -8).astype(np.float32)
-    scales[scales == 0] = 1.0
+    scales = _scales(largest, -8)
     nibbles = (np.rint(padded / scales[..., None]).clip(-8, 7) + 8).astype(np.uint8)
     pairs: NDArray[np.uint8] = nibbles[..., ::2] + 16 * nibbles[..., 1::2]
     return pairs, scales
@@ -72,7 +71,7 @@ def dequantize_blockwise(codes: NDArray[np.uint8], scales: Float, k: int, bits: 
 
 def quantize_per_channel(weight: Float) -> tuple[NDArray[np.int8], Float]:
     """Quantise weight [N, ...] with one scale per output channel; returns int8 codes and scales [N]."""
-    scales = _scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1))
+    scales = _scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1), QMAX)
     codes = np.rint(weight / _broadcast(scales, weight.ndim)).clip(-QMAX, QMAX)
     return codes.astype(np.int8), scales
 
@@ -92,8 +91,9 @@ def snap_per_channel(weight: Float) -> Float:
     return dequantize_per_channel(*quantize_per_channel(weight))
 
 
-def _scales(peak: Float) -> Float:
-    scales = (peak / QMAX).astype(np.float32)
+def _scales(largest: Float, code: int) -> Float:
+    """Scales that turn the largest values into `code`; 1 for blocks of zeros."""
+    scales = (largest / code).astype(np.float32)
     scales[scales == 0] = 1.0
     return scales
 

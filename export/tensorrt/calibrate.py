@@ -6,7 +6,7 @@ each value's magnitudes, from which its range is chosen afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer
 
-from ...runtime import graph_names
 from ...runtime.bundle import TOKENIZER, Manifest
 from ...runtime.captioner import Captioner
 from ...runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
@@ -68,31 +67,18 @@ class Histogram:
         return float(min(self.largest * np.linspace(0.05, 1, 96), key=squared_error))
 
 
-class _Recording:
-    """An ONNX Runtime session that adds some inner values to histograms at every run."""
+class _RecordingEngine(OnnxRuntimeEngine):
+    """Runs two graphs whose inner values `histograms` are outputs, too, and adds these to their histograms."""
 
-    def __init__(self, path: Path) -> None:
-        graph = Graph.load(path)
-        joined = {name: parts for _, name, *parts in _joined(graph)}
-        values = [part for name in quantized_inputs(graph) for part in joined.get(name, [name])]
-        model = onnx.load(path, load_external_data=False)
-        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values)
-        copy = path.with_name(f"calibration-{path.name}")  # beside its external weights
-        onnx.save(model, copy)
-        self.session = open_session(copy, available_cpus())
-        self.histograms = {name: Histogram() for name in values}
+    histograms: dict[str, Histogram]
 
-    def get_inputs(self) -> Any:
-        return self.session.get_inputs()
-
-    def get_outputs(self) -> Any:
-        return self.session.get_outputs()[: -len(self.histograms)]
-
-    def run_with_ort_values(self, names: Sequence[str], feeds: Mapping[str, ort.OrtValue]) -> Any:
-        found = self.session.run_with_ort_values([*names, *self.histograms], feeds)
-        for histogram, value in zip(self.histograms.values(), found[len(names) :], strict=True):
-            histogram.add(value.numpy())
-        return found[: len(names)]
+    def _run(
+        self, session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
+        named = super()._run(session, outputs, inputs)
+        for name in self.histograms.keys() & named.keys():
+            self.histograms[name].add(named.pop(name).numpy())
+        return named
 
 
 def calibration_images(source: Path) -> list[Any]:
@@ -118,8 +104,8 @@ def calibrate(
     decoder: Path,
     folder: Path,
     manifest: Manifest,
-    images: Iterable[Any],
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    images: Sequence[Any],
+    progress: Callable[[int, int], None],
 ) -> dict[str, Histogram]:
     """Caption the images with the fp32 graphs; histograms of the values that int8 quantises, by name.
 
@@ -128,9 +114,20 @@ def calibrate(
     Raises:
         ItuneError: no image can be read.
     """
-    images = list(images)
-    sessions: list[Any] = [_Recording(path) for path in (vision, decoder)]
-    engine = OnnxRuntimeEngine(sessions[0], sessions[1], manifest.tokens.candidates)
+    histograms: dict[str, Histogram] = {}
+    sessions = []
+    for path in (vision, decoder):
+        graph = Graph.load(path)
+        joined = {name: parts for _, name, *parts in _joined(graph)}
+        own = [part for name in quantized_inputs(graph) for part in joined.get(name, [name])]
+        histograms |= {name: Histogram() for name in own}
+        model = onnx.load(path, load_external_data=False)
+        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in own)
+        copy = path.with_name(f"calibration-{path.name}")  # beside its external weights
+        onnx.save(model, copy)
+        sessions.append(open_session(copy, available_cpus()))
+    engine = _RecordingEngine(sessions[0], sessions[1], manifest.tokens.candidates)
+    engine.histograms = histograms
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     captioner = Captioner(engine, tokenizer, manifest.image, manifest.tokens, manifest.search)
     read = 0
@@ -139,7 +136,6 @@ def calibrate(
         progress(done, len(images))
     if not read:
         raise ItuneError(f"--calibration-data: none of {len(images)} photos can be read, such as {images[0]}")
-    histograms: dict[str, Histogram] = sessions[0].histograms | sessions[1].histograms
     return histograms
 
 
@@ -156,22 +152,24 @@ def choose_ranges(
     """
     ranges = {name: histogram.range() for name, histogram in histograms.items()}
     weights = {node.input[0]: node.input[1] for node in decoder.nodes if node.op_type == "MatMul"}
+    layers = _joined(decoder)
+    if not layers:
+        return ranges, {}
+    width = vision.weights[BIAS].size // (2 * len(layers))
     factors: dict[str, float] = {}
-    for layer, joined, activation, retrieved in _joined(decoder):
+    for layer, joined, activation, retrieved in layers:
         name = weights[joined]
         weight = np.array(decoder.weights[name])
-        own = len(weight) - _width(vision, layer)
-        mismatch = ranges[activation] / ranges[retrieved] * np.abs(weight[own:]).max() / np.abs(weight[:own]).max()
-        factor = float(np.sqrt(mismatch)) or 1.0
-        weight[own:] /= factor
+        inner, output = weight[:-width], weight[-width:]
+        mismatch = ranges[activation] / ranges[retrieved] * np.abs(output).max() / np.abs(inner).max()
+        factors[layer] = factor = float(np.sqrt(mismatch)) or 1.0
+        output /= factor
         decoder.weights[name] = weight
-        factors[layer] = factor
         ranges[joined] = max(ranges[activation], factor * ranges[retrieved])
-    if factors:  # the columns of the visual weights are K and U, layer by layer
-        widths = [_width(vision, layer) for layer in factors for _ in "KU"]
-        scale = np.repeat(np.array([(1.0, factor) for factor in factors.values()], np.float32).ravel(), widths)
-        for name in (WEIGHT, BIAS):
-            vision.weights[name] = vision.weights[name] * scale
+    # The columns of the visual weights are K and U, layer by layer.
+    scale = np.array([(1.0, factor) for factor in factors.values()], np.float32).repeat(width)
+    for name in (WEIGHT, BIAS):
+        vision.weights[name] = vision.weights[name] * scale
     return ranges, factors
 
 
@@ -179,11 +177,3 @@ def _joined(graph: Graph) -> list[tuple[str, str, str, str]]:
     """(layer, [GELU(...) | S U], GELU(...), S U) of each layer with a merged adapter."""
     layers = {merged_input(layer): str(layer) for layer in range(len(graph.inputs))}
     return [(layers[node.name], node.output[0], *node.input) for node in graph.nodes if node.name in layers]
-
-
-def _width(vision: Graph, layer: str) -> int:
-    """The width of a layer's visual values, all heads together."""
-    name = graph_names.values(int(layer))
-    shape = next(value.type.tensor_type.shape for value in vision.outputs if value.name == name)
-    heads, _, width = (dim.dim_value for dim in shape.dim[1:])
-    return int(heads * width)

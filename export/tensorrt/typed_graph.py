@@ -21,11 +21,11 @@ from onnx import TensorProto, helper
 
 from ...runtime import graph_names
 from ...runtime.errors import ItuneError
-from ..graph.builder import Array, Graph
+from ..graph.builder import Array, Graph, attributes, value_info
 from ..graph.onnx_tower import PREFIX as TOWER
 from ..options import Precision
-from ..quantize.integer_matmul import SCALES
-from ..quantize.rewrite import DEQUANTIZED, FP16, FP32, INT8
+from ..quantize.integer_matmul import INT8, SCALES
+from ..quantize.rewrite import DEQUANTIZED, FP16, FP32
 from ..quantize.weights import QMAX, to_half
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -97,23 +97,18 @@ def _weight_axis(node: onnx.NodeProto, weights: Mapping[str, Array]) -> int | No
     weight = weights.get(node.input[1]) if len(node.input) > 1 else None
     if weight is None or weight.dtype != np.float32 or node.input[0] in weights:
         return None
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    options = attributes(node)
     if node.op_type == "Conv":
-        return 0 if attributes.get("group", 1) == 1 else None
-    if weight.ndim != 2 or attributes.get("transA"):
+        return 0 if options.get("group", 1) == 1 else None
+    if weight.ndim != 2 or options.get("transA"):
         return None
-    return {"MatMul": 1, "Gemm": 0 if attributes.get("transB") else 1}.get(node.op_type)
+    return {"MatMul": 1, "Gemm": 0 if options.get("transB") else 1}.get(node.op_type)
 
 
 def float_values(graph: Graph) -> set[str]:
     """The names of all float32 values of a graph."""
-    weights = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in graph.weights.items()
-    ]
-    proto = helper.make_graph(graph.nodes, graph.name, [*graph.inputs, *weights], graph.outputs)
-    opsets = [helper.make_opsetid(*opset) for opset in graph.opsets.items()]
-    found = onnx.shape_inference.infer_shapes(helper.make_model(proto, opset_imports=opsets)).graph
+    weights = [value_info(name, array.dtype, array.shape) for name, array in graph.weights.items()]
+    found = onnx.shape_inference.infer_shapes(graph.to_model([*graph.inputs, *weights])).graph
     values = [*found.input, *found.output, *found.value_info]
     return {value.name for value in values if value.type.tensor_type.elem_type == FLOAT}
 
@@ -125,7 +120,6 @@ class _Typer:
         self.graph, self.ranges = graph, ranges
         self.floats = float_values(graph)
         self.source = dict(graph.weights)
-        self.keys = {graph_names.keys(layer) for layer in range(len(graph.inputs))}
         self.kinds: dict[str, Kind] = {}  # of every float activation so far
         self.casts: dict[tuple[str, Kind], str] = {}
 
@@ -140,8 +134,7 @@ class _Typer:
         for value in g.outputs:
             if value.name in self.kinds:
                 value.type.tensor_type.elem_type = self.kinds[value.name]
-        used = {name for node in g.nodes for name in node.input}
-        g.weights = {name: array for name, array in g.weights.items() if name in used}
+        g.drop_unused_weights()
 
     def rewrite(self, node: onnx.NodeProto) -> None:
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
@@ -152,12 +145,9 @@ class _Typer:
         kind, inputs = self.kind(node), list(node.input)
         axis = None if self.ranges is None else _weight_axis(node, self.source)
         if axis is not None:
-            inputs[0] = self.quantized(inputs[0], kind)
-            inputs[1] = self.quantized_weight(inputs[1], kind, axis)
+            inputs[:2] = self.quantized(inputs[0], kind), self.quantized_weight(inputs[1], kind, axis)
         last = 1 if node.op_type in _ONE_FLOAT_INPUT else len(inputs)
-        for place, name in enumerate(inputs[:last]):
-            if name in self.floats and not (axis is not None and place < 2):
-                inputs[place] = self.cast(name, kind)
+        inputs[:last] = [self.cast(name, kind) if name in self.floats else name for name in inputs[:last]]
         node.input[:] = inputs
         self.graph.nodes.append(node)
         self.kinds |= dict.fromkeys(self.floats.intersection(node.output), kind)
@@ -167,7 +157,8 @@ class _Typer:
         if node.op_type in (*_FLOAT_OPS, "Cast") or node.name.startswith(graph_names.HEAD):
             return FLOAT
         if node.op_type in _MATMULS:
-            return FLOAT if node.input[1] in self.keys else HALF
+            visual = node.input[1].startswith(graph_names.VISUAL)
+            return FLOAT if visual and node.input[1].endswith(".keys") else HALF
         activations = [name for name in node.input if name in self.floats and name not in self.source]
         if node.op_type == "Concat":
             return HALF
@@ -180,32 +171,25 @@ class _Typer:
 
     def cast(self, name: str, kind: Kind) -> str:
         """The name of the value in that type."""
-        if name in self.source:
-            return self.weight(name, kind)
-        return name if self.kinds[name] == kind else self.append_cast(name, kind)
+        weights, array = self.graph.weights, self.source.get(name)
+        if array is None:
+            return name if self.kinds[name] == kind else self.append_cast(name, kind)
+        if array.size >= _LARGE:
+            if weights[name].dtype == np.float32:
+                weights[name] = to_half(name, array)
+            return name if kind == HALF else self.append_cast(name, FLOAT)
+        if kind == FLOAT:
+            return name
+        small = f"{name}{FP16}"
+        if small not in weights:  # clipped: it may be a mask's value, or the end of a Clip
+            self.graph.initializer(small, to_half(name, array, clip=True))
+        return small
 
     def append_cast(self, name: str, kind: Kind) -> str:
         if (name, kind) not in self.casts:
             cast = self.casts[name, kind] = f"{name}{_SUFFIX[kind]}"
             self.graph.nodes.append(helper.make_node("Cast", [name], [cast], name=cast, to=kind))
         return self.casts[name, kind]
-
-    def weight(self, name: str, kind: Kind) -> str:
-        array = self.source[name]
-        if array.size >= _LARGE:
-            if self.graph.weights[name].dtype == np.float32:
-                self.graph.weights[name] = self.half(name)
-            return name if kind == HALF else self.append_cast(name, FLOAT)
-        if kind == FLOAT:
-            return name
-        small = f"{name}{FP16}"
-        if small not in self.graph.weights:
-            self.graph.initializer(small, self.half(name))
-        return small
-
-    def half(self, name: str) -> Array:
-        array = self.source[name]
-        return to_half(name, array, clip=array.size < _LARGE)  # a small one is a mask's value, or the end of a Clip
 
     def quantized(self, name: str, kind: Kind) -> str:
         """The name of an activation, quantised to int8 and dequantised."""
@@ -224,21 +208,17 @@ class _Typer:
         return self.casts[x, TensorProto.INT8]
 
     def quantized_weight(self, name: str, kind: Kind, axis: int) -> str:
+        """The name of a weight, stored in int8 with a scale for each index of `axis`, and dequantised."""
         codes, scales, back = f"{name}{INT8}", f"{name}{SCALES}", f"{name}{DEQUANTIZED}"
         if codes not in self.graph.weights:
-            self.graph.weights[codes], self.graph.weights[scales] = _quantize(self.source[name], axis, kind)
+            weight = self.source[name]
+            others = tuple(i for i in range(weight.ndim) if i != axis)
+            steps = _scales(np.abs(weight).max(axis=others, keepdims=True) / QMAX, kind)
+            # Divided by the rounded scale, whose rounding then costs no precision.
+            rounded = np.rint(weight / steps.astype(np.float32)).clip(-QMAX, QMAX)
+            self.graph.weights[codes], self.graph.weights[scales] = rounded.astype(np.int8), steps.ravel()
             self.graph.nodes.append(helper.make_node("DequantizeLinear", [codes, scales], [back], name=back, axis=axis))
         return back
-
-
-def _quantize(weight: Array, axis: int, kind: Kind) -> tuple[Array, Array]:
-    """The int8 codes in the weight's shape, and the scales of its channels in the type of the arithmetic."""
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scales = _scales(np.abs(weight).max(axis=others) / QMAX, kind)
-    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-    # Divided by the rounded scale, whose rounding then costs no precision.
-    codes = np.rint(weight / scales.astype(np.float32).reshape(shape)).clip(-QMAX, QMAX).astype(np.int8)
-    return codes, scales
 
 
 def _scales(steps: Array, kind: Kind) -> Array:

@@ -163,6 +163,12 @@ def save_checkpoint(folder: Path, language_model: Path, tower: Path, prompt: str
     return folder
 
 
+def int8_codes(bundle: Path) -> dict[str, NDArray[np.integer]]:
+    """The integers of a bundle's graphs."""
+    graphs = {role: Graph.load(bundle / f"{role}.onnx").weights for role in ("vision", "decoder")}
+    return {f"{role} {n}": w for role, weights in graphs.items() for n, w in weights.items() if ".int8" in n}
+
+
 @torch.no_grad()
 def randomize(module: torch.nn.Module, gain: float = 1.0) -> None:
     """Weights with so much variance that differences show, biases and norms included."""

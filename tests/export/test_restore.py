@@ -7,7 +7,6 @@ import onnx
 import pytest
 
 from itune.export.bundle import export_bundle
-from itune.export.graph.builder import Graph
 from itune.export.options import ExportOptions
 from itune.export.quantize.rewrite import read_weights
 from itune.export.restore import restore_bundle
@@ -15,18 +14,9 @@ from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import BundleError, ItuneError
 from tests.conftest import assert_same_weights
+from tests.export.fixtures import int8_codes
 
 KINDS = pytest.mark.parametrize("kind", ["clip", "onnx"])
-
-
-def codes(bundle):
-    """All integers of a bundle's graphs."""
-    return {
-        (role, name): array
-        for role in ("vision", "decoder")
-        for name, array in Graph.load(bundle / f"{role}.onnx").weights.items()
-        if ".int8" in name
-    }
 
 
 @KINDS
@@ -62,11 +52,11 @@ def test_int8_restores_to_the_same_integers(kind, request, tmp_path):
     export_bundle(
         tmp_path / "restored" / "checkpoint", tmp_path / "again", ExportOptions(precision="int8", verify=False)
     )
-    before, after = codes(tmp_path / "bundle"), codes(tmp_path / "again")
+    before, after = int8_codes(tmp_path / "bundle"), int8_codes(tmp_path / "again")
     assert before.keys() == after.keys()
     assert len(before) > 15
     for name, array in before.items():
-        np.testing.assert_array_equal(after[name], array, err_msg=str(name))
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
     for role in ("vision", "decoder"):
         old, new = (read_weights(tmp_path / folder / f"{role}.onnx") for folder in ("bundle", "again"))
         for name, weight in old.items():
@@ -112,7 +102,7 @@ def test_restored_tower_does_not_grow(onnx_checkpoint, tmp_path):
     assert [node.op_type for node in again.graph.node] == [node.op_type for node in tower.graph.node]
 
 
-def test_refusals(clip_checkpoint, tmp_path):
+def test_taken_outputs_and_bundles_without_restore_settings_are_named(clip_checkpoint, tmp_path):
     export_bundle(clip_checkpoint, tmp_path / "bundle", ExportOptions(verify=False))
     (tmp_path / "taken").mkdir()
     with pytest.raises(ItuneError) as error:

@@ -50,6 +50,19 @@ def test_saved_graphs_run_and_read_back(tmp_path, weights):
         assert file.read_bytes() == copy.read_bytes()
 
 
+def test_weights_that_no_node_reads_are_dropped_but_not_those_of_graphs_inside_nodes():
+    graph, inner = Graph("outer"), Graph("inner")
+    for name in ("inner.weight", "unused.weight"):
+        graph.initializer(name, np.ones(3, np.float32))
+    inner.op("Identity", "inner.weight", name="x")
+    inner.output("x", np.float32, [3])
+    branch = inner.to_model([]).graph
+    graph.op("If", graph.constant(True, np.bool_), then_branch=branch, else_branch=branch, name="y")
+    graph.drop_unused_weights()
+    assert "inner.weight" in graph.weights
+    assert "unused.weight" not in graph.weights
+
+
 def test_equal_constants_are_one(tmp_path):
     assert len(small_graph().weights) == 2
 

@@ -72,7 +72,7 @@ def store(
 
 
 @pytest.mark.parametrize(("tower_name", "pooling"), [("clip", "projection"), ("clip", "mean"), ("onnx", "mean")])
-def test_the_graphs_embedding_is_eagers(
+def test_the_graph_computes_the_embedding_of_pytorch(
     request: pytest.FixtureRequest, tmp_path: Path, tower_name: str, pooling: Any, full_clip_folder: Path
 ) -> None:
     if tower_name == "clip":
@@ -158,7 +158,7 @@ class _Config:
     max_new_tokens = 8
 
 
-def test_what_is_refused(
+def test_bundles_refuse_missing_and_foreign_datastores(
     tmp_path: Path, bundle: Path, store: Path, checkpoint: Path, clip_folder: Path, photos: list[Path]
 ) -> None:
     with pytest.raises(DatastoreError) as error:
@@ -245,30 +245,29 @@ def test_heatmaps_are_of_the_prompt_that_the_caption_has(
     shutil.copy(photos[1], gone)
     explain = Captioner.explain
 
-    def explain_late(self: Captioner, image: Any, *arguments: Any, **given: Any) -> Any:
+    def explain_late(self: Captioner, image: Any, *arguments: Any, **options: Any) -> Any:
         gone.unlink(missing_ok=True)
-        return explain(self, image, *arguments, **given)
+        return explain(self, image, *arguments, **options)
 
     monkeypatch.setattr(Captioner, "explain", explain_late)
-    given = [photos[0], gone, photos[2], "--bundle", bundle, "--datastore", store, "--num-beams", 1]
-    given += ["--min-new-tokens", 340, "--max-new-tokens", 345, "--heatmap-json", tmp_path / "h.json"]
-    monkeypatch.setattr(sys, "argv", ["itune-run", *map(str, given)])
+    arguments = [photos[0], gone, photos[2], "--bundle", bundle, "--datastore", store, "--num-beams", 1]
+    arguments += ["--min-new-tokens", 340, "--max-new-tokens", 345, "--heatmap-json", tmp_path / "h.json"]
+    monkeypatch.setattr(sys, "argv", ["itune-run", *map(str, arguments)])
     with pytest.raises(SystemExit) as done:
         main()
-    said = capsys.readouterr()
+    written = capsys.readouterr()
     assert done.value.code == 1
-    assert len(said.out.splitlines()) == 3
-    assert "no heatmap: " in said.err
-    assert "gone.png" in said.err
+    assert len(written.out.splitlines()) == 3
+    assert "gone.png" in written.err
     assert len((tmp_path / "h.json").read_text().splitlines()) == 2
 
 
-def test_json_tells_what_was_retrieved(
+def test_json_lists_the_retrieved_captions(
     bundle: Path, store: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*arguments: object) -> dict[str, Any]:
-        given = [photos[0], "--bundle", bundle, "--json", "--max-new-tokens", 5, *arguments]
-        monkeypatch.setattr(sys, "argv", ["itune-run", *map(str, given)])
+        command = ["itune-run", photos[0], "--bundle", bundle, "--json", "--max-new-tokens", 5, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
         with pytest.raises(SystemExit) as done:
             main()
         assert not done.value.code

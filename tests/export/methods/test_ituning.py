@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itune.export.methods.ituning import adapter_layers, merge, unmerge
+from itune.export.methods.ituning import merge, unmerge
+from itune.runtime.bundle import DecoderSettings
 
 
 def random_weights(
@@ -40,8 +41,8 @@ def test_unmerge_restores_what_was_merged(seed, width, inner, r, layers, dropped
     first = min(dropped, layers - 1)
     language_model, adapters = random_weights(np.random.default_rng(seed), width, inner, r, layers, first)
     merged = merge(language_model, adapters, score_scale=score_scale, lambda_=lambda_)
-    assert adapter_layers(merged) == list(range(first, layers))
-    restored = unmerge(merged, bottleneck=r, score_scale=score_scale, lambda_=lambda_)
+    shape = {"adapter_layers": list(range(first, layers)), "bottleneck": r}
+    restored = unmerge(DecoderSettings.model_construct(**shape, score_scale=score_scale, lambda_=lambda_), merged)
     for before, after in zip((language_model, adapters), restored, strict=True):
         assert before.keys() == after.keys()
         for name, weight in before.items():
