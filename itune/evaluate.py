@@ -12,7 +12,7 @@ from .data.features import Features
 from .data.records import Record
 from .eager import EagerEngine
 from .files import write_json
-from .metrics import Scores, score
+from .metrics import evaluate
 from .progress import OnProgress
 from .runtime import Captioner
 from .runtime.errors import ImageError
@@ -76,10 +76,9 @@ def caption_records(
     return captions, failed
 
 
-def score_captions(captions: dict[str, str], records: Sequence[Record]) -> Scores:
-    """Score captions, by record id, against the records' own captions."""
-    references = {record.id: record.captions for record in records if record.id in captions}
-    return score(captions, references)
+def score_captions(captions: dict[str, str], records: Sequence[Record]) -> dict[str, float]:
+    """Score captions, by record id, against the records' own captions: every score of `metrics` that needs no Java."""
+    return evaluate(captions, {record.id: record.captions for record in records}, java=False).scores()
 
 
 def write_results(captions: dict[str, str], path: Path) -> None:

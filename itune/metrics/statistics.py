@@ -68,9 +68,9 @@ def bootstrap(metrics: Sequence[Metric], *, samples: int = 1000, seed: int = 0) 
     return np.concatenate(drawn)
 
 
-def interval(drawn: Floats, level: float = 0.95) -> Floats:
-    """Return the percentile interval [n, 2] of each column of `drawn` [samples, n]."""
-    return np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+def interval(drawn: Floats) -> Floats:
+    """Return the 95 % percentile interval [n, 2] of each column of `drawn` [samples, n]."""
+    return np.quantile(drawn, [0.025, 0.975], axis=0).T
 
 
 @dataclass(frozen=True)

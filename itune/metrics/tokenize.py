@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 MAX_ORDER = 4
 NGram = tuple[str, ...]
+Pair = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""The words of a caption, and of each of its references."""
 
 # The COCO list without the capital bracket names, which no lower-cased token equals; with quotes in any spelling.
 PUNCTUATION = frozenset(["'", "`", "’", "‘", '"', ".", "?", "!", ",", ":", "-", ";"])
@@ -104,7 +106,7 @@ _TOKEN = re.compile(
 )
 
 
-def tokenize(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Split any text into lower-case words without punctuation; the list may be empty."""
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     text = _BEYOND_BMP.sub(" ", text.translate(_SPELLING))
@@ -112,11 +114,6 @@ def tokenize(text: str) -> list[str]:
     return [
         token.replace("’", "'") if _CLITIC.fullmatch(token) else token for token in tokens if token not in PUNCTUATION
     ]
-
-
-def words(caption: str, *, tokenized: bool) -> list[str]:
-    """Split a caption at white space if it is `tokenized` already, else with `tokenize`."""
-    return caption.split() if tokenized else tokenize(caption)
 
 
 def count_ngrams(tokens: Sequence[str]) -> Counter[NGram]:

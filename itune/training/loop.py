@@ -40,7 +40,7 @@ from ..files import atomic_folder, atomic_path
 from ..methods.base import write_tensors
 from ..methods.registry import MODELS
 from ..methods.schemas import CHECKPOINTS
-from ..metrics import CiderD
+from ..metrics import CiderD, split_words
 from ..runtime.errors import reading
 from ..runtime.search import SearchConfig
 from ..runtime.settings import RetrievalSettings, SearchDefaults
@@ -93,7 +93,7 @@ class Trainer:
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
-        self.cider = CiderD({record.id: record.captions for record in data.dev}) if data.dev else None
+        self.cider = CiderD([list(map(split_words, record.captions)) for record in data.dev]) if data.dev else None
         self._fingerprint = fingerprint(data.train, data.dev)
         self._saved = time.monotonic()
 
@@ -247,7 +247,7 @@ class Trainer:
             captions = caption_features(
                 engine, self.data.features, images, *settings, heads=self.prompts, progress=report
             )
-        return {"cider": self.cider.score(dict(zip((r.id for r in self.data.dev), captions, strict=True)))}
+        return {"cider": self.cider.score(list(map(split_words, captions)))}
 
     def _end_epoch(self, metrics: dict[str, float], reporter: Reporter, board: Any) -> None:
         for name, value in metrics.items():
