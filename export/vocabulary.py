@@ -13,11 +13,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ..data.records import clean_caption, load_records
+from ..data.records import load_records
 from ..runtime.bundle import TokenSettings
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
 from ..runtime.settings import TextSettings
+from ..runtime.text import clean_caption
 from ..training.batches import encode_caption, encode_text
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,6 @@ def hash_files(paths: list[Path]) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def holds(check: Callable[[], bool]) -> bool:
-    """Call `Path.is_file` or `is_dir`; return False where they raise because the name is too long."""
-    try:
-        return check()
-    except OSError:
-        return False
 
 
 @contextmanager

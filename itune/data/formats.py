@@ -119,10 +119,12 @@ class _Coco(BaseModel):
 _RESULTS = TypeAdapter(Annotated[list[_Caption], Field(min_length=1)])
 
 
-def find_caption_file(folder: Path) -> Path:
-    """Return the only caption file of a folder; split lists and other text files may lie beside it."""
-    with reading(folder, DataError):
-        names = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
+def find_caption_file(source: Path) -> Path:
+    """Return a file itself, or the only caption file of a folder; split lists and other texts may lie beside it."""
+    with reading(source, DataError):
+        if not source.is_dir():
+            return source
+        names = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
         # Flickr8k.lemma.token.txt lies beside the captions and contains dictionary forms.
         found = [path for path in names if ".lemma." not in path.name and _looks_like_captions(path)]
     if len(found) == 1:
@@ -133,7 +135,7 @@ def find_caption_file(folder: Path) -> Path:
         if found
         else f"no caption file; its text files: {listing or 'none'}; {_EXPECTED}"
     )
-    raise DataError(f"{folder} contains {problem}")
+    raise DataError(f"{source} contains {problem}")
 
 
 def _looks_like_captions(path: Path) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..backbones import VisionTower
 from ..checkpoint import relative_source
-from ..data.features import FeatureCache, LiveFeatures
+from ..data.features import FeatureCache, Features
 from ..data.formats import find_caption_file
 from ..data.records import Record, load_records
 from ..files import atomic_folder, hash_files, holds, keep_foreign, listed_files, only_writer
@@ -179,7 +179,7 @@ class _Embedder:
             self.progress("embedding captions", start + len(batch), len(pairs))
 
     def _photos(self, records: Sequence[Record]) -> Iterator[_Batch]:
-        live = LiveFeatures(self.tower)
+        live = Features(self.tower)
         cache = None if self.cache is None else FeatureCache(self.cache, self.tower)
         if cache is not None:
             images = [record.image for record in records]

@@ -10,9 +10,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -31,7 +30,7 @@ from ..backbones import (
 from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import write_json
-from ..progress import OnProgress
+from ..progress import OnProgress, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import reading
 from ..runtime.retrieval.datastore import Datastore
@@ -123,15 +122,6 @@ def load_encoder(source: str, pooling: Pooling | None = None) -> tuple[VisionTow
     return tower, load_head(tower, source, pooling)
 
 
-class Own(StrEnum):
-    """What counts as a photo's own captions in a datastore."""
-
-    PHOTO = "photo"
-    """Captions of the photo with its id: for a dev split, which otherwise retrieves as the finished captioner will."""
-    CAPTIONS = "captions"
-    """These, and captions that say the same under any id: for training."""
-
-
 def retrieve_for(
     records: Sequence[Record],
     features: Features,
@@ -139,15 +129,17 @@ def retrieve_for(
     k: int,
     head: RetrievalHead,
     *,
-    leave_out: Own = Own.CAPTIONS,
+    leave_out: Literal["photo", "captions"] = "captions",
     cache: Path | None = None,
-    progress: OnProgress | None = None,
+    progress: OnProgress = silent,
 ) -> dict[str, list[str]]:
     """Retrieve, for every record's id, the k captions of the datastore that are most similar to its photo.
 
     A photo's own captions are left out: training would copy them, and a dev split would be scored on captions that it
-    was shown. The folder `cache` keeps the result for the same photos, captions, datastore and k. `features` have been
-    prepared with the records' photos.
+    was shown. For training these are the captions of the photo with its id and the same "captions" under any other id;
+    for a dev split, which otherwise retrieves as the finished captioner will, only those of the "photo". The folder
+    `cache` keeps the result for the same photos, captions, datastore and k. `features` have been prepared with the
+    records' photos.
 
     Raises:
         DatastoreError: the datastore is of another encoder than `head`.
@@ -164,12 +156,11 @@ def retrieve_for(
             embeddings,
             k,
             exclude_images=[{record.id} for record in batch],
-            exclude_captions=[record.captions for record in batch] if leave_out is Own.CAPTIONS else None,
+            exclude_captions=[record.captions for record in batch] if leave_out == "captions" else None,
         )
         for record, nearest in zip(batch, found, strict=True):
             captions[record.id] = [each.caption for each in nearest]
-        if progress:
-            progress(len(captions), len(records))
+        progress(len(captions), len(records))
     if path is not None:
         write_json(path, captions, indent=None)
     return captions
@@ -184,7 +175,7 @@ def _read_retrieved(path: Path, records: Sequence[Record]) -> dict[str, list[str
     return content if all(record.id in content for record in records) else None
 
 
-def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: Own) -> str:
+def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: str) -> str:
     digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k} {leave_out}\n".encode())
     for record in records:
         digest.update(f"{json.dumps([record.id, identity(record.image), record.captions])}\n".encode())

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..data.records import Record, clean_caption
+from ..data.records import Record
 from ..runtime.errors import ItuneError
 from ..runtime.settings import TextSettings
+from ..runtime.text import clean_caption
 from .config import TrainConfig
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)

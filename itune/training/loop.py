@@ -245,7 +245,7 @@ class Trainer:
             engine, images = EagerEngine(self.model, self.tower), [record.image for record in self.data.dev]
             settings = self.language.tokenizer, self.text, SearchConfig(**self.search.model_dump())
             captions = caption_features(
-                engine, self.data.features, images, *settings, heads=self.prompts, progress=report
+                engine, self.data.features, images, *settings, prompts=self.prompts, progress=report
             )
         return {"cider": self.cider.score(list(map(split_words, captions)))}
 

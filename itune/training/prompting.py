@@ -10,7 +10,7 @@ from typing import Any
 from ..backbones import LanguageModel, VisionTower
 from ..data.features import Features
 from ..data.records import Record
-from ..retrieval.encoder import Own, load_head, retrieve_for
+from ..retrieval.encoder import load_head, retrieve_for
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.retrieval.prompts import PromptWriter
 from ..runtime.settings import RetrievalSettings, TextSettings
@@ -83,7 +83,7 @@ def prepare_prompts(
             store,
             settings.k,
             head,
-            leave_out=Own.CAPTIONS if what == "train" else Own.PHOTO,
+            leave_out="captions" if what == "train" else "photo",
             cache=cache,
             progress=lambda done, total, what=what: progress(f"retrieving for {what} photos", done, total),  # type: ignore[misc]
         )

@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 
 from ..errors import SearchError
 from ..settings import RetrievalSettings, TextSettings
-from ..text import clean_caption as clean_caption
-from ..text import encode_text
+from ..text import clean_caption, encode_text
 
 
 def retrieval_prompt(settings: RetrievalSettings, captions: Sequence[str]) -> str:

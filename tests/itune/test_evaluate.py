@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from itune.cli.evaluate import main
-from itune.data.features import LiveFeatures
+from itune.data.features import Features
 from itune.data.records import Record
 from itune.eager import EagerEngine
 from itune.evaluate import caption_features, caption_records, score_captions, write_results
@@ -30,7 +30,7 @@ def test_captions_from_photos_and_from_their_embeddings_are_the_same(
     captions, failed = caption_records(load_captioner(checkpoint_folder), records, num_beams=3, max_new_tokens=6)
     assert not failed
     loaded = LoadedCheckpoint.load(checkpoint_folder)
-    features = LiveFeatures(loaded.tower)
+    features = Features(loaded.tower)
     from_features = caption_features(
         EagerEngine(loaded.model, loaded.tower),
         features,

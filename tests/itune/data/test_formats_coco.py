@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from itune.data.formats import read_results
-from itune.data.records import DataError, load_records
+from itune.data.formats import DataError, read_results
+from itune.data.records import load_records
 
 IMAGES: list[dict[str, Any]] = [
     {"id": 0, "file_name": "a.jpg", "domain": "in-domain", "width": 9},

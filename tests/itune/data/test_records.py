@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itune.data.records import DataError, Record, clean_caption, load_records, split_records
+from itune.data.formats import DataError
+from itune.data.records import Record, load_records, split_records
 from itune.runtime.settings import TextSettings
+from itune.runtime.text import clean_caption
 
 
 def touch(folder: Path, *names: str) -> None:
