@@ -91,6 +91,7 @@ class FeatureCache(Features):
         # By path, so that a photo that changes later keeps its row.
         self._rows: dict[tuple[Path, bool], int] = {}
         self._maps: dict[bool, NDArray[np.float16]] = {}
+        self._unreadable: dict[Path, str] = {}
 
     def prepare(self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress = silent) -> dict[Path, str]:
         """Compute the embeddings that are missing."""
@@ -103,12 +104,16 @@ class FeatureCache(Features):
                 unreadable[path] = str(error)
         for mirrored in (False, True) if flip else (False,):
             unreadable |= self._complete(names, mirrored, progress)
+        self._unreadable |= unreadable
         return unreadable
 
-    def read(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> Tensor:
-        """Return the embeddings of photos as they were when `prepare` saw them."""
-        places = zip(images, flip or [False] * len(images), strict=True)
-        return torch.from_numpy(np.stack([self._maps[side][self._rows[path, side]] for path, side in places])).float()
+    def embed(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> tuple[Tensor, dict[Path, str]]:
+        """Return the embeddings of photos as they were when `prepare` saw them, and the photos that it could not read."""
+        places = list(zip(images, flip or [False] * len(images), strict=True))
+        unreadable = {path: self._unreadable[path] for path, side in places if (path, side) not in self._rows}
+        rows = [self._maps[side][self._rows[path, side]] for path, side in places if path not in unreadable]
+        stacked = np.stack(rows) if rows else np.empty((0, self.tokens, self.width), np.float16)
+        return torch.from_numpy(stacked).float(), unreadable
 
     def _complete(self, names: dict[Path, str], mirrored: bool, progress: OnProgress) -> dict[Path, str]:
         """Add the rows that the file lacks, and map it; return the unreadable photos and why."""
@@ -136,7 +141,7 @@ class FeatureCache(Features):
         with (folder / "features.f16").open("ab") as features, (folder / "index.jsonl").open("a") as index:
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
-                embeddings, bad = self.embed([path for _, path in batch], [mirrored] * len(batch))
+                embeddings, bad = super().embed([path for _, path in batch], [mirrored] * len(batch))
                 unreadable |= {name: bad[path] for name, path in batch if path in bad}
                 features.write(embeddings.to(torch.float16).cpu().numpy().tobytes())
                 features.flush()

@@ -6,7 +6,7 @@ embedding with all its captions (kind "image": image-to-image). All files except
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -96,6 +96,9 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> str:
         start, end = self._offsets[index : index + 2]

@@ -21,7 +21,8 @@ from itune.loading import load_captioner
 from itune.methods.base import CaptionModel
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
-from itune.retrieval.build import CaptionSource, build_datastore
+from itune.retrieval.build import build_datastore
+from itune.retrieval.options import CaptionSource
 from itune.runtime.errors import DatastoreError, SearchError
 from itune.runtime.settings import TextSettings
 from itune.training.batches import Batch, TokenizedRecord, make_batch, pack_batch, tokenize
