@@ -108,7 +108,7 @@ class FeatureCache(Features):
         return unreadable
 
     def embed(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> tuple[Tensor, dict[Path, str]]:
-        """Return the embeddings of photos as they were when `prepare` saw them, and the photos that it could not read."""
+        """Return the embeddings of photos as `prepare` saw them, and the photos that it could not read."""
         places = list(zip(images, flip or [False] * len(images), strict=True))
         unreadable = {path: self._unreadable[path] for path, side in places if (path, side) not in self._rows}
         rows = [self._maps[side][self._rows[path, side]] for path, side in places if path not in unreadable]

@@ -42,9 +42,8 @@ from ..runtime.retrieval.datastore import (
 )
 from ..runtime.settings import EncoderIdentity
 from .encoder import RetrievalHead, TextEncoder, load_encoder
-from .faiss_index import require_faiss, write_index
 from .options import CaptionSource, DatastoreOptions, Kind, Pooling
-from .writers import write_rows, write_texts
+from .writers import require_faiss, write_index, write_rows, write_texts
 
 FLAT_ENTRIES = 100_000
 """Larger datastores are searched through faiss."""
