@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,24 +160,16 @@ class FeatureCache(Features):
         with (folder / "features.f16").open("a+b") as features, (folder / "index.jsonl").open("a+b") as index:
             stored = features.tell() // row_bytes
             index.seek(0)
-            for line in index:
-                name = _name(line)
-                if name is None or len(names) == stored:
-                    break
-                names.append(name)
-                length += len(line)
+            with suppress(ValueError):  # a line that is no JSON: nothing counts from there on
+                for line in index:
+                    name = json.loads(line)
+                    if not (isinstance(name, str) and line.endswith(b"\n") and len(names) < stored):
+                        break
+                    names.append(name)
+                    length += len(line)
             features.truncate(len(names) * row_bytes)
             index.truncate(length)
         return {name: row for row, name in enumerate(names)}
-
-
-def _name(line: bytes) -> str | None:
-    """Return the photo that a line of the index names, or None if the line is cut off or damaged."""
-    try:
-        name = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return name if isinstance(name, str) else None
 
 
 def identity(path: Path) -> str:

@@ -11,8 +11,9 @@ from typing import cast
 
 import numpy as np
 
+from ..runtime.retrieval.consensus import MAX_ORDER, NGram
 from .statistics import Floats, Metric
-from .tokenize import MAX_ORDER, NGram, Pair, count_ngrams
+from .tokenize import Pair, count_ngrams
 
 # The COCO code adds these instead of smoothing: a corpus without a match scores slightly above 0.
 TINY = 1e-15

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .tokenize import MAX_ORDER, NGram, count_ngrams
+from ..runtime.retrieval.consensus import MAX_ORDER, NGram
+from .tokenize import count_ngrams
 
 SIGMA = 6.0  # of the Gaussian length penalty
 SCALE = 10.0

@@ -14,8 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-MAX_ORDER = 4
-NGram = tuple[str, ...]
+from ..runtime.retrieval.consensus import MAX_ORDER, NGram, ngrams
+
 Pair = tuple[Sequence[str], Sequence[Sequence[str]]]
 """The words of a caption, and of each of its references."""
 
@@ -118,8 +118,4 @@ def split_words(text: str) -> list[str]:
 
 def count_ngrams(tokens: Sequence[str]) -> Counter[NGram]:
     """Count the n-grams of 1 to 4 words in a caption."""
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, MAX_ORDER + 1)
-        for start in range(len(tokens) - order + 1)
-    )
+    return Counter(ngram for order in range(1, MAX_ORDER + 1) for ngram in ngrams(tokens, order))

@@ -1,7 +1,7 @@
 """Write the files of a datastore: rows and texts piece by piece, as they may be larger than memory, and the index.
 
-The index, for large datastores, is approximate: faiss's inverted lists over 8-bit vectors. Entries are clustered. A query
-is compared to the entries of the nearest clusters, and to the exact embeddings of the best of these
+A large datastore has an approximate index: faiss's inverted lists over 8-bit vectors. Entries are clustered. A query is
+compared to the entries of the nearest clusters, then to the exact embeddings of the best of these
 (`runtime.retrieval.nearest`).
 """
 
