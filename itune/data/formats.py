@@ -49,7 +49,7 @@ def split_name(name: str) -> str:
 
 
 def _split_in_file_name(file_name: str) -> str | None:
-    """Find the split in val2014, captions_test and trainImages, but not in latest, retrieval or constraints."""
+    """Find the split that val2014, captions_test or trainImages names; latest, retrieval and constraints name none."""
     words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", file_name).lower())
     splits = {split_name(re.sub("(?:set|split)$", "", word)) for word in words}
     return next((split for split in ("train", "dev", "test") if split in splits), None)
@@ -57,16 +57,9 @@ def _split_in_file_name(file_name: str) -> str | None:
 
 # pydantic refuses lone surrogates in strings.
 _Text = Annotated[str, StringConstraints(strip_whitespace=True)]
-_Id = Annotated[
-    str,
-    StringConstraints(strip_whitespace=True, min_length=1),
-    BeforeValidator(lambda value: str(value) if type(value) is int else value),
-]
-_Photo = Annotated[
-    str,
-    StringConstraints(strip_whitespace=True, min_length=1),
-    AfterValidator(lambda name: str(PurePosixPath(name))),  # "./a.jpg" and "a.jpg" are the same photo
-]
+_Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Id = Annotated[_Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+_Photo = Annotated[_Name, AfterValidator(lambda name: str(PurePosixPath(name)))]  # "./a.jpg" and "a.jpg" are the same
 _Split = Annotated[_Text | None, AfterValidator(lambda split: split_name(split) if split else None)]
 
 
@@ -76,6 +69,10 @@ class _JsonLine(BaseModel):
     id: _Id | None = None
     split: _Split = None
     domain: _Text | None = None
+
+    def entry(self, where: str) -> Entry:
+        key = self.id or _stem(self.image)
+        return Entry((self.image,), tuple(self.captions), key, self.split, where, self.domain or None)
 
 
 class _Sentence(BaseModel):
@@ -176,12 +173,6 @@ def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _entry(line: _JsonLine, where: str) -> Entry:
-    return Entry(
-        (line.image,), tuple(line.captions), line.id or _stem(line.image), line.split, where, line.domain or None
-    )
-
-
 def _read_token_file(text: str, file: Path) -> list[Entry]:
     entries = []
     for where, line in _lines(text):
@@ -189,7 +180,7 @@ def _read_token_file(text: str, file: Path) -> list[Entry]:
             match = _TOKEN_LINE.fullmatch(line)
             if match is None:
                 raise ValueError(f"expected photo.jpg#0 TAB caption, not {line[:40]!a}")
-            entries.append(_entry(_JsonLine(image=match["image"], captions=[match["caption"]]), where))
+            entries.append(_JsonLine(image=match["image"], captions=[match["caption"]]).entry(where))
     known = {entry.names[0] for entry in entries} | {entry.id for entry in entries}
     splits = _read_split_lists(file, known)
     return [replace(entry, split=splits.get(entry.names[0], splits.get(entry.id))) for entry in entries]
@@ -232,7 +223,7 @@ def _read_karpathy(text: str, file: Path) -> list[Entry]:
 def _read_coco(text: str, file: Path) -> list[Entry]:
     """Read COCO's annotation format and NoCaps', which adds domains; a test split has no annotations.
 
-    The file's name tells the split. Reference files may leave file names out: scoring needs none.
+    The file's name contains the split. Files of references may leave photo names out, as scoring needs none.
     """
     document = _Coco.model_validate_json(text)
     captions: dict[str, list[str]] = {image.id: [] for image in document.images}
@@ -255,14 +246,16 @@ def _read_jsonl(text: str, file: Path) -> list[Entry]:
     entries = []
     for where, line in _lines(text):
         with reading(f"{file}, {where}", DataError):
-            entries.append(_entry(_JsonLine.model_validate_json(line), where))
+            entries.append(_JsonLine.model_validate_json(line).entry(where))
     return _all_or_none(entries, file)
 
 
 def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
     without = [entry for entry in entries if entry.split is None]
     if without and len(without) < len(entries):
-        raise DataError(f'{file}, {without[0].where}: has no "split", but others have; give it to all or to none')
+        raise DataError(
+            f'{file}, {without[0].where}: has no "split", but other photos have one; give all photos a split, or none'
+        )
     return entries
 
 

@@ -20,8 +20,7 @@ from .tokenize import Pair, split_words
 SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice")
 """Every score, in the order of papers' tables."""
 ALPHA = 0.05
-"""The chance of calling any difference significant between captioners that are equally good."""
-NO_JAVA = "left out, as it needs Java"
+"""The significance level of a whole comparison: the chance to find any difference between equally good captioners."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +88,7 @@ def evaluate(
     missing = {}
     for name, compute in (("meteor", meteor), ("spice", spice)):
         if not java:
-            missing[name] = NO_JAVA
+            missing[name] = "left out, as it needs Java"
             continue
         try:
             metrics.append(compute(pairs))

@@ -80,7 +80,7 @@ def build_datastore(
     if output.exists():
         is_datastore = (output / MANIFEST).is_file()
         if not (is_datastore and options.force):
-            mend = "--force replaces it, `add` adds to it" if is_datastore else "it is no datastore"
+            mend = "--force replaces it, `add` adds to it" if is_datastore else "it is not a datastore"
             raise DatastoreError(f"{output} exists ({mend}): choose another --output")
         keep_foreign(output, listed_files(output / MANIFEST))
     embedder = _Embedder(encoder, options.kind, options.pooling, source.cache_features, progress)
@@ -106,7 +106,7 @@ def add_to_datastore(
         Datastore.load(store)  # raises
     # Two additions at once would start from the same datastore, and one would be lost.
     place = store.resolve()
-    busy = f"{store}: another command is adding to it; try again when that has ended"
+    busy = f"{store}: another command is adding to it; try again when it has finished"
     with only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
@@ -131,10 +131,9 @@ def find_encoder(store: Datastore) -> str:
 
 
 def encoder_of(store: Datastore, encoder: str | None = None) -> tuple[VisionTower, RetrievalHead]:
-    """Load the tower and head that a datastore is searched with; `encoder` says where, if they were moved.
+    """Load the tower and head that search a datastore; `encoder` is their place if they were moved.
 
-    Raises:
-        DatastoreError: it is another encoder.
+    Raises DatastoreError if it is another encoder.
     """
     tower, head = load_encoder(encoder or find_encoder(store), pooling=store.manifest.encoder.pooling)
     store.require(head.encoder)
@@ -275,15 +274,15 @@ def _write_embeddings(folder: Path, new: Float32, base: Datastore | None, center
 
 
 def photos_in(store: Datastore, records: Sequence[Record]) -> int:
-    """Count the photos that are in a datastore with one of their captions."""
+    """Count the photos that a datastore contains with one of their captions."""
     there = _captions_of(store, {record.id for record in records})
     return sum(not _keys(record).isdisjoint(there.get(record.id, ())) for record in records)
 
 
 def _names(records: Sequence[Record], base: Datastore | None, file: str) -> dict[str, str]:
-    """Name the photos that are new in the datastore, by id: their id, or FILE:ID if another photo has that.
+    """Return the names of the new photos by id: the id itself, or FILE:ID if another photo has that id.
 
-    Files may number their photos from 0 each; photos are the same if they have a common caption.
+    Several files may number their photos from 0. Two photos are the same if they have a common caption.
     """
     if base is None:
         return {record.id: record.id for record in records}
@@ -304,7 +303,7 @@ def _keys(record: Record) -> set[str]:
 
 
 def _captions_of(base: Datastore, images: set[str]) -> Mapping[str, set[str]]:
-    """Return the captions (as `caption_key`) of those of `images` that are in the datastore."""
+    """Return the captions (as `caption_key`) of the `images` that the datastore contains."""
     found = {i: name for i, name in enumerate(base.images) if name in images}
     captions: dict[str, set[str]] = {name: set() for name in found.values()}
     for image, start, end in base.entries[np.isin(base.entries[:, 0], list(found))].tolist():

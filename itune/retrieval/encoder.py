@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,9 +137,9 @@ def retrieve_for(
     """Retrieve, for every record's id, the k captions of the datastore that are most similar to its photo.
 
     A photo's own captions are left out: training would copy them, and a dev split would be scored on captions that it
-    was shown. For training these are the captions of the photo with its id and the same "captions" under any other id;
-    for a dev split, which otherwise retrieves as the finished captioner will, only those of the "photo". The folder
-    `cache` keeps the result for the same photos, captions, datastore and k. `features` have been prepared with the
+    was shown. `leave_out` "photo", for a dev split, leaves out the captions of the photo with the record's id and
+    otherwise retrieves as the finished captioner will; "captions", for training, leaves them out under any id. The
+    folder `cache` keeps the result for the same photos, captions, datastore and k. `features` must be prepared for the
     records' photos.
 
     Raises:
@@ -146,8 +147,11 @@ def retrieve_for(
     """
     datastore.require(head.encoder)
     path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out)}.json"
-    if path is not None and (kept := _read_retrieved(path, records)) is not None:
-        return kept
+    if path is not None:
+        with suppress(OSError, ValueError):  # not there yet, or damaged
+            kept = _RETRIEVED.validate_json(path.read_bytes())
+            if all(record.id in kept for record in records):
+                return kept
     captions: dict[str, list[str]] = {}
     for start in range(0, len(records), _BATCH):
         batch = records[start : start + _BATCH]
@@ -164,15 +168,6 @@ def retrieve_for(
     if path is not None:
         write_json(path, captions, indent=None)
     return captions
-
-
-def _read_retrieved(path: Path, records: Sequence[Record]) -> dict[str, list[str]] | None:
-    """Return what an earlier call cached, or None if that cannot be read."""
-    try:
-        content = _RETRIEVED.validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if all(record.id in content for record in records) else None
 
 
 def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: str) -> str:

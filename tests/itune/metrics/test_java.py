@@ -219,7 +219,7 @@ def test_the_other_scores_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert all("pycocoevalcap" in reason and "itune[metrics]" in reason for reason in found.missing.values())
     left_out = evaluate(captions, {image: [text] for image, text in captions.items()}, java=False)
     assert left_out.scores() == found.scores()
-    assert left_out.missing == dict.fromkeys(("meteor", "spice"), "left out, as it needs Java")
+    assert left_out.missing.keys() == {"meteor", "spice"}
 
 
 @pytest.mark.parametrize(
