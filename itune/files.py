@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, without replacing other people's; hash and lock them."""
+"""Write files and folders atomically, without replacing files of others; hash and lock them."""
 
 from __future__ import annotations
 
@@ -102,8 +102,7 @@ def listed_files(manifest: Path) -> set[str]:
 def only_writer(lock_file: Path, busy: str, error: type[ItuneError] = ItuneError) -> Iterator[None]:
     """Hold a lock during the block, then delete its file.
 
-    Raises:
-        ItuneError: an `error`; another process holds the lock (the message is `busy`), or the file cannot be written.
+    Raises `error` if another process holds the lock (with the message `busy`), or the file cannot be written.
     """
     from filelock import FileLock, Timeout  # a dependency of training alone
 

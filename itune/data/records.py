@@ -62,8 +62,8 @@ def load_records(
     if not entries:
         found = ", ".join(f"{name or 'no split'} ({size} photos)" for name, size in splits.items())
         raise DataError(
-            f"{file}: no captions for split {wanted or 'all'}, but for {found or 'no photo'}; choose another split or "
-            'file, or mark splits by a "split" on each line, lists beside a token file, or the name of a COCO file'
+            f"{file}: no captions for split {wanted or 'all'}; it has {found or 'no photos'}; choose another split or file, "
+            'or mark splits by a "split" on each line, by lists beside a token file, or in the name of a COCO file'
         )
     return _locate(entries, file, images, check_images)
 
@@ -76,8 +76,8 @@ def split_records(records: Sequence[Record], fraction: float, seed: int) -> tupl
     """
     if not (0 < fraction < 1 and len(records) > 1):
         raise DataError(
-            f"cannot hold out the fraction {fraction} of {len(records)} photos: train and dev need one each, and the "
-            "fraction must lie between 0 and 1"
+            f"cannot hold out the fraction {fraction} of {len(records)} photos: it must lie between 0 and 1 and leave "
+            "photos for both train and dev"
         )
 
     def position(record: Record) -> float:
@@ -95,11 +95,11 @@ def _locate(entries: Sequence[Entry], file: Path, images: Path | None, check_ima
     base = file.parent if images is None else images
     with reading(base, DataError):
         folders = [path for path in base.glob("*") if path.is_dir()]
-    roots = [base, *sorted(folders, key=lambda path: (path.name.lower() != "images", path.name))]
+    folders.sort(key=lambda path: (path.name.lower() != "images", path.name))
     sample = entries[:: max(1, len(entries) // 16)]
 
     # Karpathy's photos may lie in their `filepath` folders (first name) or all together (last name).
-    places = [(root, name) for root in roots for name in (0, -1)]
+    places = [(root, name) for root in (base, *folders) for name in (0, -1)]
     root, name = max(places, key=lambda place: sum(_exists(place[0] / entry.names[place[1]]) for entry in sample))
     records = [Record(root / entry.names[name], entry.captions, entry.id, entry.domain) for entry in entries]
     if check_images and (missing := [record.image for record in records if not _exists(record.image)]):

@@ -21,10 +21,10 @@ SMALL = 1e-9
 
 
 def bleu(pairs: Iterable[Pair]) -> Metric:
-    """Return BLEU-1 to 4, each from 0 to 1.
+    """Score captions by BLEU-1 to 4, each from 0 to 1.
 
-    Statistics: matches per order, n-grams per order, candidate length, and the reference length closest to it, of two
-    equally close ones the shorter.
+    The statistics are matches per order, n-grams per order, the caption's length, and the closest length of a reference
+    (the shorter if two are equally close).
     """
     rows = [_count(*pair) for pair in pairs]
     return Metric(("bleu1", "bleu2", "bleu3", "bleu4"), np.array(rows, np.float64).reshape(-1, 10), _bleu)

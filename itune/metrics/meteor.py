@@ -25,10 +25,7 @@ _CHUNKS = 20
 
 
 def meteor(pairs: Sequence[Pair]) -> Metric:
-    """Return METEOR.
-
-    Raises UnavailableError if Java or the program is missing or fails.
-    """
+    """Score captions by METEOR. Raises UnavailableError if Java or the program is missing or fails."""
     jar = find_program("meteor", "meteor-1.5.jar")
     find_program("meteor", "data", "paraphrase-en.gz")
     java = find_java()

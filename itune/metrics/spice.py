@@ -35,7 +35,7 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def spice(pairs: Sequence[Pair]) -> Metric:
-    """Return SPICE.
+    """Score captions by SPICE.
 
     Raises UnavailableError if Java, the program or its models are missing, Java is too new, or the program fails.
     """
