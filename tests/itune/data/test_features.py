@@ -70,7 +70,7 @@ def test_a_damaged_index_is_computed_anew(damage: bytes | None, clip: Path, phot
 
 
 def test_another_activation_is_another_tower(clip: Path, photos: list[Path], tmp_path: Path) -> None:
-    """The usual correction of a CLIP's config.json, of which the weights know nothing."""
+    """A correction of a CLIP's config.json leaves its weights as they are."""
     found = []
     for activation in ("quick_gelu", "gelu"):
         config = json.loads((clip / "config.json").read_text())

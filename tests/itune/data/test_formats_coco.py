@@ -1,4 +1,4 @@
-"""COCO's annotation and results formats, and NoCaps', with what goes wrong in them."""
+"""COCO's annotation and results formats, and NoCaps': good files and bad ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""METEOR and SPICE: held to the COCO code and the published figures where Java is, else missed in one sentence."""
+"""METEOR and SPICE: equal to the COCO code and to published figures with Java; without it, an error says what is missing."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_the_other_scores_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_spice_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, models: bool, values: list[str]
 ) -> None:
-    """The program itself was never run: its models were not to be had."""
+    """A script stands in for Java: the models of the real program are not available."""
     package = tmp_path / "pycocoevalcap"
     (package / "spice" / "lib").mkdir(parents=True)
     for name in ("spice-1.0.jar", *(f"lib/{model}" for model in spice.MODELS if models)):
@@ -250,7 +250,7 @@ def test_spice_says_what_it_lacks(
 
 
 def test_spice_reads_what_its_program_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The protocol only, as the COCO code's Python speaks it: here a script stands in for the program."""
+    """Only the protocol between the COCO code's Python and the program, for which a script stands in."""
     package = tmp_path / "pycocoevalcap"
     (package / "spice" / "lib").mkdir(parents=True)
     for name in ("spice-1.0.jar", *(f"lib/{model}" for model in spice.MODELS)):
@@ -272,7 +272,7 @@ def test_spice_reads_what_its_program_writes(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_bleu_of_words_of_the_coco_tokenizer_and_of_ours(shared_data: Path) -> None:
-    """What the tie-outs rest on: ours are the same words."""
+    """The comparisons with the COCO code above rest on equal words."""
     candidates, references = human_captions(shared_data, 100)
     pairs = [(split_words(candidates[k]), [split_words(text) for text in references[k]]) for k in candidates]
     try:

@@ -1,4 +1,4 @@
-"""Intervals and tests: held to closed forms, to naive loops over whole evaluations, and to what chance does."""
+"""Intervals and significance tests against closed forms, naive loops over whole evaluations, and simulated chance."""
 
 from __future__ import annotations
 
