@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from itune.retrieval.build import FLAT_ENTRIES
-from itune.retrieval.faiss_index import write_index
-from itune.retrieval.writers import write_rows, write_texts
+from itune.retrieval.writers import write_index, write_rows, write_texts
 from itune.runtime.manifest import FileHash
 from itune.runtime.retrieval.datastore import EMBEDDINGS, ENTRIES, MANIFEST, Datastore, DatastoreManifest, centre
 from itune.runtime.retrieval.nearest import Ranking

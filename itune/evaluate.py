@@ -12,8 +12,8 @@ from .data.features import Features
 from .data.records import Record
 from .eager import EagerEngine
 from .files import write_json
-from .metrics import Scores, score
-from .progress import OnProgress
+from .metrics import evaluate
+from .progress import OnProgress, silent
 from .runtime import Captioner
 from .runtime.errors import ImageError
 from .runtime.search import SearchConfig
@@ -32,24 +32,23 @@ def caption_features(
     text: TextSettings,
     config: SearchConfig,
     *,
-    heads: Mapping[Path, Sequence[int]] | None = None,
-    progress: OnProgress | None = None,
+    prompts: Mapping[Path, Sequence[int]] | None = None,
+    progress: OnProgress = silent,
 ) -> list[str]:
     """Caption photos from their visual embeddings, as training does.
 
-    `heads` maps each photo to the prompt tokens before its caption; by default all photos share those of `text`.
+    `prompts` maps each photo to its prompt tokens; by default all photos share those of `text`.
     """
-    head = prompt_tokens(tokenizer, text, engine.model.prefix_ids)
+    shared = prompt_tokens(tokenizer, text, engine.model.prefix_ids)
     end = special_token(tokenizer, text.end, "end")
     captions: list[str] = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
         state = engine.encode_features(features.read(batch))
-        prompts = [head if heads is None else heads[image] for image in batch]
-        for hypotheses in search(engine, state, prompts, config, end):
+        tokens = [shared if prompts is None else prompts[image] for image in batch]
+        for hypotheses in search(engine, state, tokens, config, end):
             captions.append(tokenizer.decode(list(hypotheses[0].tokens), skip_special_tokens=True).strip())
-        if progress:
-            progress(len(captions), len(images))
+        progress(len(captions), len(images))
     return captions
 
 
@@ -57,7 +56,7 @@ def caption_records(
     captioner: Captioner,
     records: Sequence[Record],
     *,
-    progress: OnProgress | None = None,
+    progress: OnProgress = silent,
     **search_options: Any,
 ) -> tuple[dict[str, str], dict[Path, str]]:
     """Return captions by record id, and the photos that could not be captioned with the reasons.
@@ -72,15 +71,13 @@ def caption_records(
             failed[record.image] = str(result)
         else:
             captions[record.id] = result.caption
-        if progress:
-            progress(done, len(records))
+        progress(done, len(records))
     return captions, failed
 
 
-def score_captions(captions: dict[str, str], records: Sequence[Record]) -> Scores:
-    """Score captions, by record id, against the records' own captions."""
-    references = {record.id: record.captions for record in records if record.id in captions}
-    return score(captions, references)
+def score_captions(captions: dict[str, str], records: Sequence[Record]) -> dict[str, float]:
+    """Score captions, by record id, against the records' own captions: every score of `metrics` that needs no Java."""
+    return evaluate(captions, {record.id: record.captions for record in records}, java=False).scores()
 
 
 def write_results(captions: dict[str, str], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, without replacing other people's; hash and lock them."""
+"""Write files and folders atomically, without replacing files of others; hash and lock them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,6 @@ def hash_files(paths: list[Path]) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def holds(check: Callable[[], bool]) -> bool:
-    """Call `Path.is_file` or `is_dir`; return False where they raise because the name is too long."""
-    try:
-        return check()
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -130,8 +122,7 @@ def listed_files(manifest: Path) -> set[str]:
 def only_writer(lock_file: Path, busy: str, error: type[ItuneError] = ItuneError) -> Iterator[None]:
     """Hold a lock during the block, then delete its file.
 
-    Raises:
-        ItuneError: an `error`; another process holds the lock (the message is `busy`), or the file cannot be written.
+    Raises `error` if another process holds the lock (with the message `busy`), or the file cannot be written.
     """
     from filelock import FileLock, Timeout  # a dependency of training alone
 

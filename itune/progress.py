@@ -8,3 +8,7 @@ OnProgress = Callable[[int, int], None]
 """Called with (items done, items in total)."""
 OnStage = Callable[[str, int, int], None]
 """Called with (name of the stage, items done, items in total)."""
+
+
+def silent(*_: object) -> None:
+    """Report nothing."""

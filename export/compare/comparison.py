@@ -121,14 +121,14 @@ class Comparison:
         texts = {name: {key: written["caption"] for key, written in own.items()} for name, own in captions.items()}
         rows = []
         for name, folder in bundles.items():
-            scores = score_captions(texts[name], records) if records[0].captions else None
+            scores = score_captions(texts[name], records) if records[0].captions else {}
             same = sum(texts[name][record.id] == texts[REFERENCE][record.id] for record in records)
             rows.append(
                 Row(
                     name=name,
                     megabytes=sum(path.stat().st_size for path in folder.iterdir()) / 1e6,
-                    cider=scores.cider if scores else None,
-                    bleu4=scores.bleu[3] if scores else None,
+                    cider=scores.get("cider"),
+                    bleu4=scores.get("bleu4"),
                     photos=len(records),
                     same_captions=same / len(records),
                     fidelity=fidelities[name],

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ...data.records import Record
-from ...metrics import score
+from ...metrics import evaluate
 from ...runtime.captioner import Caption, Captioner
 from ...runtime.errors import ImageError, ItuneError
 from ...runtime.settings import SearchDefaults, Settings
@@ -85,17 +85,18 @@ def caption_dev_split(captioner: Captioner, folder: Path) -> dict[str, Written]:
 def compare_dev_split(
     reference: dict[str, Written], found: dict[str, Written], folder: Path, limits: Limits
 ) -> list[Check]:
-    """Check how many captions are equal and how much of the reference's CIDEr-D is left."""
+    """Check how many captions are the same and how much of the reference's CIDEr-D is left."""
     captions = _DevSplit.model_validate_json((folder / _DEV).read_bytes()).captions
-    sides = [{key: own.caption for key, own in written.items()} for written in (reference, found)]
-    before, after = (score(side, {key: captions[key] for key in side}) for side in sides)
-    losses = np.array([before.per_image_cider[key] - after.per_image_cider[key] for key in reference])
+    sides = [{key: written[key].caption for key in reference} for written in (reference, found)]
+    evaluations = [evaluate(side, captions, java=False) for side in sides]
+    losses = np.subtract(*(evaluation.per_image()["cider"] for evaluation in evaluations))
+    before, after = (evaluation.scores()["cider"] for evaluation in evaluations)
     forgiven = 2 * float(losses.std()) / len(losses) ** 0.5
     same = float(np.mean([own.as_good_as(found[key]) for key, own in reference.items()]))
     case = f"{len(set(sides[0].values()))} different, {len(reference)} photos"
-    points = f"{100 * after.cider:.1f}, PyTorch {100 * before.cider:.1f}"
-    kept = after.cider / before.cider if before.cider else 1.0
-    enough = after.cider + forgiven >= limits.cider * before.cider
+    points = f"{100 * after:.1f}, PyTorch {100 * before:.1f}"
+    kept = after / before if before else 1.0
+    enough = after + forgiven >= limits.cider * before
     return [
         Check("captions, dev", case, None, same, limits.dev_captions, same >= limits.dev_captions),
         Check("CIDEr-D, dev", points, None, kept, limits.cider, enough),

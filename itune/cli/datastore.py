@@ -136,17 +136,17 @@ def search(
         itune-datastore search store photo.jpg -k 4
     """
     _prepare(threads)
-    from ..data.features import LiveFeatures
+    from ..data.features import Features
     from ..retrieval.build import encoder_of
     from ..runtime.retrieval.datastore import Datastore
     from .run import expand
 
     datastore = Datastore.load(store)
     tower, head = encoder_of(datastore, options.encoder)
-    features = LiveFeatures(tower)
+    features = Features(tower)
     failures = 0
     for name in expand(images):
-        visual, unreadable = features.embed([Path(name)], [False])
+        visual, unreadable = features.embed([Path(name)])
         for reason in unreadable.values():
             failures += 1
             if options.json_:

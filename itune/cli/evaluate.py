@@ -155,11 +155,10 @@ def _check_source(model: Path | None, model_options: tuple[Options, ...], file: 
 def _inputs(data: Path | None, file: _File) -> Iterator[tuple[str, Path]]:
     """The files that are read, with a description."""
     from ..data.formats import find_caption_file
-    from ..files import holds
 
     for what, path in (("the captions of --data", data), ("the file of --references", file.references)):
         if path is not None:
-            yield what, find_caption_file(path) if holds(path.is_dir) else path
+            yield what, find_caption_file(path)
     yield from (("a file of --captions", path) for path in file.captions)
 
 

@@ -22,7 +22,6 @@ from .display import TrainingDisplay
 from .program import Flags, Options, Switch, chosen
 
 if TYPE_CHECKING:
-    from ..data.features import Features
     from ..data.records import Record
     from ..training.loop import Trainer
 
@@ -157,7 +156,7 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointConfig | None) -> Trainer:
     """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps."""
     from ..backbones import load_language_model, load_vision_tower
-    from ..data.features import FeatureCache, LiveFeatures
+    from ..data.features import FeatureCache, Features
     from ..methods.registry import MODELS
     from ..training.loop import Trainer
     from ..training.prompting import TrainingData, prepare_prompts
@@ -167,7 +166,7 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
     language = load_language_model(config.language_model)
     tower = load_vision_tower(config.vision)
     cache = splits.cache_features
-    features: Features = FeatureCache(cache, tower) if cache else LiveFeatures(tower)
+    features = FeatureCache(cache, tower) if cache else Features(tower)
     with common.progress("photos") as update:
         unreadable = features.prepare([r.image for r in train], flip=config.flip, progress=update)
         unreadable |= features.prepare([r.image for r in dev], progress=update)

@@ -1,7 +1,7 @@
 """Visual embeddings of training photos: computed on demand, or computed once and memory-mapped.
 
 The tower is frozen, so a photo's embeddings never change: `--cache-features` keeps them in half precision, in a
-subfolder per tower and preprocessing.
+subfolder per tower, preprocessing and mirroring.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..backbones import VisionTower
 from ..files import hash_files, write_json
-from ..progress import OnProgress
+from ..progress import OnProgress, silent
 from ..runtime.engines.base import UInt8
 from ..runtime.errors import ImageError, reading
 from ..runtime.image import decode, preprocess
@@ -29,42 +30,45 @@ from ..runtime.image import decode, preprocess
 _BATCH = 16  # photos per forward pass of the tower
 
 
-class Features(Protocol):
-    """A source of visual embeddings for training and evaluation."""
+class Features:
+    """The visual embeddings of photos, computed by the tower at every read."""
 
-    tokens: int
-    width: int
-
-    def prepare(
-        self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress | None = None
-    ) -> dict[Path, str]:
-        """Prepare photos for `read`, and with `flip` their mirror images; return the unreadable ones and why."""
-        ...
-
-    def read(self, images: Sequence[Path], flip: Sequence[bool] | None = None) -> Tensor:
-        """Return the embeddings [images, tokens, width] of prepared photos, mirrored where `flip` is True."""
-        ...
-
-
-class LiveFeatures:
-    """Runs the tower at every read."""
-
-    def __init__(self, tower: VisionTower, threads: int = 2) -> None:
+    def __init__(self, tower: VisionTower) -> None:
         self.tower, self.tokens, self.width = tower, tower.tokens, tower.width
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(2)
 
-    def prepare(
-        self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress | None = None
-    ) -> dict[Path, str]:
-        """Decode every photo once, so that training starts without unreadable ones."""
+    def prepare(self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress = silent) -> dict[Path, str]:
+        """Prepare photos for `read`, and with `flip` their mirror images; return the unreadable ones and why.
+
+        Decodes every photo once, so that training starts without unreadable ones.
+        """
         del flip  # mirroring needs no preparation here
         unreadable: dict[Path, str] = {}
         for done, (path, pixels) in enumerate(zip(images, self._pool.map(self.pixels, images), strict=True), 1):
             if isinstance(pixels, str):
                 unreadable[path] = pixels
-            if progress:
-                progress(done, len(images))
+            progress(done, len(images))
         return unreadable
+
+    def read(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> Tensor:
+        """Return the embeddings [images, tokens, width] of prepared photos, mirrored where `flip` is True.
+
+        Raises ImageError if one cannot be read.
+        """
+        embeddings, unreadable = self.embed(images, flip)
+        if unreadable:
+            raise ImageError(next(iter(unreadable.values())))
+        return embeddings
+
+    def embed(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> tuple[Tensor, dict[Path, str]]:
+        """Return the embeddings of the readable photos, and the unreadable ones with the reasons."""
+        decoded = list(self._pool.map(self.pixels, images))
+        unreadable = {path: p for path, p in zip(images, decoded, strict=True) if isinstance(p, str)}
+        flips = flip or [False] * len(images)
+        pixels = [p[:, ::-1] if side else p for p, side in zip(decoded, flips, strict=True) if not isinstance(p, str)]
+        if not pixels:
+            return torch.empty(0, self.tokens, self.width), unreadable
+        return self.tower.embed(np.stack(pixels)), unreadable
 
     def pixels(self, path: Path) -> UInt8 | str:
         """Return a photo's preprocessed pixels [H, W, 3], or the reason why it cannot be decoded."""
@@ -73,26 +77,8 @@ class LiveFeatures:
         except ImageError as error:
             return str(error)
 
-    def embed(self, paths: Sequence[Path], mirrored: Sequence[bool]) -> tuple[Tensor, dict[Path, str]]:
-        """Return the embeddings of the readable photos, and the unreadable ones with the reasons."""
-        decoded = list(self._pool.map(self.pixels, paths))
-        unreadable = {path: p for path, p in zip(paths, decoded, strict=True) if isinstance(p, str)}
-        pixels = [
-            p[:, ::-1] if flip else p for p, flip in zip(decoded, mirrored, strict=True) if not isinstance(p, str)
-        ]
-        if not pixels:
-            return torch.empty(0, self.tokens, self.width), unreadable
-        return self.tower.embed(np.stack(pixels)), unreadable
 
-    def read(self, images: Sequence[Path], flip: Sequence[bool] | None = None) -> Tensor:
-        """Embed the photos now. Raises ImageError if one cannot be decoded."""
-        embeddings, unreadable = self.embed(images, flip if flip is not None else [False] * len(images))
-        if unreadable:
-            raise ImageError(next(iter(unreadable.values())))
-        return embeddings
-
-
-class FeatureCache:
+class FeatureCache(Features):
     """Embeddings in one fp16 file per tower, preprocessing and mirroring; several processes may share it.
 
     `features.f16` contains rows [tokens, width]; line i of `index.jsonl` names the photo of row i. A row counts once
@@ -101,32 +87,15 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, tower: VisionTower) -> None:
-        self.tower, self.tokens, self.width = tower, tower.tokens, tower.width
-        self._identities = [cache_identity(tower, flip) for flip in (False, True)]
-        keys = (hashlib.sha256(json.dumps(each, sort_keys=True).encode()) for each in self._identities)
-        self._folders = [folder / key.hexdigest()[:16] for key in keys]
-        self._rows: list[dict[Path, int]] = [{}, {}]  # by path, so that a photo that changes later keeps its row
-        self._maps: list[NDArray[np.float16]] = [np.empty((0, self.tokens, self.width), np.float16)] * 2
+        super().__init__(tower)
+        self.folder = folder
+        # By path, so that a photo that changes later keeps its row.
+        self._rows: dict[tuple[Path, bool], int] = {}
+        self._maps: dict[bool, NDArray[np.float16]] = {}
+        self._unreadable: dict[Path, str] = {}
 
-    def prepare(
-        self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress | None = None
-    ) -> dict[Path, str]:
+    def prepare(self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress = silent) -> dict[Path, str]:
         """Compute the embeddings that are missing."""
-        unreadable: dict[Path, str] = {}
-        for mirrored in (False, True) if flip else (False,):
-            unreadable |= self._build(images, mirrored, progress)
-        return unreadable
-
-    def read(self, images: Sequence[Path], flip: Sequence[bool] | None = None) -> Tensor:
-        """Return the embeddings of photos as they were when `prepare` saw them."""
-        flips = flip if flip is not None else [False] * len(images)
-        rows = [self._maps[side][self._rows[side][path]] for path, side in zip(images, flips, strict=True)]
-        return torch.from_numpy(np.stack(rows)).float()
-
-    def _build(self, images: Sequence[Path], mirrored: bool, progress: OnProgress | None) -> dict[Path, str]:
-        folder = self._folders[mirrored]
-        with reading(f"--cache-features {folder.parent}", mend="choose another folder"):
-            folder.mkdir(parents=True, exist_ok=True)
         names: dict[Path, str] = {}
         unreadable: dict[Path, str] = {}
         for path in images:
@@ -134,29 +103,46 @@ class FeatureCache:
                 names[path] = identity(path)
             except ImageError as error:
                 unreadable[path] = str(error)
+        for mirrored in (False, True) if flip else (False,):
+            unreadable |= self._complete(names, mirrored, progress)
+        self._unreadable |= unreadable
+        return unreadable
+
+    def embed(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> tuple[Tensor, dict[Path, str]]:
+        """Return the embeddings of photos as `prepare` saw them, and the photos that it could not read."""
+        places = list(zip(images, flip or [False] * len(images), strict=True))
+        unreadable = {path: self._unreadable[path] for path, side in places if (path, side) not in self._rows}
+        rows = [self._maps[side][self._rows[path, side]] for path, side in places if path not in unreadable]
+        stacked = np.stack(rows) if rows else np.empty((0, self.tokens, self.width), np.float16)
+        return torch.from_numpy(stacked).float(), unreadable
+
+    def _complete(self, names: dict[Path, str], mirrored: bool, progress: OnProgress) -> dict[Path, str]:
+        """Add the rows that the file lacks, and map it; return the unreadable photos and why."""
+        content = _content(self.tower, mirrored)
+        folder = self.folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        with reading(f"--cache-features {self.folder}", mend="choose another folder"):
+            folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            write_json(folder / "tower.json", self._identities[mirrored])
+            write_json(folder / "tower.json", content)
             rows = self._recover(folder)
-            bad = self._append(folder, names, mirrored, rows, progress)
-        unreadable |= {path: bad[name] for path, name in names.items() if name in bad}
-        self._rows[mirrored] |= {path: rows[name] for path, name in names.items() if name in rows}
+            unreadable = self._append(folder, names, mirrored, rows, progress)
+        self._rows |= {(path, mirrored): rows[name] for path, name in names.items() if name in rows}
         if rows:  # an empty file cannot be mapped
             shape = (len(rows), self.tokens, self.width)
             self._maps[mirrored] = np.memmap(folder / "features.f16", np.float16, mode="r", shape=shape)
-        return unreadable
+        return {path: unreadable[name] for path, name in names.items() if name in unreadable}
 
     def _append(
-        self, folder: Path, names: dict[Path, str], mirrored: bool, rows: dict[str, int], progress: OnProgress | None
+        self, folder: Path, names: dict[Path, str], mirrored: bool, rows: dict[str, int], progress: OnProgress
     ) -> dict[str, str]:
         """Embed the photos that are not in `rows` and add them to it; return the unreadable ones and why."""
         unreadable: dict[str, str] = {}
-        live = LiveFeatures(self.tower)
         missing = list({name: path for path, name in names.items() if name not in rows}.items())
         done = len(names) - len(missing)
         with (folder / "features.f16").open("ab") as features, (folder / "index.jsonl").open("a") as index:
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
-                embeddings, bad = live.embed([path for _, path in batch], [mirrored] * len(batch))
+                embeddings, bad = super().embed([path for _, path in batch], [mirrored] * len(batch))
                 unreadable |= {name: bad[path] for name, path in batch if path in bad}
                 features.write(embeddings.to(torch.float16).cpu().numpy().tobytes())
                 features.flush()
@@ -164,9 +150,7 @@ class FeatureCache:
                     rows[name] = len(rows)
                     index.write(json.dumps(name) + "\n")
                 index.flush()
-                done += len(batch)
-                if progress:
-                    progress(done, len(names))
+                progress(done + start + len(batch), len(names))
         return unreadable
 
     def _recover(self, folder: Path) -> dict[str, int]:
@@ -176,24 +160,16 @@ class FeatureCache:
         with (folder / "features.f16").open("a+b") as features, (folder / "index.jsonl").open("a+b") as index:
             stored = features.tell() // row_bytes
             index.seek(0)
-            for line in index:
-                name = _name(line)
-                if name is None or len(names) == stored:
-                    break
-                names.append(name)
-                length += len(line)
+            with suppress(ValueError):  # a line that is no JSON: nothing counts from there on
+                for line in index:
+                    name = json.loads(line)
+                    if not (isinstance(name, str) and line.endswith(b"\n") and len(names) < stored):
+                        break
+                    names.append(name)
+                    length += len(line)
             features.truncate(len(names) * row_bytes)
             index.truncate(length)
         return {name: row for row, name in enumerate(names)}
-
-
-def _name(line: bytes) -> str | None:
-    """Return the photo that a line of the index names, or None if the line is cut off or damaged."""
-    try:
-        name = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return name if isinstance(name, str) else None
 
 
 def identity(path: Path) -> str:
@@ -203,7 +179,7 @@ def identity(path: Path) -> str:
         return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
-def cache_identity(tower: VisionTower, flip: bool) -> dict[str, Any]:
+def _content(tower: VisionTower, flip: bool) -> dict[str, Any]:
     """Return everything besides the photo that embeddings depend on."""
     config = tower.folder / "config.json"  # activation and the like; an ONNX graph contains them
     return {

@@ -29,11 +29,10 @@ class Entry:
     domain: str | None = None
 
 
-_SPLIT_NAMES = {"restval": "train", "training": "train", "val": "dev", "valid": "dev", "validation": "dev"}
-_SPLIT_IN_FILE_NAME = {
-    # Matches val2014, captions_test and trainImages, but not latest, retrieval or constraints.
-    split: re.compile(rf"(?<![a-z])(?:{names})(?:set|split)?(?![a-z])")
-    for split, names in (("train", "train|training"), ("dev", "dev|val|valid|validation"), ("test", "test|testing"))
+_SPLIT_NAMES = {
+    **dict.fromkeys(("training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "dev"),
+    "testing": "test",
 }
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t\n]+)#\d+\t(?P<caption>.*)")
 _TEXT_SUFFIXES = {".txt", ".token", ".json", ".jsonl"}
@@ -50,37 +49,30 @@ def split_name(name: str) -> str:
 
 
 def _split_in_file_name(file_name: str) -> str | None:
-    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", file_name).lower()
-    return next((split for split, pattern in _SPLIT_IN_FILE_NAME.items() if pattern.search(words)), None)
-
-
-def _with_words(captions: list[str]) -> list[str]:
-    """Drop captions such as "." that contain neither a letter nor a digit; data sets do contain them."""
-    return [caption for caption in captions if any(map(str.isalnum, caption))]
+    """Find the split that val2014, captions_test or trainImages names; latest, retrieval and constraints name none."""
+    words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", file_name).lower())
+    splits = {split_name(re.sub("(?:set|split)$", "", word)) for word in words}
+    return next((split for split in ("train", "dev", "test") if split in splits), None)
 
 
 # pydantic refuses lone surrogates in strings.
 _Text = Annotated[str, StringConstraints(strip_whitespace=True)]
-_Id = Annotated[
-    str,
-    StringConstraints(strip_whitespace=True, min_length=1),
-    BeforeValidator(lambda value: str(value) if type(value) is int else value),
-]
-_Photo = Annotated[
-    str,
-    StringConstraints(strip_whitespace=True, min_length=1),
-    AfterValidator(lambda name: str(PurePosixPath(name))),  # "./a.jpg" and "a.jpg" are the same photo
-]
-_Captions = Annotated[list[_Text], AfterValidator(_with_words)]
+_Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Id = Annotated[_Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+_Photo = Annotated[_Name, AfterValidator(lambda name: str(PurePosixPath(name)))]  # "./a.jpg" and "a.jpg" are the same
 _Split = Annotated[_Text | None, AfterValidator(lambda split: split_name(split) if split else None)]
 
 
 class _JsonLine(BaseModel):
     image: _Photo
-    captions: Annotated[_Captions, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    captions: Annotated[list[_Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
     id: _Id | None = None
     split: _Split = None
     domain: _Text | None = None
+
+    def entry(self, where: str) -> Entry:
+        key = self.id or _stem(self.image)
+        return Entry((self.image,), tuple(self.captions), key, self.split, where, self.domain or None)
 
 
 class _Sentence(BaseModel):
@@ -119,21 +111,19 @@ class _Coco(BaseModel):
 _RESULTS = TypeAdapter(Annotated[list[_Caption], Field(min_length=1)])
 
 
-def find_caption_file(folder: Path) -> Path:
-    """Return the only caption file of a folder; split lists and other text files may lie beside it."""
-    with reading(folder, DataError):
-        names = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
+def find_caption_file(source: Path) -> Path:
+    """Return a file itself, or the only caption file of a folder; split lists and other texts may lie beside it."""
+    with reading(source, DataError):
+        if not source.is_dir():
+            return source
+        names = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
         # Flickr8k.lemma.token.txt lies beside the captions and contains dictionary forms.
         found = [path for path in names if ".lemma." not in path.name and _looks_like_captions(path)]
     if len(found) == 1:
         return found[0]
     listing = ", ".join(path.name for path in (found or names)[:8])
-    problem = (
-        f"{len(found)} caption files ({listing}); name the one to read"
-        if found
-        else f"no caption file; its text files: {listing or 'none'}; {_EXPECTED}"
-    )
-    raise DataError(f"{folder} contains {problem}")
+    mend = "name the one to read" if found else _EXPECTED
+    raise DataError(f"{source}: contains {len(found)} caption files, not 1 (text files: {listing or 'none'}); {mend}")
 
 
 def _looks_like_captions(path: Path) -> bool:
@@ -183,12 +173,6 @@ def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _entry(line: _JsonLine, where: str) -> Entry:
-    return Entry(
-        (line.image,), tuple(line.captions), line.id or _stem(line.image), line.split, where, line.domain or None
-    )
-
-
 def _read_token_file(text: str, file: Path) -> list[Entry]:
     entries = []
     for where, line in _lines(text):
@@ -196,7 +180,7 @@ def _read_token_file(text: str, file: Path) -> list[Entry]:
             match = _TOKEN_LINE.fullmatch(line)
             if match is None:
                 raise ValueError(f"expected photo.jpg#0 TAB caption, not {line[:40]!a}")
-            entries.append(_entry(_JsonLine(image=match["image"], captions=[match["caption"]]), where))
+            entries.append(_JsonLine(image=match["image"], captions=[match["caption"]]).entry(where))
     known = {entry.names[0] for entry in entries} | {entry.id for entry in entries}
     splits = _read_split_lists(file, known)
     return [replace(entry, split=splits.get(entry.names[0], splits.get(entry.id))) for entry in entries]
@@ -204,7 +188,8 @@ def _read_token_file(text: str, file: Path) -> list[Entry]:
 
 def _read_split_lists(token_file: Path, known: set[str]) -> dict[str, str]:
     """Map photos to splits by the lists beside a token file: a photo per line, the split in the list's file name."""
-    lists: dict[Path, tuple[str, list[str]]] = {}
+    splits: dict[str, str] = {}
+    keys: list[tuple[str, str, str]] = []
     for path in sorted(token_file.parent.glob("*.txt")):
         split = _split_in_file_name(path.name)
         if split is None or path == token_file or not path.is_file():
@@ -218,12 +203,10 @@ def _read_split_lists(token_file: Path, known: set[str]) -> dict[str, str]:
                 f"{path}: {len(unknown)} of {len(names)} photos have no caption in {token_file.name} (the first: "
                 f"{unknown[0]!a}); remove them from the list"
             )
-        lists[path] = split, names
-    _require_unique(token_file.parent, ((path.name, "split", split) for path, (split, _) in lists.items()))
-    _require_unique(
-        token_file.parent, ((path.name, "photo", name) for path, (_, names) in lists.items() for name in names)
-    )
-    return {name: split for split, names in lists.values() for name in names}
+        keys += [(path.name, "split", split), *((path.name, "photo", name) for name in names)]
+        splits |= dict.fromkeys(names, split)
+    _require_unique(token_file.parent, keys)
+    return splits
 
 
 def _read_karpathy(text: str, file: Path) -> list[Entry]:
@@ -231,51 +214,53 @@ def _read_karpathy(text: str, file: Path) -> list[Entry]:
     for i, image in enumerate(_Karpathy.model_validate_json(text).images):
         name, folder = image.filename, image.filepath
         names = (str(PurePosixPath(folder, name)), name) if folder else (name,)
-        captions = _with_words([sentence.raw for sentence in image.sentences])
+        captions = tuple(sentence.raw for sentence in image.sentences)
         key = image.cocoid or image.imgid or _stem(name)
-        entries.append(Entry(names, tuple(captions), key, image.split, f"images.{i}"))
+        entries.append(Entry(names, captions, key, image.split, f"images.{i}"))
     return _all_or_none(entries, file)
 
 
 def _read_coco(text: str, file: Path) -> list[Entry]:
     """Read COCO's annotation format and NoCaps', which adds domains; a test split has no annotations.
 
-    The file's name tells the split. Reference files may leave file names out: scoring needs none.
+    The file's name contains the split. Files of references may leave photo names out, as scoring needs none.
     """
     document = _Coco.model_validate_json(text)
-    names = {image.id: image.file_name or image.id for image in document.images}
-    places = [(f"images.{i}", image) for i, image in enumerate(document.images)]
-    _require_unique(file, ((where, "id", image.id) for where, image in places))
-    _require_unique(file, ((where, "file_name", names[image.id]) for where, image in places))
-    captions: dict[str, list[str]] = {key: [] for key in names}
+    captions: dict[str, list[str]] = {image.id: [] for image in document.images}
     for i, annotation in enumerate(document.annotations):
         if annotation.image_id not in captions:
             raise DataError(f"{file}, annotations.{i}: no image has the id {annotation.image_id!a}")
         captions[annotation.image_id].append(annotation.caption)
     split = _split_in_file_name(file.stem)
-    return [
-        Entry((names[image.id],), tuple(_with_words(captions[image.id])), image.id, split, where, image.domain or None)
-        for where, image in places
-    ]
+    entries = []
+    keys = []
+    for i, image in enumerate(document.images):
+        name, where = image.file_name or image.id, f"images.{i}"
+        keys += [(where, "id", image.id), (where, "file_name", name)]
+        entries.append(Entry((name,), tuple(captions[image.id]), image.id, split, where, image.domain or None))
+    _require_unique(file, keys)
+    return entries
 
 
 def _read_jsonl(text: str, file: Path) -> list[Entry]:
     entries = []
     for where, line in _lines(text):
         with reading(f"{file}, {where}", DataError):
-            entries.append(_entry(_JsonLine.model_validate_json(line), where))
+            entries.append(_JsonLine.model_validate_json(line).entry(where))
     return _all_or_none(entries, file)
 
 
 def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
     without = [entry for entry in entries if entry.split is None]
     if without and len(without) < len(entries):
-        raise DataError(f'{file}, {without[0].where}: has no "split", but others have; give it to all or to none')
+        raise DataError(
+            f'{file}, {without[0].where}: has no "split", but other photos have one; give all photos a split, or none'
+        )
     return entries
 
 
 def _merge(entries: Sequence[Entry], file: Path) -> list[Entry]:
-    """Merge the entries of each photo into one that has all their captions."""
+    """Merge the entries of each photo into one with all their captions, except those without a word, such as "."."""
     merged: dict[str, Entry] = {}
     captions: dict[str, list[str]] = {}
     for entry in entries:
@@ -286,7 +271,7 @@ def _merge(entries: Sequence[Entry], file: Path) -> list[Entry]:
                 f"{file}, {entry.where}: puts {name} into {entry.split!r}, but {first.where} into {first.split!r}; "
                 "a photo has one split"
             )
-        captions.setdefault(name, []).extend(entry.captions)
+        captions.setdefault(name, []).extend(text for text in entry.captions if any(map(str.isalnum, text)))
     _require_unique(file, ((f"{entry.where} ({name})", "id", entry.id) for name, entry in merged.items()))
     return [replace(entry, captions=tuple(captions[name])) for name, entry in merged.items()]
 

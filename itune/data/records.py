@@ -13,11 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import holds
-from ..runtime.text import clean_caption
+from ..runtime.errors import reading
 from .formats import DataError, Entry, find_caption_file, read_entries, split_name
-
-__all__ = ["DataError", "Record", "clean_caption", "load_records", "split_records"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def load_records(
     Raises DataError, naming the file and the line or field, if the file cannot be read or contradicts itself; with
     `check_images`, also if photos are missing.
     """
-    file = find_caption_file(source) if holds(source.is_dir) else source
+    file = find_caption_file(source)
     entries = read_entries(file)
     splits = Counter(entry.split for entry in entries if entry.captions or not captioned)
     wanted = None if split is None else split_name(split)
@@ -65,8 +62,8 @@ def load_records(
     if not entries:
         found = ", ".join(f"{name or 'no split'} ({size} photos)" for name, size in splits.items())
         raise DataError(
-            f"{file}: no captions for split {wanted or 'all'}, but for {found or 'no photo'}; choose another split or "
-            'file, or mark splits by a "split" on each line, lists beside a token file, or the name of a COCO file'
+            f"{file}: no captions for split {wanted or 'all'}; found {found or 'no photos'}; choose another "
+            'split or file, or mark splits: a "split" on each line, lists beside a token file, the name of a COCO file'
         )
     return _locate(entries, file, images, check_images)
 
@@ -79,8 +76,8 @@ def split_records(records: Sequence[Record], fraction: float, seed: int) -> tupl
     """
     if not (0 < fraction < 1 and len(records) > 1):
         raise DataError(
-            f"cannot hold out the fraction {fraction} of {len(records)} photos: train and dev need one each, and the "
-            "fraction must lie between 0 and 1"
+            f"cannot hold out the fraction {fraction} of {len(records)} photos: it must lie between 0 and 1 and leave "
+            "photos for both train and dev"
         )
 
     def position(record: Record) -> float:
@@ -96,20 +93,25 @@ def split_records(records: Sequence[Record], fraction: float, seed: int) -> tupl
 def _locate(entries: Sequence[Entry], file: Path, images: Path | None, check_images: bool) -> list[Record]:
     """Find the folder that the names start from, by a sample of the photos, then build the records."""
     base = file.parent if images is None else images
-    folders = [path for path in base.glob("*") if path.is_dir()] if holds(base.is_dir) else []
-    roots = [base, *sorted(folders, key=lambda path: (path.name.lower() != "images", path.name))]
+    with reading(base, DataError):
+        folders = [path for path in base.glob("*") if path.is_dir()]
+    folders.sort(key=lambda path: (path.name.lower() != "images", path.name))
     sample = entries[:: max(1, len(entries) // 16)]
 
-    def path(entry: Entry, root: Path, name: int) -> Path:
-        return root / entry.names[name]
-
     # Karpathy's photos may lie in their `filepath` folders (first name) or all together (last name).
-    places = [(root, name) for root in roots for name in (0, -1)]
-    best = max(places, key=lambda place: sum(holds(path(entry, *place).is_file) for entry in sample))
-    records = [Record(path(entry, *best), entry.captions, entry.id, entry.domain) for entry in entries]
-    if check_images and (missing := [record.image for record in records if not holds(record.image.is_file)]):
+    places = [(root, name) for root in (base, *folders) for name in (0, -1)]
+    root, name = max(places, key=lambda place: sum(_exists(place[0] / entry.names[place[1]]) for entry in sample))
+    records = [Record(root / entry.names[name], entry.captions, entry.id, entry.domain) for entry in entries]
+    if check_images and (missing := [record.image for record in records if not _exists(record.image)]):
         raise DataError(
             f"{file}: {len(missing)} of {len(records)} photos do not exist (the first: {missing[0]}); name their "
             "folder with --images"
         )
     return records
+
+
+def _exists(photo: Path) -> bool:
+    try:
+        return photo.is_file()
+    except OSError:  # the name is too long
+        return False

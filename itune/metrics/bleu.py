@@ -11,26 +11,27 @@ from typing import cast
 
 import numpy as np
 
+from ..runtime.retrieval.consensus import MAX_ORDER, NGram
 from .statistics import Floats, Metric
-from .tokenize import MAX_ORDER, count_ngrams
+from .tokenize import Pair, count_ngrams
 
 # The COCO code adds these instead of smoothing: a corpus without a match scores slightly above 0.
 TINY = 1e-15
 SMALL = 1e-9
 
 
-def bleu_metric(pairs: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Metric:
-    """Return BLEU-1 to 4, each from 0 to 1, of (candidate words, words of each reference) pairs.
+def bleu(pairs: Iterable[Pair]) -> Metric:
+    """Score captions by BLEU-1 to 4, each from 0 to 1.
 
-    Statistics: matches per order, n-grams per order, candidate length, and the reference length closest to it, of two
-    equally close ones the shorter.
+    The statistics are matches per order, n-grams per order, the caption's length, and the closest length of a reference
+    (the shorter if two are equally close).
     """
-    rows = [_count(candidate, references) for candidate, references in pairs]
+    rows = [_count(*pair) for pair in pairs]
     return Metric(("bleu1", "bleu2", "bleu3", "bleu4"), np.array(rows, np.float64).reshape(-1, 10), _bleu)
 
 
 def _count(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
-    most: Counter[tuple[str, ...]] = Counter()
+    most: Counter[NGram] = Counter()
     for reference in references:
         most |= count_ngrams(reference)
     matches = [0] * MAX_ORDER

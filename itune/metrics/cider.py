@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .tokenize import MAX_ORDER, NGram, count_ngrams, words
+from ..runtime.retrieval.consensus import MAX_ORDER, NGram
+from .tokenize import count_ngrams
 
 SIGMA = 6.0  # of the Gaussian length penalty
 SCALE = 10.0
@@ -28,39 +29,30 @@ class _Vector:
 
 
 class CiderD:
-    """CIDEr-D against fixed references, whose document frequencies and vectors are computed once.
+    """CIDEr-D against the references of a set of images, whose document frequencies and vectors are computed once.
 
-    `references` maps image ids to captions: text, or words joined by white space if `tokenized`, as for candidates.
-    Document frequencies come from these references alone, so the score of an image depends on the set that it is
-    evaluated in; in a set of one image it is 0.
+    Captions are lists of words. Document frequencies come from these references alone, so the score of an image depends
+    on the set that it is evaluated in; in a set of one image it is 0.
     """
 
-    def __init__(self, references: Mapping[str, Sequence[str]], *, tokenized: bool = False) -> None:
-        self._tokenized = tokenized
-        counts = {
-            image: [count_ngrams(words(caption, tokenized=tokenized)) for caption in captions]
-            for image, captions in references.items()
-        }
-        frequency = Counter(ngram for captions in counts.values() for ngram in set().union(*captions))
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
+        """`references`: each image's captions."""
+        counts = [[count_ngrams(caption) for caption in captions] for captions in references]
+        frequency = Counter(ngram for captions in counts for ngram in set().union(*captions))
         self._unseen = math.log(len(counts))  # idf of an n-gram without a reference: as if one image had it
         self._idf = {ngram: self._unseen - math.log(images) for ngram, images in frequency.items()}
-        self._references = {
-            image: [self._vector(caption) for caption in captions] for image, captions in counts.items()
-        }
+        self._references = [[self._vector(caption) for caption in captions] for captions in counts]
 
-    def score(self, candidates: Mapping[str, str]) -> float:
-        """Return the mean CIDEr-D of the captions: from 0 to 10, good captioners reach 0.5 to 1.4."""
-        scores = self.per_image(candidates)
-        return math.fsum(scores.values()) / len(scores)
+    def per_image(self, candidates: Sequence[Sequence[str]]) -> list[float]:
+        """Return the CIDEr-D, from 0 to 10, of a caption of each image, in the order of the references."""
+        return [
+            self._similarity(self._vector(count_ngrams(caption)), own)
+            for caption, own in zip(candidates, self._references, strict=True)
+        ]
 
-    def per_image(self, candidates: Mapping[str, str]) -> dict[str, float]:
-        """Return the CIDEr-D of each image's caption."""
-        return {
-            image: self._similarity(
-                self._vector(count_ngrams(words(caption, tokenized=self._tokenized))), self._references[image]
-            )
-            for image, caption in candidates.items()
-        }
+    def score(self, candidates: Sequence[Sequence[str]]) -> float:
+        """Return the mean over the images: good captioners reach 0.5 to 1.4."""
+        return math.fsum(self.per_image(candidates)) / len(candidates)
 
     def _vector(self, counts: Counter[NGram]) -> _Vector:
         weights = {ngram: count * self._idf.get(ngram, self._unseen) for ngram, count in counts.items()}

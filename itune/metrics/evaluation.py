@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..runtime.errors import ItuneError
-from .bleu import bleu_metric
+from .bleu import bleu
 from .cider import CiderD
 from .java import UnavailableError
-from .meteor import Pair, meteor
+from .meteor import meteor
 from .rouge import rouge_l
 from .spice import spice
 from .statistics import Difference, Floats, Metric, bootstrap, compare, holm, interval, mean_metric
-from .tokenize import words
+from .tokenize import Pair, split_words
 
 SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice")
 """Every score, in the order of papers' tables."""
 ALPHA = 0.05
-"""The chance of calling any difference significant between captioners that are equally good."""
-NO_JAVA = "left out, as it needs Java"
+"""The significance level of a whole comparison: the chance to find any difference between equally good captioners."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Evaluation:
         place = {image: row for row, image in enumerate(self.images)}
         rows = [place[image] for image in images]
         pairs = tuple(self.pairs[row] for row in rows)
-        metrics = tuple(_cider(images, pairs) if m.names == ("cider",) else m.select(rows) for m in self.metrics)
+        metrics = tuple(_cider(pairs) if m.names == ("cider",) else m.select(rows) for m in self.metrics)
         return Evaluation(tuple(images), metrics, self.missing, pairs)
 
 
@@ -68,12 +67,12 @@ def evaluate(
     references: Mapping[str, Sequence[str]],
     *,
     java: bool = True,
-    tokenized: bool = False,
+    split: Callable[[str], list[str]] = split_words,
 ) -> Evaluation:
     """Score one caption per image against its references, both by image id, by every score available here.
 
-    Only the references of captioned images count. Without `java`, METEOR and SPICE are left out. `tokenized` captions
-    are split at white space, others by `tokenize`.
+    Only the references of captioned images count. Without `java`, METEOR and SPICE are left out. `split` turns a
+    caption into words.
 
     Raises:
         ItuneError: nothing to score, or an image has no list of references.
@@ -84,15 +83,12 @@ def evaluate(
             f"{len(missing_references)} of {len(candidates)} captioned images have no reference captions (the first: "
             f"{missing_references[:1]}): score captions against the split that they belong to"
         )
-    pairs = tuple(
-        (words(text, tokenized=tokenized), [words(caption, tokenized=tokenized) for caption in references[image]])
-        for image, text in candidates.items()
-    )
-    metrics = [_cider(tuple(candidates), pairs), bleu_metric(pairs)]
+    pairs = tuple((split(text), list(map(split, references[image]))) for image, text in candidates.items())
+    metrics = [_cider(pairs), bleu(pairs)]
     missing = {}
     for name, compute in (("meteor", meteor), ("spice", spice)):
         if not java:
-            missing[name] = NO_JAVA
+            missing[name] = "left out, as it needs Java"
             continue
         try:
             metrics.append(compute(pairs))
@@ -119,8 +115,6 @@ def compare_groups(
     return found
 
 
-def _cider(images: Sequence[str], pairs: Sequence[Pair]) -> Metric:
-    texts = {image: " ".join(candidate) for image, (candidate, _) in zip(images, pairs, strict=True)}
-    references = {image: [" ".join(r) for r in refs] for image, (_, refs) in zip(images, pairs, strict=True)}
-    scores = CiderD(references, tokenized=True).per_image(texts)
-    return mean_metric("cider", [scores[image] for image in images])
+def _cider(pairs: Sequence[Pair]) -> Metric:
+    cider = CiderD([references for _, references in pairs])
+    return mean_metric("cider", cider.per_image([candidate for candidate, _ in pairs]))

@@ -14,6 +14,7 @@ import numpy as np
 from ..runtime.errors import reading
 from .java import UnavailableError, find_java, find_program, run_jar
 from .statistics import Floats, Metric
+from .tokenize import Pair
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 STAGES = (1.0, 0.6, 0.8, 0.6)  # weights of exact, stem, synonym and paraphrase matches
@@ -22,14 +23,9 @@ COUNTS = 23
 of both and matched function words of both; chunks; matched words of both."""
 _CHUNKS = 20
 
-Pair = tuple[Sequence[str], Sequence[Sequence[str]]]
-
 
 def meteor(pairs: Sequence[Pair]) -> Metric:
-    """Return METEOR of (candidate words, words of each reference) pairs.
-
-    Raises UnavailableError if Java or the program is missing or fails.
-    """
+    """Score captions by METEOR. Raises UnavailableError if Java or the program is missing or fails."""
     jar = find_program("meteor", "meteor-1.5.jar")
     find_program("meteor", "data", "paraphrase-en.gz")
     java = find_java()

@@ -14,8 +14,8 @@ from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
 from ..runtime.errors import reading
 from .java import UnavailableError, find_java, find_program, run_jar
-from .meteor import Pair
 from .statistics import Metric, mean_metric
+from .tokenize import Pair
 
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 NEWEST_JAVA = 15
@@ -35,7 +35,7 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def spice(pairs: Sequence[Pair]) -> Metric:
-    """Return SPICE of (candidate words, words of each reference) pairs.
+    """Score captions by SPICE.
 
     Raises UnavailableError if Java, the program or its models are missing, Java is too new, or the program fails.
     """

@@ -55,22 +55,17 @@ def bootstrap(metrics: Sequence[Metric], *, samples: int = 1000, seed: int = 0) 
     """
     images = len(metrics[0].statistics)
     rng = np.random.default_rng(seed)
-
-    def draw(count: int) -> Floats:
-        rows = np.repeat(np.arange(count), images)
-        cells = rows * images + rng.integers(0, images, count * images)
-        return np.bincount(cells, minlength=count * images).reshape(count, images).astype(np.float64)
-
-    drawn = [
-        np.concatenate([metric.corpus(weights @ metric.statistics) for metric in metrics], 1)
-        for weights in _chunks(draw, samples, images)
-    ]
+    drawn = []
+    for count in _chunks(samples, images):
+        cells = np.repeat(np.arange(count), images) * images + rng.integers(0, images, count * images)
+        weights = np.bincount(cells, minlength=count * images).reshape(count, images).astype(np.float64)
+        drawn.append(np.concatenate([metric.corpus(weights @ metric.statistics) for metric in metrics], 1))
     return np.concatenate(drawn)
 
 
-def interval(drawn: Floats, level: float = 0.95) -> Floats:
-    """Return the percentile interval [n, 2] of each column of `drawn` [samples, n]."""
-    return np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+def interval(drawn: Floats) -> Floats:
+    """Return the 95 % percentile interval [n, 2] of each column of `drawn` [samples, n]."""
+    return np.quantile(drawn, [0.025, 0.975], axis=0).T
 
 
 @dataclass(frozen=True)
@@ -100,13 +95,10 @@ def compare(
     found = np.concatenate([b.scores() - a.scores() for a, b in zip(first, second, strict=True)])
     images = len(first[0].statistics)
     rng = np.random.default_rng(seed)
-
-    def draw(count: int) -> Floats:
-        bits = np.frombuffer(rng.bytes(-(-count * images // 8)), np.uint8)
-        return np.unpackbits(bits, count=count * images).reshape(count, images).astype(np.float64)
-
     extreme = np.zeros(len(found))
-    for exchange in _chunks(draw, permutations, images):
+    for count in _chunks(permutations, images):
+        bits = np.frombuffer(rng.bytes(-(-count * images // 8)), np.uint8)
+        exchange = np.unpackbits(bits, count=count * images).reshape(count, images).astype(np.float64)
         differences = []
         for a, b in zip(first, second, strict=True):
             moved = exchange @ (b.statistics - a.statistics)
@@ -131,7 +123,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _chunks(draw: Callable[[int], Floats], total: int, images: int) -> Iterator[Floats]:
+def _chunks(total: int, images: int) -> Iterator[int]:
+    """Divide `total` rows of weights, one weight per image, into counts that fit in memory."""
     size = max(1, _CHUNK // images)
-    for start in range(0, total, size):
-        yield draw(min(size, total - start))
+    return (min(size, total - start) for start in range(0, total, size))

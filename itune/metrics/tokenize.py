@@ -14,8 +14,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-MAX_ORDER = 4
-NGram = tuple[str, ...]
+from ..runtime.retrieval.consensus import MAX_ORDER, NGram, ngrams
+
+Pair = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""The words of a caption, and of each of its references."""
 
 # The COCO list without the capital bracket names, which no lower-cased token equals; with quotes in any spelling.
 PUNCTUATION = frozenset(["'", "`", "’", "‘", '"', ".", "?", "!", ",", ":", "-", ";"])
@@ -104,7 +106,7 @@ _TOKEN = re.compile(
 )
 
 
-def tokenize(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Split any text into lower-case words without punctuation; the list may be empty."""
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     text = _BEYOND_BMP.sub(" ", text.translate(_SPELLING))
@@ -114,15 +116,6 @@ def tokenize(text: str) -> list[str]:
     ]
 
 
-def words(caption: str, *, tokenized: bool) -> list[str]:
-    """Split a caption at white space if it is `tokenized` already, else with `tokenize`."""
-    return caption.split() if tokenized else tokenize(caption)
-
-
 def count_ngrams(tokens: Sequence[str]) -> Counter[NGram]:
     """Count the n-grams of 1 to 4 words in a caption."""
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, MAX_ORDER + 1)
-        for start in range(len(tokens) - order + 1)
-    )
+    return Counter(ngram for order in range(1, MAX_ORDER + 1) for ngram in ngrams(tokens, order))

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..backbones import VisionTower
 from ..checkpoint import relative_source
-from ..data.features import FeatureCache, LiveFeatures
+from ..data.features import FeatureCache, Features
 from ..data.formats import find_caption_file
 from ..data.records import Record, load_records
-from ..files import atomic_folder, hash_files, holds, keep_foreign, listed_files, only_writer
-from ..progress import OnStage
+from ..files import atomic_folder, hash_files, keep_foreign, listed_files, only_writer
+from ..progress import OnStage, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import DatastoreError
 from ..runtime.manifest import FileHash
@@ -37,17 +37,13 @@ from ..runtime.retrieval.datastore import (
     MEAN,
     Datastore,
     DatastoreManifest,
-    Texts,
     caption_key,
     centre,
 )
 from ..runtime.settings import EncoderIdentity
 from .encoder import RetrievalHead, TextEncoder, load_encoder
-from .faiss_index import require_faiss, write_index
 from .options import CaptionSource, DatastoreOptions, Kind, Pooling
-from .writers import write_rows, write_texts
-
-__all__ = ["FLAT_ENTRIES", "CaptionSource", "DatastoreOptions", "add_to_datastore", "build_datastore", "photos_in"]
+from .writers import require_faiss, write_index, write_rows, write_texts
 
 FLAT_ENTRIES = 100_000
 """Larger datastores are searched through faiss."""
@@ -65,16 +61,12 @@ class Added:
     """Photos that were left out, and why."""
 
 
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    pass
-
-
 def build_datastore(
     source: CaptionSource,
     encoder: str,
     output: Path,
     options: DatastoreOptions | None = None,
-    progress: OnStage = _silent,
+    progress: OnStage = silent,
 ) -> Added:
     """Build a datastore of a caption file's captions in the folder `output`.
 
@@ -88,7 +80,7 @@ def build_datastore(
     if output.exists():
         is_datastore = (output / MANIFEST).is_file()
         if not (is_datastore and options.force):
-            mend = "--force replaces it, `add` adds to it" if is_datastore else "it is no datastore"
+            mend = "--force replaces it, `add` adds to it" if is_datastore else "it is not a datastore"
             raise DatastoreError(f"{output} exists ({mend}): choose another --output")
         keep_foreign(output, listed_files(output / MANIFEST))
     embedder = _Embedder(encoder, options.kind, options.pooling, source.cache_features, progress)
@@ -99,7 +91,7 @@ def build_datastore(
 
 
 def add_to_datastore(
-    store: Path, source: CaptionSource, *, encoder: str | None = None, progress: OnStage = _silent
+    store: Path, source: CaptionSource, *, encoder: str | None = None, progress: OnStage = silent
 ) -> Added:
     """Add a caption file's photos to a datastore, except those that it has: the same id and a common caption.
 
@@ -114,7 +106,7 @@ def add_to_datastore(
         Datastore.load(store)  # raises
     # Two additions at once would start from the same datastore, and one would be lost.
     place = store.resolve()
-    busy = f"{store}: another command is adding to it; try again when that has ended"
+    busy = f"{store}: another command is adding to it; try again when it has finished"
     with only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
@@ -139,17 +131,16 @@ def find_encoder(store: Datastore) -> str:
 
 
 def encoder_of(store: Datastore, encoder: str | None = None) -> tuple[VisionTower, RetrievalHead]:
-    """Load the tower and head that a datastore is searched with; `encoder` says where, if they were moved.
+    """Load the tower and head that search a datastore; `encoder` is their place if they were moved.
 
-    Raises:
-        DatastoreError: it is another encoder.
+    Raises DatastoreError if it is another encoder.
     """
     tower, head = load_encoder(encoder or find_encoder(store), pooling=store.manifest.encoder.pooling)
     store.require(head.encoder)
     return tower, head
 
 
-_Batch = tuple[Float32, list[tuple[Record, Sequence[str]]]]
+_Batch = tuple[Float32, Sequence[tuple[Record, Sequence[str]]]]
 """Embeddings [entries, D], and the (record, captions) of each entry."""
 
 
@@ -175,27 +166,22 @@ class _Embedder:
         pairs = [(record, (caption,)) for record in records for caption in record.captions]
         for start in range(0, len(pairs), _TEXT_BATCH):
             batch = pairs[start : start + _TEXT_BATCH]
-            yield self.texts.embed([caption for _, (caption,) in batch]), [*batch]
+            yield self.texts.embed([caption for _, (caption,) in batch]), batch
             self.progress("embedding captions", start + len(batch), len(pairs))
 
     def _photos(self, records: Sequence[Record]) -> Iterator[_Batch]:
-        live = LiveFeatures(self.tower)
-        cache = None if self.cache is None else FeatureCache(self.cache, self.tower)
-        if cache is not None:
+        features = Features(self.tower) if self.cache is None else FeatureCache(self.cache, self.tower)
+        if self.cache is not None:
             images = [record.image for record in records]
-            self.unreadable |= cache.prepare(images, progress=partial(self.progress, "reading photos"))
+            self.unreadable |= features.prepare(images, progress=partial(self.progress, "reading photos"))
         for start in range(0, len(records), _IMAGE_BATCH):
             batch = records[start : start + _IMAGE_BATCH]
-            readable = [record.image for record in batch if record.image not in self.unreadable]
-            if cache is None:
-                visual, unreadable = live.embed(readable, [False] * len(readable))
-                self.unreadable |= unreadable
-            elif readable:
-                visual = cache.read(readable)
-            batch = [record for record in batch if record.image not in self.unreadable]
-            if batch:
-                yield self.head.pool(visual).cpu().numpy(), [(record, record.captions) for record in batch]
-            self.progress("embedding photos", min(start + _IMAGE_BATCH, len(records)), len(records))
+            visual, unreadable = features.embed([record.image for record in batch])
+            self.unreadable |= unreadable
+            readable = [(record, record.captions) for record in batch if record.image not in unreadable]
+            if readable:
+                yield self.head.pool(visual).cpu().numpy(), readable
+            self.progress("embedding photos", start + len(batch), len(records))
 
 
 def _write(
@@ -208,7 +194,8 @@ def _write(
 ) -> Added:
     """Write a datastore into the empty `folder`: the entries of `base` first, then those of `source`."""
     split = None if source.split == "all" else source.split
-    records = load_records(source.captions, images=source.images, split=split, check_images=embedder.kind == "image")
+    captions_file = find_caption_file(source.captions)
+    records = load_records(captions_file, images=source.images, split=split, check_images=embedder.kind == "image")
     names = _names(records, base, source.captions.stem)
     new = [record for record in records if record.id in names]
     coming = len(new) if embedder.kind == "image" else sum(len(record.captions) for record in new)
@@ -238,16 +225,15 @@ def _write(
     table = np.concatenate([old, np.frombuffer(entries, np.int64).reshape(-1, 3)])
     total = len(table)
     np.save(folder / ENTRIES, table)
-    write_texts(folder, CAPTIONS, chain(_each(base.captions if base else None), captions))
-    write_texts(folder, IMAGES, chain(_each(base.images if base else None), (names[photo] for photo in photos)))
+    write_texts(folder, CAPTIONS, chain(base.captions if base else (), captions))
+    write_texts(folder, IMAGES, chain(base.images if base else (), (names[photo] for photo in photos)))
     _write_embeddings(folder, np.memmap(raw, np.float32, mode="r").reshape(-1, identity.dim), base, centered, total)
     raw.unlink()
     approximate = total > FLAT_ENTRIES
     nprobe = write_index(folder, base, embedder.progress) if approximate else 0
-    path = find_caption_file(source.captions) if holds(source.captions.is_dir) else source.captions
     added = {
-        "file": path.name,
-        "sha256": hash_files([path]),
+        "file": captions_file.name,
+        "sha256": hash_files([captions_file]),
         "split": split,
         "photos": len(photos),
         "captions": len(captions),
@@ -288,15 +274,15 @@ def _write_embeddings(folder: Path, new: Float32, base: Datastore | None, center
 
 
 def photos_in(store: Datastore, records: Sequence[Record]) -> int:
-    """Count the photos that are in a datastore with one of their captions."""
+    """Count the photos that a datastore contains with one of their captions."""
     there = _captions_of(store, {record.id for record in records})
-    return sum(_keys(record) & there.get(record.id, set()) != set() for record in records)
+    return sum(not _keys(record).isdisjoint(there.get(record.id, ())) for record in records)
 
 
 def _names(records: Sequence[Record], base: Datastore | None, file: str) -> dict[str, str]:
-    """Name the photos that are new in the datastore, by id: their id, or FILE:ID if another photo has that.
+    """Return the names of the new photos by id: the id itself, or FILE:ID if another photo has that id.
 
-    Files may number their photos from 0 each; photos are the same if they have a common caption.
+    Several files may number their photos from 0. Two photos are the same if they have a common caption.
     """
     if base is None:
         return {record.id: record.id for record in records}
@@ -317,13 +303,9 @@ def _keys(record: Record) -> set[str]:
 
 
 def _captions_of(base: Datastore, images: set[str]) -> Mapping[str, set[str]]:
-    """Return the captions (as `caption_key`) of those of `images` that are in the datastore."""
-    found = {i: name for i, name in enumerate(_each(base.images)) if name in images}
+    """Return the captions (as `caption_key`) of the `images` that the datastore contains."""
+    found = {i: name for i, name in enumerate(base.images) if name in images}
     captions: dict[str, set[str]] = {name: set() for name in found.values()}
     for image, start, end in base.entries[np.isin(base.entries[:, 0], list(found))].tolist():
         captions[found[image]].update(caption_key(base.captions[i]) for i in range(start, end))
     return captions
-
-
-def _each(texts: Texts | None) -> Iterator[str]:
-    return iter(()) if texts is None else (texts[i] for i in range(len(texts)))

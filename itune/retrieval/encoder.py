@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
@@ -31,7 +31,7 @@ from ..backbones import (
 from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import write_json
-from ..progress import OnProgress
+from ..progress import OnProgress, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import reading
 from ..runtime.retrieval.datastore import Datastore
@@ -121,13 +121,8 @@ def load_encoder(source: str, pooling: Pooling | None = None) -> tuple[VisionTow
     return tower, load_head(tower, source, pooling)
 
 
-class Own(StrEnum):
-    """What counts as a photo's own captions in a datastore."""
-
-    PHOTO = "photo"
-    """Captions of the photo with its id: for a dev split, which otherwise retrieves as the finished captioner will."""
-    CAPTIONS = "captions"
-    """These, and captions that say the same under any id: for training."""
+OwnCaptions = Literal["photo", "captions"]
+"""Which captions of a datastore count as a photo's own (see `retrieve_for`)."""
 
 
 def retrieve_for(
@@ -137,23 +132,28 @@ def retrieve_for(
     k: int,
     head: RetrievalHead,
     *,
-    leave_out: Own = Own.CAPTIONS,
+    leave_out: OwnCaptions = "captions",
     cache: Path | None = None,
-    progress: OnProgress | None = None,
+    progress: OnProgress = silent,
 ) -> dict[str, list[str]]:
     """Retrieve, for every record's id, the k captions of the datastore that are most similar to its photo.
 
     A photo's own captions are left out: training would copy them, and a dev split would be scored on captions that it
-    was shown. The folder `cache` keeps the result for the same photos, captions, datastore and k. `features` have been
-    prepared with the records' photos.
+    was shown. `leave_out` "photo", for a dev split, leaves out the captions of the photo with the record's id and
+    otherwise retrieves as the finished captioner will; "captions", for training, leaves them out under any id. The
+    folder `cache` keeps the result for the same photos, captions, datastore and k. `features` must be prepared for the
+    records' photos.
 
     Raises:
         DatastoreError: the datastore is of another encoder than `head`.
     """
     datastore.require(head.encoder)
     path = None if cache is None else cache / f"retrieved-{_key(records, datastore, k, leave_out)}.json"
-    if path is not None and (kept := _read_retrieved(path, records)) is not None:
-        return kept
+    if path is not None:
+        with suppress(OSError, ValueError):  # not there yet, or damaged
+            kept = _RETRIEVED.validate_json(path.read_bytes())
+            if all(record.id in kept for record in records):
+                return kept
     captions: dict[str, list[str]] = {}
     for start in range(0, len(records), _BATCH):
         batch = records[start : start + _BATCH]
@@ -162,27 +162,17 @@ def retrieve_for(
             embeddings,
             k,
             exclude_images=[{record.id} for record in batch],
-            exclude_captions=[record.captions for record in batch] if leave_out is Own.CAPTIONS else None,
+            exclude_captions=[record.captions for record in batch] if leave_out == "captions" else None,
         )
         for record, nearest in zip(batch, found, strict=True):
             captions[record.id] = [each.caption for each in nearest]
-        if progress:
-            progress(len(captions), len(records))
+        progress(len(captions), len(records))
     if path is not None:
         write_json(path, captions, indent=None)
     return captions
 
 
-def _read_retrieved(path: Path, records: Sequence[Record]) -> dict[str, list[str]] | None:
-    """Return what an earlier call cached, or None if that cannot be read."""
-    try:
-        content = _RETRIEVED.validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if all(record.id in content for record in records) else None
-
-
-def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: Own) -> str:
+def _key(records: Sequence[Record], datastore: Datastore, k: int, leave_out: str) -> str:
     digest = hashlib.sha256(f"{datastore.manifest.to_json()}\n{k} {leave_out}\n".encode())
     for record in records:
         digest.update(f"{json.dumps([record.id, identity(record.image), record.captions])}\n".encode())

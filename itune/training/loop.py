@@ -42,7 +42,7 @@ from ..files import atomic_folder, write_json
 from ..methods.base import write_tensors
 from ..methods.registry import MODELS
 from ..methods.schemas import CHECKPOINTS
-from ..metrics import CiderD
+from ..metrics import CiderD, split_words
 from ..runtime.errors import reading
 from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults
@@ -123,7 +123,7 @@ class Trainer:
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
-        self.cider = CiderD({record.id: record.captions for record in data.dev}) if data.dev else None
+        self.cider = CiderD([list(map(split_words, record.captions)) for record in data.dev]) if data.dev else None
         self._fingerprint = fingerprint(data.train, data.dev)
         self._saved = time.monotonic()
 
@@ -268,9 +268,9 @@ class Trainer:
             engine, images = EagerEngine(self.model, self.tower), [record.image for record in self.data.dev]
             settings = self.language.tokenizer, self.text, SearchConfig(**self.search.model_dump())
             captions = caption_features(
-                engine, self.data.features, images, *settings, heads=self.prompts, progress=report
+                engine, self.data.features, images, *settings, prompts=self.prompts, progress=report
             )
-        return {"cider": self.cider.score(dict(zip((r.id for r in self.data.dev), captions, strict=True)))}
+        return {"cider": self.cider.score(list(map(split_words, captions)))}
 
     def _end_epoch(self, metrics: dict[str, float], reporter: Reporter, board: Any) -> None:
         for name, value in metrics.items():

@@ -10,8 +10,8 @@ from typing import Any
 from ..backbones import LanguageModel, VisionTower
 from ..data.features import Features
 from ..data.records import Record
-from ..progress import OnProgress
-from ..retrieval.encoder import Own, load_head, retrieve_for
+from ..progress import OnProgress, silent
+from ..retrieval.encoder import OwnCaptions, load_head, retrieve_for
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.retrieval.prompts import PromptWriter
 from ..runtime.settings import RetrievalSettings, TextSettings
@@ -49,7 +49,7 @@ def prepare_prompts(
     *,
     base: RetrievalSettings | None = None,
     cache: Path | None = None,
-    progress: OnProgress | None = None,
+    progress: OnProgress = silent,
 ) -> Prompting:
     """Retrieve captions from the datastore of `config` for every photo of both splits.
 
@@ -73,12 +73,13 @@ def prepare_prompts(
     positions: int = language.model.config.n_positions
     prompts: dict[Path, tuple[int, ...]] = {}
     retrieved = 0
-    for records, own in ((data.train, Own.CAPTIONS), (data.dev, Own.PHOTO)):
+    splits: tuple[tuple[Sequence[Record], OwnCaptions], ...] = ((data.train, "captions"), (data.dev, "photo"))
+    for records, own in splits:
         found = retrieve_for(
             records, data.features, store, settings.k, head, leave_out=own, cache=cache, progress=progress
         )
         for record in records:
-            captions = record.captions if own is Own.CAPTIONS else ()  # dev captions are not tokenized
+            captions = record.captions if own == "captions" else ()  # dev captions are not tokenized
             lengths = [len(encode_caption(language.tokenizer, text, caption)) + 1 for caption in captions]
             longest = max(config.max_new_tokens, min(max(lengths, default=0), config.max_caption_tokens + 1))
             # The last token of a caption needs no position: the language model does not read it.

@@ -38,7 +38,7 @@ from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 from itune.backbones import load_language_model, load_vision_tower
 from itune.data.features import FeatureCache
 from itune.data.records import Record, load_records
-from itune.retrieval.encoder import Own, load_head, retrieve_for
+from itune.retrieval.encoder import load_head, retrieve_for
 from itune.runtime.retrieval.datastore import Datastore
 from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import RetrievalSettings, TextSettings
@@ -65,7 +65,7 @@ class Prompts:
         features, cache = FeatureCache(work / "features", tower), work / "features"
         self.records: dict[str, list[Record]] = {}
         self.found: dict[str, list[str]] = {}
-        for split, own in (("train", Own.CAPTIONS), ("dev", Own.PHOTO)):
+        for split, own in (("train", "captions"), ("dev", "photo")):
             records = self.records[split] = load_records(work / f"{split}.jsonl", split=None)
             features.prepare([record.image for record in records])
             self.found |= retrieve_for(

@@ -26,7 +26,7 @@ class NGramWeights:
         sample = list(captions)
         frequencies: Counter[NGram] = Counter()
         for words in sample:
-            frequencies.update({ngram for order in range(1, MAX_ORDER + 1) for ngram in _ngrams(words, order)})
+            frequencies.update({ngram for order in range(1, MAX_ORDER + 1) for ngram in ngrams(words, order)})
         self._unseen = math.log(1 + len(sample))
         self._known = {ngram: self._unseen - math.log(1 + found) for ngram, found in frequencies.items()}
 
@@ -46,7 +46,7 @@ def consensus(
         cells = [
             (row, columns.setdefault(ngram, len(columns)), times)
             for row, words in enumerate(captions)
-            for ngram, times in Counter(_ngrams(words, order)).items()
+            for ngram, times in Counter(ngrams(words, order)).items()
         ]
         if not cells:
             break
@@ -60,5 +60,6 @@ def consensus(
     return total / MAX_ORDER
 
 
-def _ngrams(words: Sequence[str], order: int) -> Iterator[NGram]:
+def ngrams(words: Sequence[str], order: int) -> Iterator[NGram]:
+    """The n-grams of `order` words, in order."""
     return zip(*(words[start:] for start in range(order)), strict=False)

@@ -101,6 +101,9 @@ class Texts:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index: int) -> str:
         start, end = self._offsets[index : index + 2]
         return bytes(self._text[start : end - 1]).decode("utf-8", errors="replace")

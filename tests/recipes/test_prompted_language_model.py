@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from itune.backbones import load_language_model
-from itune.retrieval.build import CaptionSource, build_datastore
+from itune.retrieval.build import build_datastore
+from itune.retrieval.options import CaptionSource
 from tests.conftest import CAPTIONS, REPOSITORY, random_photo
 
 

@@ -19,8 +19,9 @@ from itune.export.options import ExportOptions
 from itune.export.restore import restore_bundle
 from itune.export.verify.report import Check
 from itune.loading import LoadedCheckpoint, load_captioner
-from itune.retrieval.build import CaptionSource, DatastoreOptions, build_datastore
+from itune.retrieval.build import build_datastore
 from itune.retrieval.encoder import load_head
+from itune.retrieval.options import CaptionSource, DatastoreOptions
 from itune.runtime import Captioner, DatastoreError, ItuneError
 from itune.runtime.bundle import MANIFEST, Manifest
 from itune.runtime.errors import BundleError, SearchError

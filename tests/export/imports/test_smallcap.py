@@ -21,7 +21,8 @@ from itune.export.imports.checkpoint import import_checkpoint
 from itune.export.options import ExportOptions, ImportOptions
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.methods.registry import MODELS
-from itune.retrieval.build import CaptionSource, build_datastore
+from itune.retrieval.build import build_datastore
+from itune.retrieval.options import CaptionSource
 from itune.runtime import Captioner
 from itune.runtime.image import decode, preprocess
 from itune.training.config import resolve

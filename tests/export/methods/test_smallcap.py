@@ -21,8 +21,9 @@ from itune.export.verify.report import Check
 from itune.loading import LoadedCheckpoint, load_captioner
 from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
 from itune.methods.smallcap.settings import SmallCapCheckpoint
-from itune.retrieval.build import CaptionSource, build_datastore
+from itune.retrieval.build import build_datastore
 from itune.retrieval.encoder import load_head
+from itune.retrieval.options import CaptionSource
 from itune.runtime import Captioner, ItuneError
 from itune.runtime.errors import DatastoreError
 from itune.runtime.image import decode, preprocess

@@ -163,7 +163,7 @@ def test_dev_split_is_captioned_and_scored(dev, dev_reference, bundles, clip_che
     eager = eager_captioner(LoadedCheckpoint.load(clip_checkpoint))
     captions, failed = caption_records(eager, dev, num_beams=2, max_new_tokens=8)
     assert len(failed) == 1
-    points = 100 * score_captions(captions, dev).cider
+    points = 100 * score_captions(captions, dev)["cider"]
     assert found["CIDEr-D, dev"].case == f"{points:.1f}, PyTorch {points:.1f}"
     assert found["captions, dev"].case == f"{len(set(captions.values()))} different, 5 photos"
     assert found["captions, dev"].value == found["CIDEr-D, dev"].value == 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from itune.backbones import load_vision_tower
-from itune.data.features import FeatureCache, LiveFeatures
+from itune.data.features import FeatureCache, Features
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def clip(clip_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def live(clip_folder: Path) -> LiveFeatures:
-    return LiveFeatures(load_vision_tower(str(clip_folder)))
+def live(clip_folder: Path) -> Features:
+    return Features(load_vision_tower(str(clip_folder)))
 
 
 def test_a_photo_is_read_as_it_was_prepared(clip: Path, photos: list[Path], tmp_path: Path) -> None:
     mine = [Path(shutil.copy(photo, tmp_path / photo.name)) for photo in photos[:3]]
     tower = load_vision_tower(str(clip))
-    expected = LiveFeatures(tower).read(mine)
+    expected = Features(tower).read(mine)
     cache = FeatureCache(tmp_path / "cache", tower)
     assert cache.prepare(mine) == {}
     os.utime(mine[0], (1, 1))
@@ -48,7 +48,7 @@ def test_two_paths_to_one_photo(clip: Path, photos: list[Path], tmp_path: Path) 
     for _ in range(2):
         cache = FeatureCache(tmp_path / "cache", tower)
         assert cache.prepare(paths) == {}
-        torch.testing.assert_close(cache.read(paths), LiveFeatures(tower).read(paths), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(cache.read(paths), Features(tower).read(paths), rtol=2e-3, atol=2e-3)
     (index,) = (tmp_path / "cache").glob("*/index.jsonl")
     assert len(index.read_text().splitlines()) == 3
 
@@ -65,12 +65,12 @@ def test_a_damaged_index_is_computed_anew(damage: bytes | None, clip: Path, phot
         index.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
     cache = FeatureCache(tmp_path / "cache", tower)
     assert cache.prepare(photos) == {}
-    torch.testing.assert_close(cache.read(photos), LiveFeatures(tower).read(photos), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(cache.read(photos), Features(tower).read(photos), rtol=2e-3, atol=2e-3)
     assert sorted(index.read_bytes().splitlines(keepends=True)) == sorted(lines)
 
 
 def test_another_activation_is_another_tower(clip: Path, photos: list[Path], tmp_path: Path) -> None:
-    """The usual correction of a CLIP's config.json, of which the weights know nothing."""
+    """A correction of a CLIP's config.json leaves its weights as they are."""
     found = []
     for activation in ("quick_gelu", "gelu"):
         config = json.loads((clip / "config.json").read_text())
@@ -81,9 +81,7 @@ def test_another_activation_is_another_tower(clip: Path, photos: list[Path], tmp
     assert not torch.allclose(*found, rtol=1e-2)
 
 
-def test_cache_survives_interruption_and_skips_bad_photos(
-    live: LiveFeatures, photos: list[Path], tmp_path: Path
-) -> None:
+def test_cache_survives_interruption_and_skips_bad_photos(live: Features, photos: list[Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8 no photo")
     cache = FeatureCache(tmp_path / "cache", live.tower)
@@ -101,15 +99,15 @@ def test_cache_survives_interruption_and_skips_bad_photos(
 
 
 def test_two_trainings_may_fill_one_cache_at_a_time(
-    live: LiveFeatures, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    live: Features, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed = LiveFeatures.embed
+    embed = Features.embed
 
-    def slow(self: LiveFeatures, *arguments: Any) -> Any:
+    def slow(self: Features, *arguments: Any) -> Any:
         time.sleep(0.2)  # time enough for the other one to begin
         return embed(self, *arguments)
 
-    monkeypatch.setattr(LiveFeatures, "embed", slow)
+    monkeypatch.setattr(Features, "embed", slow)
     with ThreadPoolExecutor(2) as pool:
         caches = [FeatureCache(tmp_path / "cache", live.tower) for _ in range(2)]
         orders = (photos, photos[::-1])
@@ -123,7 +121,7 @@ def test_two_trainings_may_fill_one_cache_at_a_time(
         torch.testing.assert_close(cache.read(photos), live.read(photos), rtol=2e-3, atol=2e-3)
 
 
-def test_mirrored_embeddings_are_those_of_the_mirrored_photo(live: LiveFeatures, photos: list[Path]) -> None:
+def test_mirrored_embeddings_are_those_of_the_mirrored_photo(live: Features, photos: list[Path]) -> None:
     pixels = live.pixels(photos[0])
     assert not isinstance(pixels, str)
     expected = live.tower.embed(np.ascontiguousarray(pixels[None, :, ::-1]))

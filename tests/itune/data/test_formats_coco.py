@@ -1,4 +1,4 @@
-"""COCO's annotation and results formats, and NoCaps', with what goes wrong in them."""
+"""COCO's annotation and results formats, and NoCaps': good files and bad ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from itune.data.formats import read_results
-from itune.data.records import DataError, load_records
+from itune.data.formats import DataError, read_results
+from itune.data.records import load_records
 
 IMAGES: list[dict[str, Any]] = [
     {"id": 0, "file_name": "a.jpg", "domain": "in-domain", "width": 9},

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModelWithProjection, GPT2LMHeadModel
 
 from itune.backbones import BackboneError, load_clip_projection, load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError, load_config
-from itune.data.features import LiveFeatures
+from itune.data.features import Features
 from itune.data.records import Record
 from itune.eager import EagerEngine
 from itune.loading import LoadedCheckpoint, eager_captioner
@@ -142,7 +142,7 @@ def make_trainer(lm: Path, vision: Path, records: list[Record], output: Path, **
     config = resolve("small-data", **(values | settings))
     tower = load_vision_tower(str(vision))
     language = load_language_model(str(lm))
-    data = TrainingData(records, records[3:], LiveFeatures(tower))
+    data = TrainingData(records, records[3:], Features(tower))
     return Trainer(config, language, tower, data, output, device=torch.device("cpu"))
 
 

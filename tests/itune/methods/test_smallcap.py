@@ -15,13 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.backbones import LanguageModel, load_language_model, load_vision_tower
 from itune.cli.train import main
-from itune.data.features import LiveFeatures
+from itune.data.features import Features
 from itune.data.records import load_records
 from itune.loading import load_captioner
 from itune.methods.base import CaptionModel
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.methods.smallcap.model import CrossAttentionConfig, SmallCapModel
-from itune.retrieval.build import CaptionSource, build_datastore
+from itune.retrieval.build import build_datastore
+from itune.retrieval.options import CaptionSource
 from itune.runtime.errors import DatastoreError, SearchError
 from itune.runtime.settings import TextSettings
 from itune.training.batches import Batch, TokenizedRecord, make_batch, pack_batch, tokenize
@@ -262,7 +263,7 @@ def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
     data: Path, long_language: Path, clip_folder: Path
 ) -> None:
     records = load_records(data / "captions.jsonl")
-    features = LiveFeatures(load_vision_tower(str(clip_folder)))
+    features = Features(load_vision_tower(str(clip_folder)))
     language, text = load_language_model(str(long_language)), TextSettings()
     split = TrainingData(records[:8], records[8:], features)
 

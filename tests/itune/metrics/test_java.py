@@ -1,4 +1,4 @@
-"""METEOR and SPICE: held to the COCO code and the published figures where Java is, else missed in one sentence."""
+"""METEOR and SPICE equal the COCO code and published figures; without Java, an error says what is missing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import pytest
 from itune.data.records import load_records
 from itune.metrics import Evaluation, bleu, evaluate, java, meteor, spice
 from itune.metrics.java import UnavailableError, find_java, find_program
-from itune.metrics.meteor import Pair
 from itune.metrics.statistics import Metric
-from itune.metrics.tokenize import tokenize
+from itune.metrics.tokenize import Pair, split_words
 from tests.itune.metrics.java_oracle import Captions, coco_tokenize
 
 AWKWARD: dict[str, Pair] = {
@@ -220,7 +219,7 @@ def test_the_other_scores_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert all("pycocoevalcap" in reason and "itune[metrics]" in reason for reason in found.missing.values())
     left_out = evaluate(captions, {image: [text] for image, text in captions.items()}, java=False)
     assert left_out.scores() == found.scores()
-    assert left_out.missing == dict.fromkeys(("meteor", "spice"), "left out, as it needs Java")
+    assert left_out.missing.keys() == {"meteor", "spice"}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_the_other_scores_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_spice_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, models: bool, values: list[str]
 ) -> None:
-    """The program itself was never run: its models were not to be had."""
+    """A script stands in for Java: the models of the real program are not available."""
     package = tmp_path / "pycocoevalcap"
     (package / "spice" / "lib").mkdir(parents=True)
     for name in ("spice-1.0.jar", *(f"lib/{model}" for model in spice.MODELS if models)):
@@ -251,7 +250,7 @@ def test_spice_says_what_it_lacks(
 
 
 def test_spice_reads_what_its_program_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The protocol only, as the COCO code's Python speaks it: here a script stands in for the program."""
+    """Only the protocol between the COCO code's Python and the program, for which a script stands in."""
     package = tmp_path / "pycocoevalcap"
     (package / "spice" / "lib").mkdir(parents=True)
     for name in ("spice-1.0.jar", *(f"lib/{model}" for model in spice.MODELS)):
@@ -273,13 +272,13 @@ def test_spice_reads_what_its_program_writes(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_bleu_of_words_of_the_coco_tokenizer_and_of_ours(shared_data: Path) -> None:
-    """What the tie-outs rest on: ours are the same words."""
+    """The comparisons with the COCO code above rest on equal words."""
     candidates, references = human_captions(shared_data, 100)
-    pairs = [(tokenize(candidates[k]), [tokenize(text) for text in references[k]]) for k in candidates]
+    pairs = [(split_words(candidates[k]), [split_words(text) for text in references[k]]) for k in candidates]
     try:
         theirs = tokenized(candidates, references)
     except UnavailableError as error:
         pytest.skip(str(error))
     other = [(theirs[0][k][0].split(), [line.split() for line in theirs[1][k]]) for k in candidates]
     assert pairs == other
-    assert bleu.bleu_metric(pairs).scores().tolist() == bleu.bleu_metric(other).scores().tolist()
+    assert bleu.bleu(pairs).scores().tolist() == bleu.bleu(other).scores().tolist()

@@ -1,4 +1,4 @@
-"""Intervals and tests: held to closed forms, to naive loops over whole evaluations, and to what chance does."""
+"""Intervals and significance tests against closed forms, naive loops over whole evaluations, and simulated chance."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itune.metrics import compare_groups, evaluate, rouge_l
-from itune.metrics.bleu import bleu_metric
+from itune.metrics import compare_groups, evaluate
+from itune.metrics.bleu import bleu
 from itune.metrics.meteor import corpus_meteor
-from itune.metrics.rouge import common_length
+from itune.metrics.rouge import common_length, rouge_l
 from itune.metrics.statistics import Metric, bootstrap, compare, holm, interval, mean_metric
 
 WORDS = ["a", "dog", "cat", "runs", "on", "red", "grass"]
@@ -65,7 +65,7 @@ def test_a_bootstrap_sample_is_an_evaluation_of_repeated_images() -> None:
     sampled = np.concatenate([metric.select(drawn.tolist()).scores() for metric in found.metrics])
     per_image = found.per_image()
     assert sampled[0] == pytest.approx(np.mean(per_image["cider"][drawn])), "its document frequencies stay"
-    assert sampled[1:5] == pytest.approx(bleu_metric(pairs).scores())
+    assert sampled[1:5] == pytest.approx(bleu(pairs).scores())
     assert sampled[5] == pytest.approx(np.mean([rouge_l(*pair) for pair in pairs]))
 
 
@@ -119,7 +119,7 @@ def test_randomisation_of_bleu_is_that_of_whole_corpora() -> None:
     for swaps in itertools.product([False, True], repeat=8):
         a = {k: two[k] if swap else one[k] for k, swap in zip(one, swaps, strict=True)}
         b = {k: one[k] if swap else two[k] for k, swap in zip(one, swaps, strict=True)}
-        scores = [bleu_metric((c[k].split(), [truth[k][0].split()]) for k in c).scores()[1] for c in (a, b)]
+        scores = [bleu((c[k].split(), [truth[k][0].split()]) for k in c).scores()[1] for c in (a, b)]
         extreme, total = extreme + (abs(scores[1] - scores[0]) >= abs(found.difference) - 1e-12), total + 1
     assert found.p == pytest.approx(extreme / total, abs=0.03)
 

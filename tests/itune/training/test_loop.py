@@ -21,7 +21,7 @@ from torch import nn
 
 from itune.backbones import load_language_model, load_vision_tower
 from itune.checkpoint import CheckpointError, load_config, resolve_source, save_config
-from itune.data.features import FeatureCache, Features, LiveFeatures
+from itune.data.features import FeatureCache, Features
 from itune.data.records import Record
 from itune.loading import LoadedCheckpoint
 from itune.runtime.settings import SearchDefaults, TextSettings
@@ -79,12 +79,12 @@ def make_trainer(
 
 
 @pytest.fixture
-def live(clip_folder: Path) -> LiveFeatures:
-    return LiveFeatures(load_vision_tower(str(clip_folder)))
+def live(clip_folder: Path) -> Features:
+    return Features(load_vision_tower(str(clip_folder)))
 
 
 def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
-    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: Features, tmp_path: Path
 ) -> None:
     def trainer(output: str) -> Trainer:
         return make_trainer(language_model_folder, clip_folder, records, tmp_path / output, live)
@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
 
 
 def test_cached_features_give_the_same_losses_within_half_precision(
-    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: Features, tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", live.tower)
     assert cache.prepare([record.image for record in records], flip=True) == {}
@@ -123,7 +123,7 @@ def test_cached_features_give_the_same_losses_within_half_precision(
 
 
 def test_accumulation_does_not_change_the_step(
-    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: Features, tmp_path: Path
 ) -> None:
     losses = []
     for size in (1, 5):
@@ -169,7 +169,7 @@ def test_epoch_covers_every_caption_once(language_model_folder: Path, records: l
 
 
 def test_a_stop_while_evaluating_loses_nothing(
-    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: Features, tmp_path: Path
 ) -> None:
     class Impatient(Quiet):
         def evaluating(self, done: int, images: int) -> None:
@@ -196,7 +196,7 @@ def test_a_stop_while_evaluating_loses_nothing(
 
 
 def test_captions_are_cut_to_the_language_models_positions(
-    language_model_folder: Path, clip_folder: Path, records: list[Record], live: LiveFeatures, tmp_path: Path
+    language_model_folder: Path, clip_folder: Path, records: list[Record], live: Features, tmp_path: Path
 ) -> None:
     long = [replace(record, captions=(" ".join(["dog"] * 200),)) for record in records]
     settings: dict[str, Any] = {"max_caption_tokens": 500, "epochs": 1, "prompt": "A photo of"}
