@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from contestants import BUNDLE, PEERS, Contender, Entry
+from contestants import BUNDLE, PEERS, ContestantProcess, Entry
 from rich.console import Console
 
 from itune import ItuneError, __version__
 from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from itune.files import atomic_folder, hash_files
+from itune.files import atomic_folder, hash_files, write_json
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.bundle import Bundle as BundleFolder
 
@@ -72,19 +72,18 @@ class Artifacts:
         source = self.checkpoint if entry.source == "checkpoint" else self.bundle("fp32")
         with console.status(f"converting for {entry.label}"), atomic_folder(folder) as staging:
             _run(["-m", module, source, staging], f"the conversion for {name}")
-            made = json.dumps({"checkpoint": self.source, "itune": __version__})
-            (staging / _SOURCE).write_text(made, encoding="utf-8")
+            write_json(staging / _SOURCE, {"checkpoint": self.source, "itune": __version__})
         return folder
 
     def _check(self, folder: Path, checkpoint: Any, version: Any) -> None:
         if checkpoint != self.source:
-            raise ItuneError(f"{folder} was exported from another checkpoint: give another --work-dir")
+            raise ItuneError(f"{folder} was exported from another checkpoint: choose another --work-dir")
         if version != __version__:
             raise ItuneError(
-                f"{folder} was exported by another version of itune: delete it, or give another --work-dir"
+                f"{folder} was exported by another version of itune: delete it, or choose another --work-dir"
             )
 
-    def start(self, peers: Iterable[str], precisions: Iterable[str], threads: int) -> dict[str, Contender]:
+    def start(self, peers: Iterable[str], precisions: Iterable[str], threads: int) -> dict[str, ContestantProcess]:
         """Start a process for every peer and every bundle, by name.
 
         A bundle is called `itune PRECISION`, or `itune ENGINE PRECISION` if not on ONNX Runtime on the CPU.
@@ -102,7 +101,7 @@ class Artifacts:
         with console.status("loading") as status:
             for name, (entry, folder) in parts.items():
                 status.update(f"loading {name}")
-                workers[name] = Contender(entry, folder, threads)
+                workers[name] = ContestantProcess(entry, folder, threads)
         return workers
 
 

@@ -48,7 +48,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant's class, label, inputs and requirements."""
+    """How to build a contestant: its class, label, inputs and requirements."""
 
     label: str
     implementation: str
@@ -138,7 +138,7 @@ def search_captions(engine: Any, pixels: UInt8, task: Task) -> Sample:
     return Sample(1e3 * (encoded - start), 1e3 * (done - encoded), tuple(best[0].tokens for best in hypotheses))
 
 
-class Contender(Worker):
+class ContestantProcess(Worker):
     """A contestant in its own process, which ends when this one does."""
 
     def __init__(self, entry: Entry, folder: Path, threads: int) -> None:

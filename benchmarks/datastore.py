@@ -1,4 +1,4 @@
-"""How fast a datastore is searched, and how much an approximate index misses.
+"""Search time of a datastore, and recall of an approximate index.
 
     python benchmarks/datastore.py --entries 1000000
 
@@ -36,8 +36,8 @@ TOPICS, DIRECTIONS, CAPTIONS = 2_000, 128, 5
 _CHUNK = 50_000
 
 
-class Made:
-    """Synthetic embeddings: topics in a space of few directions, photos in a topic, captions of a photo."""
+class SyntheticEmbeddings:
+    """Topics in a space of few directions, photos in a topic, captions of a photo."""
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         rng = self.rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ class Made:
         return self.views(self.photos(count), 0.6, self.common + self.gap)
 
 
-def make_store(folder: Path, made: Made, entries: int, dim: int) -> float:
+def make_store(folder: Path, made: SyntheticEmbeddings, entries: int, dim: int) -> float:
     """Write a datastore of synthetic captions; returns the seconds that its index took."""
     folder.mkdir(parents=True)
     approximate = entries > FLAT_ENTRIES
@@ -88,7 +88,7 @@ def make_store(folder: Path, made: Made, entries: int, dim: int) -> float:
     seconds = perf_counter() - start
     manifest = DatastoreManifest(
         kind="text",
-        encoder=EncoderIdentity(source="made up", sha256="0" * 64, pooling="projection", dim=dim),
+        encoder=EncoderIdentity(source="synthetic", sha256="0" * 64, pooling="projection", dim=dim),
         entries=entries,
         captions=entries,
         images=-(-entries // CAPTIONS),
@@ -113,9 +113,9 @@ def measure(store: Datastore, queries: Floats, k: int) -> dict[str, Any]:
         found.append({int(each.caption.split()[1]) for each in captions})
     exact = Ranking(store.embeddings, queries)
     hits, similarities = [], []
-    for i, theirs in enumerate(found):
+    for i, approximate in enumerate(found):
         entries, scores = exact.best(i, k)
-        hits.append(len(theirs & set(entries.tolist())) / k)
+        hits.append(len(approximate & set(entries.tolist())) / k)
         similarities.append(scores)
     quantiles = np.percentile(times, [50, 95])
     return {
@@ -135,14 +135,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512, help="width of the embeddings; CLIP's is 512 or 768")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("-k", type=int, default=4)
-    parser.add_argument("--nprobe", type=int, nargs="*", default=[], help="also measure these values")
+    parser.add_argument("--nprobe", type=int, nargs="*", default=[], help="also measure these numbers of probed lists")
     parser.add_argument("--work-dir", type=Path, help="keep and reuse the datastores here")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         for entries in arguments.entries:
-            made = Made(arguments.dim)
+            made = SyntheticEmbeddings(arguments.dim)
             folder = (arguments.work_dir or Path(temporary)) / f"{entries}x{arguments.dim}"
             seconds = None if folder.exists() else make_store(folder, made, entries, arguments.dim)
             start = perf_counter()

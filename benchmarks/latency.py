@@ -12,7 +12,6 @@ forced number of tokens, the same beams and the same threads. docs/benchmarks.md
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from tokenizers import Tokenizer
 from itune import ItuneError
 from itune.checkpoint import find_checkpoint, load_config
 from itune.cli.common import require
-from itune.files import atomic_path
+from itune.files import write_json
 from itune.runtime.bundle import TOKENIZER
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8
@@ -251,8 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="itune-latency-") as temporary:
             result = run(arguments, arguments.work_dir or Path(temporary))
         if arguments.json:
-            with atomic_path(arguments.json) as path:
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(arguments.json, result, indent=1)
     except (ItuneError, OSError) as error:
         print(f"latency: error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Alternating measurements and their summary."""
+"""Measure contestants in turns, and summarise the measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from artifacts import BASE, console
-from contestants import Contender, Sample, Task
+from contestants import ContestantProcess, Sample, Task
 from numpy.typing import NDArray
 from rich.progress import Progress
 
@@ -28,13 +28,13 @@ _PACKAGES = (
 Samples = dict[str, list[Sample]]
 
 
-def batches(pixels: UInt8, size: int, least: int) -> list[UInt8]:
-    """At least `least` batches of `size` photos, cycling through pixels [photos, H, W, 3]; each photo occurs."""
-    count = max(least, -(-len(pixels) // size))
+def batches(pixels: UInt8, size: int, minimum: int) -> list[UInt8]:
+    """At least `minimum` batches of `size` photos, cycling through pixels [photos, H, W, 3]; each photo occurs."""
+    count = max(minimum, -(-len(pixels) // size))
     return [pixels[np.arange(i * size, (i + 1) * size) % len(pixels)] for i in range(count)]
 
 
-def measure(workers: dict[str, Contender], photos: list[UInt8], task: Task, warmup: int) -> Samples:
+def measure(workers: dict[str, ContestantProcess], photos: list[UInt8], task: Task, warmup: int) -> Samples:
     """One sample per batch and contestant, alternating, after `warmup` batches that do not count."""
     samples: Samples = {name: [] for name in workers}
     with Progress(console=console, transient=True) as progress:

@@ -15,7 +15,7 @@ import psutil
 from results_tables import PROMPTED
 
 from itune import ItuneError
-from itune.files import atomic_path
+from itune.files import write_json
 
 RETRIEVE = 4
 BUDGET = {
@@ -41,7 +41,7 @@ class Run:
     flags: dict[str, str] = field(default_factory=dict)
     retrieves: bool = False
     language_model: str = "language-model"
-    """The language model's folder in the workplace; runs whose folder is missing are skipped."""
+    """The language model's folder in the work folder; runs whose folder is missing are skipped."""
 
 
 _PROMPTED = "prompted/language-model"
@@ -87,24 +87,24 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class WorkFolder:
     """The work folder, with the recipe's `train.jsonl`, `dev.jsonl`, `language-model/` and `vision/`."""
 
-    folder: Path
+    path: Path
 
     @property
     def datastore(self) -> Path:
         """The datastore of the training captions."""
-        return self.folder / "datastore"
+        return self.path / "datastore"
 
     @property
     def features(self) -> Path:
         """The cache of the photos' embeddings."""
-        return self.folder / "features"
+        return self.path / "features"
 
     def checkpoint(self, run: Run) -> Path:
         """The output folder of a training run."""
-        return self.folder / "methods" / run.name
+        return self.path / "methods" / run.name
 
     def resources(self, run: Run) -> Resources:
         """The resources that a run has used so far."""
@@ -117,10 +117,10 @@ class Workplace:
         if self.is_trained(run):
             return
         flags = {
-            "--data": self.folder / "train.jsonl",
-            "--dev-data": self.folder / "dev.jsonl",
-            "--language-model": self.folder / run.language_model,
-            "--vision": self.folder / "vision",
+            "--data": self.path / "train.jsonl",
+            "--dev-data": self.path / "dev.jsonl",
+            "--language-model": self.path / run.language_model,
+            "--vision": self.path / "vision",
             "--cache-features": self.features,
             "--output": output,
             **BUDGET,
@@ -144,8 +144,7 @@ class Workplace:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         took = Resources(usage.ru_utime + usage.ru_stime, time.monotonic() - start, peak)
         process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped the process
-        with atomic_path(self._resources(run)) as temporary:
-            temporary.write_text(json.dumps(vars(self.resources(run).plus(took))) + "\n", encoding="utf-8")
+        write_json(self._resources(run), vars(self.resources(run).plus(took)), indent=None)
         if process.returncode:
             raise ItuneError(f"{run.title}: training stopped; start again to resume")
 
@@ -155,7 +154,7 @@ class Workplace:
         return progress.exists() and json.loads(progress.read_text("utf-8"))["epoch"] >= int(BUDGET["--epochs"])
 
     def _resources(self, run: Run) -> Path:
-        return self.folder / "methods" / f"{run.name}.resources.json"
+        return self.path / "methods" / f"{run.name}.resources.json"
 
 
 def _own_mib(pid: int) -> float:

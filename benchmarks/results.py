@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from artifacts import console
 from measuring import machine
-from method_runs import BUDGET, RETRIEVE, RUNS, Run, Workplace
+from method_runs import BUDGET, RETRIEVE, RUNS, Run, WorkFolder
 from results_tables import BASE, write_results
 from rich.progress import Progress
 
@@ -34,7 +34,7 @@ from itune import Captioner, ItuneError
 from itune.checkpoint import WEIGHTS_FILE, load_config
 from itune.cli.common import progress, require
 from itune.data.records import load_records
-from itune.files import atomic_path
+from itune.files import write_json
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.engines.onnxruntime import available_cpus
 
@@ -61,11 +61,11 @@ class Condition:
         """The name of its row in the table."""
         return self.run.title if self.retrieve is None else f"{self.run.title}, empty datastore"
 
-    def flags(self, workplace: Workplace) -> list[Any]:
+    def flags(self, work: WorkFolder) -> list[Any]:
         """The retrieval options of itune-eval."""
         if self.retrieve is not None:
             return ["--retrieve", self.retrieve]
-        return ["--datastore", workplace.datastore, "--retrieve", RETRIEVE] if self.run.retrieves else []
+        return ["--datastore", work.datastore, "--retrieve", RETRIEVE] if self.run.retrieves else []
 
 
 def conditions(runs: list[Run]) -> Iterator[Condition]:
@@ -76,65 +76,65 @@ def conditions(runs: list[Run]) -> Iterator[Condition]:
             yield Condition(run, retrieve=0)
 
 
-def train(workplace: Workplace, runs: list[Run]) -> None:
+def train(work: WorkFolder, runs: list[Run]) -> None:
     """Train the runs that are not complete, one after the other, all on the same cached embeddings."""
-    _embed(workplace)
-    if any(run.retrieves for run in runs) and not workplace.datastore.exists():
-        cache = ["--cache-features", workplace.features]
+    _embed(work)
+    if any(run.retrieves for run in runs) and not work.datastore.exists():
+        cache = ["--cache-features", work.features]
         _itune(
-            "datastore", "build", "--captions", workplace.folder / "train.jsonl", "--split", "all",
-            "--encoder", workplace.folder / "vision", *cache, "-o", workplace.datastore,
+            "datastore", "build", "--captions", work.path / "train.jsonl", "--split", "all",
+            "--encoder", work.path / "vision", *cache, "-o", work.datastore,
         )  # fmt: skip
     for run in runs:
-        workplace.train(run)
+        work.train(run)
 
 
-def _embed(workplace: Workplace) -> None:
+def _embed(work: WorkFolder) -> None:
     """Cache the photos' embeddings first, so that no run pays for them."""
     from itune.backbones import load_vision_tower
     from itune.data.features import FeatureCache
 
-    cache = FeatureCache(workplace.features, load_vision_tower(str(workplace.folder / "vision")))
+    cache = FeatureCache(work.features, load_vision_tower(str(work.path / "vision")))
     for split in ("train", "dev"):
-        photos = [record.image for record in load_records(workplace.folder / f"{split}.jsonl", split=None)]
+        photos = [record.image for record in load_records(work.path / f"{split}.jsonl", split=None)]
         with progress(f"{split} photos") as update:
             cache.prepare(photos, flip=split == "train", progress=update)
 
 
-def score(workplace: Workplace, runs: list[Run], java: bool = True) -> None:
+def score(work: WorkFolder, runs: list[Run], java: bool = True) -> None:
     """Export every captioner and caption the dev split with it: WORK/methods/NAME.scores.json and .captions.json."""
     for condition in conditions(runs):
-        stem = workplace.folder / "methods" / condition.name
+        stem = work.path / "methods" / condition.name
         scores, captions = stem.with_name(f"{stem.name}.scores.json"), stem.with_name(f"{stem.name}.captions.json")
         if scores.exists():
             continue
-        bundle = _bundle(workplace, condition.run)
-        flags = ["--num-beams", NUM_BEAMS, "--output", captions, "--json", scores, *condition.flags(workplace)]
+        bundle = _bundle(work, condition.run)
+        flags = ["--num-beams", NUM_BEAMS, "--output", captions, "--json", scores, *condition.flags(work)]
         flags += [] if java else ["--no-java"]
-        _itune("evaluate", bundle, "--data", workplace.folder / "dev.jsonl", "--split", "all", *flags)
-    if not (workplace.folder / "methods" / f"{BASE}.captions.json").exists():
+        _itune("evaluate", bundle, "--data", work.path / "dev.jsonl", "--split", "all", *flags)
+    if not (work.path / "methods" / f"{BASE}.captions.json").exists():
         return  # nothing to compare with yet
     for condition in conditions(runs):
         if condition.name != BASE:
-            _compare(workplace, condition, java)
+            _compare(work, condition, java)
 
 
-def _compare(workplace: Workplace, condition: Condition, java: bool) -> None:
+def _compare(work: WorkFolder, condition: Condition, java: bool) -> None:
     """Test a captioner's captions against I-Tuning's, photo by photo: WORK/methods/NAME.against.json."""
-    base, other = (workplace.folder / "methods" / f"{name}.captions.json" for name in (BASE, condition.name))
-    files = ["--captions", base, "--captions", other, "--references", workplace.folder / "dev.jsonl"]
+    base, other = (work.path / "methods" / f"{name}.captions.json" for name in (BASE, condition.name))
+    files = ["--captions", base, "--captions", other, "--references", work.path / "dev.jsonl"]
     written = other.with_name(f"{condition.name}.against.json")
     if not written.exists():
         _itune("evaluate", *files, "--json", written, *([] if java else ["--no-java"]))
 
 
-def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
+def latency(work: WorkFolder, runs: list[Run], threads: int) -> None:
     """Time whole captions, photo by photo and captioner after captioner: WORK/methods/latency.json."""
     captioners: dict[str, Captioner] = {}
     for run in runs:
-        store = {"datastore": workplace.datastore} if run.retrieves else {}
-        captioners[run.name] = Captioner.load(_bundle(workplace, run), threads=threads, **store)
-    photos = [record.image for record in load_records(workplace.folder / "dev.jsonl", split=None)[: _PHOTOS + _WARMUP]]
+        store = {"datastore": work.datastore} if run.retrieves else {}
+        captioners[run.name] = Captioner.load(_bundle(work, run), threads=threads, **store)
+    photos = [record.image for record in load_records(work.path / "dev.jsonl", split=None)[: _PHOTOS + _WARMUP]]
     taken: dict[str, list[float]] = {name: [] for name in captioners}
     shown: dict[str, list[int]] = {}
     with Progress(console=console, transient=True) as bar:
@@ -155,7 +155,7 @@ def latency(workplace: Workplace, runs: list[Run], threads: int) -> None:
         "ms": {name: _spread(values) for name, values in taken.items()},
         "retrieved": {name: float(np.mean(counts)) for name, counts in shown.items()},
     }
-    _write_json(workplace.folder / "methods" / "latency.json", result)
+    write_json(work.path / "methods" / "latency.json", result, indent=1)
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -163,36 +163,36 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"p10": float(low), "median": float(middle), "p90": float(high)}
 
 
-def write(workplace: Workplace, runs: list[Run], output: Path) -> None:
+def write(work: WorkFolder, runs: list[Run], output: Path) -> None:
     """Write the tables to OUTPUT, and the figure and the data beside it as .png and .json."""
     rows = []
     for condition in conditions(runs):
-        run, stem = condition.run, workplace.folder / "methods" / condition.name
+        run, stem = condition.run, work.path / "methods" / condition.name
         scores = _read_json(stem.with_name(f"{stem.name}.scores.json"))
         scores.pop("missing", None)  # it contains paths of this machine
         against = None
         if condition.name != BASE:
             against = _read_json(stem.with_name(f"{stem.name}.against.json"))["comparison"]["overall"]
-        checkpoint = workplace.checkpoint(run) / "best"
+        checkpoint = work.checkpoint(run) / "best"
         rows.append(
             {
                 "name": condition.name,
                 "title": condition.title,
                 "trainable": _trainable(checkpoint / WEIGHTS_FILE),
                 "epoch": load_config(checkpoint).training["epoch"],
-                "resources": vars(workplace.resources(run)),
+                "resources": vars(work.resources(run)),
                 "scores": scores,
                 "against": against,
             }
         )
-    timing = _read_json(workplace.folder / "methods" / "latency.json")
-    content = {"budget": _budget(workplace), "rows": rows, "latency": timing}
-    _write_json(output.with_suffix(".json"), content)
+    timing = _read_json(work.path / "methods" / "latency.json")
+    content = {"budget": _budget(work), "rows": rows, "latency": timing}
+    write_json(output.with_suffix(".json"), content, indent=1)
     write_results(content, output)
 
 
-def _budget(workplace: Workplace) -> dict[str, Any]:
-    photos = len(load_records(workplace.folder / "train.jsonl", split=None))
+def _budget(work: WorkFolder) -> dict[str, Any]:
+    photos = len(load_records(work.path / "train.jsonl", split=None))
     return {
         "photos": photos,
         "epochs": int(BUDGET["--epochs"]),
@@ -211,13 +211,13 @@ def _trainable(path: Path) -> int:
         return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
 
 
-def _bundle(workplace: Workplace, run: Run) -> Path:
-    bundle = workplace.folder / "methods" / f"{run.name}-{PRECISION}"
+def _bundle(work: WorkFolder, run: Run) -> Path:
+    bundle = work.path / "methods" / f"{run.name}-{PRECISION}"
     if not (bundle / MANIFEST).exists():
-        if not workplace.is_trained(run):
+        if not work.is_trained(run):
             raise ItuneError(f"{run.title} is not completely trained: run the stage train first")
         retrieval = ["--retrieve", RETRIEVE] if run.retrieves else []
-        _itune("export", workplace.checkpoint(run) / "best", "--precision", PRECISION, *retrieval, "-o", bundle)
+        _itune("export", work.checkpoint(run) / "best", "--precision", PRECISION, *retrieval, "-o", bundle)
     return bundle
 
 
@@ -235,11 +235,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,19 +246,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="output of the stage write")
     options = parser.parse_args(arguments)
     require("benchmark", "torch", "transformers", "onnx", "matplotlib")
-    workplace, known = Workplace(options.work_dir), {run.name: run for run in RUNS}
-    available = [name for name, run in known.items() if (workplace.folder / run.language_model).exists()]
+    work, known = WorkFolder(options.work_dir), {run.name: run for run in RUNS}
+    available = [name for name, run in known.items() if (work.path / run.language_model).exists()]
     wanted = options.methods.split(",") if options.methods else available
     if unknown := [name for name in wanted if name not in known]:
         raise ItuneError(f"--methods: unknown {unknown[0]!r}: choose from {', '.join(known)}")
     runs = [known[name] for name in wanted]
-    if not (workplace.folder / "train.jsonl").exists():
-        raise ItuneError(f"--work-dir {workplace.folder} has no train.jsonl: recipes/flickr8k writes it")
+    if not (work.path / "train.jsonl").exists():
+        raise ItuneError(f"--work-dir {work.path} has no train.jsonl: recipes/flickr8k writes it")
     stages: dict[str, Callable[[], None]] = {
-        "train": lambda: train(workplace, runs),
-        "score": lambda: score(workplace, runs, not options.no_java),
-        "latency": lambda: latency(workplace, runs, options.threads),
-        "write": lambda: write(workplace, runs, options.output),
+        "train": lambda: train(work, runs),
+        "score": lambda: score(work, runs, not options.no_java),
+        "latency": lambda: latency(work, runs, options.threads),
+        "write": lambda: write(work, runs, options.output),
     }
     stages[options.stage]()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from itune.files import atomic_path
 
-Entry = dict[str, Any]
+Json = dict[str, Any]
 BASE = "i-tuning"
 """The row that the others are compared with."""
 
@@ -36,7 +36,7 @@ PUBLISHED: tuple[tuple[str, str, str, str, str], ...] = (
 """Captioner, trained parameters in millions, CIDEr-D on COCO Karpathy test, Flickr30k test, NoCaps overall."""
 
 
-def write_results(content: Entry, output: Path) -> None:
+def write_results(content: Json, output: Path) -> None:
     """Write `output` in Markdown, and the figure beside it as .png."""
     figure = output.with_suffix(".png")
     _draw([row for row in content["rows"] if row["name"] in content["latency"]["ms"]], figure)
@@ -44,7 +44,7 @@ def write_results(content: Entry, output: Path) -> None:
         temporary.write_text(_page(content, figure.name), encoding="utf-8")
 
 
-def _page(content: Entry, figure: str) -> str:
+def _page(content: Json, figure: str) -> str:
     budget, timing, rows = content["budget"], content["latency"], content["rows"]
     machine, scores = timing["machine"], rows[0]["scores"]
     prompted = any(PROMPTED in row["title"] for row in rows)
@@ -87,7 +87,7 @@ NoCaps overall.
 """
 
 
-def _measured(rows: Sequence[Entry], timing: Entry) -> tuple[Sequence[str], list[Sequence[str]]]:
+def _measured(rows: Sequence[Json], timing: Json) -> tuple[Sequence[str], list[Sequence[str]]]:
     heading = (
         *("method", "shown", "trainable", "training", "memory", "CIDEr-D", "against I-Tuning", "BLEU-4", "METEOR"),
         "latency, ms",
@@ -114,19 +114,19 @@ def _measured(rows: Sequence[Entry], timing: Entry) -> tuple[Sequence[str], list
     return heading, lines
 
 
-def _shown(row: Entry, timing: Entry) -> str:
+def _shown(row: Json, timing: Json) -> str:
     if row["name"] not in timing["ms"]:
         return "0"
     captions = timing["retrieved"].get(row["name"])
     return "" if captions is None else f"{captions:.1f}"
 
 
-def _with_interval(scores: Entry, name: str) -> str:
+def _with_interval(scores: Json, name: str) -> str:
     low, high = scores["intervals"][name]
     return f"{100 * scores[name]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def _difference(row: Entry) -> str:
+def _difference(row: Json) -> str:
     if row["against"] is None:
         return ""
     found = row["against"]["cider"]
@@ -138,7 +138,7 @@ def _table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heading, rule, *lines))
 
 
-def _draw(rows: Sequence[Entry], path: Path) -> None:
+def _draw(rows: Sequence[Json], path: Path) -> None:
     """CIDEr-D with its interval against trainable parameters, like the I-Tuning paper's Figure 1."""
     import matplotlib as mpl
 
@@ -151,8 +151,8 @@ def _draw(rows: Sequence[Entry], path: Path) -> None:
         middle = 100 * row["scores"]["cider"]
         low, high = (100 * value for value in row["scores"]["intervals"]["cider"])
         column = round(row["trainable"] / 1e5)
-        beside = taken[column] = taken.get(column, -1) + 1
-        x = row["trainable"] / 1e6 + 0.08 * beside
+        neighbours = taken[column] = taken.get(column, -1) + 1
+        x = row["trainable"] / 1e6 + 0.08 * neighbours
         axes.errorbar(x, middle, [[middle - low], [high - middle]], fmt=marker, capsize=3, label=row["title"])
     axes.set_xlabel("trainable parameters, millions (equal ones stand side by side)")
     axes.set_ylabel("CIDEr-D x 100, Flickr8k dev")

@@ -11,7 +11,6 @@ everything but matrix products, and a step's operations and key/value cache, whi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from rich.table import Table
 
 from itune import Captioner, ItuneError
 from itune.cli.common import require
-from itune.files import atomic_path
+from itune.files import write_json
 from itune.runtime.bundle import Bundle
 from itune.runtime.engines.onnxruntime import NAME, available_cpus
 
@@ -208,7 +207,7 @@ def measure(folder: Path, threads: int, num_beams: int, new_tokens: int, repeats
 
 
 def print_tables(result: dict[str, Any], reached: Machine, stages: list[Stage]) -> None:
-    """Print both."""
+    """Print the limits of the machine and the stages of the bundle."""
     out = Console(highlight=False)
     about = result["machine"]
     out.print(
@@ -256,8 +255,7 @@ def main(argv: list[str] | None = None) -> int:
             "stages": [asdict(s) | {"floor_ms": s.floor_ms(reached)} for s in stages],
         }
         if arguments.json:
-            with atomic_path(arguments.json) as path:
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(arguments.json, result, indent=1)
     except (ItuneError, OSError) as error:
         print(f"roofline: error: {error}", file=sys.stderr)
         return 2

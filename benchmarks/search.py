@@ -1,8 +1,8 @@
-"""What the search costs beside the model, in microseconds a step.
+"""Time that the search itself takes, without the model, in microseconds per step.
 
     python benchmarks/search.py
 
-C++ and NumPy alternate in one process; the figures are medians.
+C++ and NumPy alternate in one process; the table shows medians.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def step_times(make: type[NumpySearch], case: Case, rng: np.random.Generator) ->
     core = make(np.full((case.images, 1), END), case.config, END, VOCABULARY)
     rows, times = case.images, []
     for _ in range(STEPS):
-        candidates = made_up(rng, rows, core.k)
+        candidates = synthetic_candidates(rng, rows, core.k)
         start = perf_counter()
         _, parents, kept = core.advance(*candidates)
         _ = core.k
@@ -69,7 +69,7 @@ def step_times(make: type[NumpySearch], case: Case, rng: np.random.Generator) ->
     return times[1:]
 
 
-def made_up(rng: np.random.Generator, rows: int, k: int) -> Candidates:
+def synthetic_candidates(rng: np.random.Generator, rows: int, k: int) -> Candidates:
     """Synthetic candidates without the end token."""
     logits = np.sort(rng.normal(0, 2, (rows, k)).astype(np.float32), axis=1)[:, ::-1].copy()
     token_ids = np.stack([rng.choice(END, k, replace=False) for _ in range(rows)])

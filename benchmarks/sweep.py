@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import BASE, Artifacts, choose_peers, console
-from contestants import PEERS, Contender
+from contestants import PEERS, ContestantProcess
 from latency import make_task, preprocessed
 from measuring import batches, machine, measure, summarize
 from sweep_plots import draw
@@ -26,7 +26,7 @@ from sweep_plots import draw
 from itune import ItuneError
 from itune.checkpoint import load_config
 from itune.cli.common import require
-from itune.files import atomic_path
+from itune.files import write_json
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8
 from itune.runtime.engines.onnxruntime import available_cpus
@@ -91,8 +91,7 @@ class Results:
         """Add or replace a point, and write the file."""
         kept = [entry for entry in self.content["points"] if entry["point"] != asdict(point)]
         self.content["points"] = [*kept, {"point": asdict(point), "bundles": bundles, "summary": summary}]
-        with atomic_path(self.path) as path:
-            path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        write_json(self.path, self.content, indent=1)
 
 
 def sweep(arguments: argparse.Namespace, results: Results) -> None:
@@ -122,7 +121,7 @@ def sweep(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def measure_point(
-    point: Point, workers: dict[str, Contender], pixels: UInt8, bundle: Path, arguments: argparse.Namespace
+    point: Point, workers: dict[str, ContestantProcess], pixels: UInt8, bundle: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The summary of one point."""
     task = make_task(bundle, point.num_beams, point.new_tokens)

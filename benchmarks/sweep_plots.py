@@ -10,7 +10,7 @@ from artifacts import BASE, label
 
 from itune.files import atomic_path
 
-Entry = dict[str, Any]
+Json = dict[str, Any]
 _FIELDS = {
     "beams": ("num_beams", "beams"),
     "new-tokens": ("new_tokens", "new tokens"),
@@ -20,7 +20,7 @@ _FIELDS = {
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write sweep-NAME.png files; returns them."""
-    entries: list[Entry] = results["points"]
+    entries: list[Json] = results["points"]
     if not entries:
         return []
     import matplotlib as mpl
@@ -28,7 +28,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    usual: Entry = results["usual"]
+    usual: Json = results["usual"]
     size = usual["size"]
     about = results["machine"]
     caption = f"{about['threads']} threads of {about['cpu']}, {about['date'][:10]}; bands from minimum to maximum"
@@ -56,19 +56,19 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     return made
 
 
-def _others(usual: Entry, field: str) -> str:
+def _others(usual: Json, field: str) -> str:
     texts = {other: f"{usual[other]} {words}" for other, words in _FIELDS.values()}
     texts["batch_size"] = f"batch {usual['batch_size']}"
     return ", ".join(text for other, text in texts.items() if other != field)
 
 
-def _along(entries: list[Entry], field: str, usual: Entry) -> list[Entry]:
+def _along(entries: list[Json], field: str, usual: Json) -> list[Json]:
     """The points that differ from `usual` at most in one field, sorted by it (sizes: as measured)."""
     found = [e for e in entries if all(e["point"][f] == v for f, v in usual.items() if f != field)]
     return found if field == "size" else sorted(found, key=lambda e: e["point"][field])
 
 
-def _lines(pyplot: Any, along: list[Entry], field: str, words: str, title: str) -> Any:
+def _lines(pyplot: Any, along: list[Json], field: str, words: str, title: str) -> Any:
     """Median time per contestant, or photos per second; dashed for decoding alone."""
     from matplotlib.ticker import LogFormatter
 

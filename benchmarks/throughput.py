@@ -1,4 +1,4 @@
-"""Images per second through a bundle, and whether memory grows with their number.
+"""Images per second through a bundle, and whether memory grows with the number of images.
 
     python benchmarks/throughput.py --images FOLDER --count 10000 --json throughput.json --plot throughput.png
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -25,7 +24,7 @@ from rich.console import Console
 
 from itune.cli.common import progress, require
 from itune.cli.run import expand
-from itune.files import atomic_path
+from itune.files import atomic_path, write_json
 from itune.runtime import Captioner, ImageError, ItuneError
 from itune.runtime.engines.onnxruntime import available_cpus
 
@@ -48,7 +47,7 @@ def photos(folder: Path | None) -> Sequence[str] | Sequence[bytes]:
         if found == [str(folder)]:
             raise ItuneError(f"--images {folder} contains no photo")
         return found
-    return [_made_up(np.random.default_rng(seed)) for seed in range(SYNTHETIC)]
+    return [_synthetic_photo(np.random.default_rng(seed)) for seed in range(SYNTHETIC)]
 
 
 def measure(
@@ -183,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         require("benchmark", "psutil", *(["matplotlib"] if arguments.plot else []))
         result = run(arguments)
         if arguments.json:
-            with atomic_path(arguments.json) as path:
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(arguments.json, result, indent=1)
         if arguments.plot:
             draw(result, arguments.plot)
     except (ItuneError, OSError) as error:
@@ -205,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _made_up(rng: np.random.Generator) -> bytes:
+def _synthetic_photo(rng: np.random.Generator) -> bytes:
     coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
     file = io.BytesIO()
     coarse.resize(SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)

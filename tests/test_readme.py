@@ -141,6 +141,18 @@ def test_the_readmes_links_exist() -> None:
     assert not [target for target in targets if not (REPOSITORY / target).exists()]
 
 
+def test_files_that_the_documentation_names_exist() -> None:
+    folders = ("itune", "export", "runtime", "benchmarks", "recipes", "docs", "tests")
+    files = [path.as_posix() for folder in folders for path in (REPOSITORY / folder).rglob("*.*")]
+    contributing = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for place, text in {"README.md": README, "CONTRIBUTING.md": contributing, **PAGES}.items():
+        text = text.replace("NAME", "ituning")  # of a method to be added
+        for path in re.findall(rf"`((?:{'|'.join(folders)})/[^`\s]*)`", text):
+            assert (REPOSITORY / path).exists(), (place, path)
+        for name in re.findall(r"`([\w/]+\.(?:py|cpp))`", text):
+            assert any(file.endswith(f"/{name}") for file in files), (place, name)
+
+
 def test_default_model_fits_in_git_and_says_whose_it_is() -> None:
     bundle = default_bundle()
     assert sum(path.stat().st_size for path in bundle.iterdir()) < 30e6

@@ -1,7 +1,7 @@
 """A language model trained with prompts, as SmallCap and I-Tuning with retrieval need it.
 
-The recipe's own language model was trained on bare captions only, and has 64 positions, of which captions use the first
-20. This script extends it to 128 positions and continues training on the training captions, after prompts of four,
+The recipe's own language model was trained on bare captions only. It has 64 positions, and captions use the first 20.
+This script extends it to 128 positions and continues training on the training captions, after prompts of four,
 fewer or no captions retrieved for the same photo, and without a prompt. It sees no image.
 
     python prompted_language_model.py --work-dir WORK       # WORK/prompted/language-model/; started again, it resumes

@@ -100,7 +100,7 @@ def test_an_onnx_tower_has_no_plain_export(artifacts: ModuleType, capsys: pytest
 def test_clipcap_has_a_baseline_and_peers(
     artifacts: ModuleType, language_model_folder: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    """`generate` reads the prefix ids through the model's hook; exporters write it down."""
+    """ClipCap's prefix ids go through `generate` and through a plain export."""
     checkpoint = save_clipcap(tmp_path / "c", language_model_folder, clip_folder, **SHAPES["transformer"])
     names = [name for name in ("onnx-plain", "ctranslate2-int8") if not artifacts.PEERS[name].lacks("clip")]
     options = ("--work-dir", tmp_path, "--repeats", 1, "--warmup", 1, "--threads", 1, "--precisions", "fp32")

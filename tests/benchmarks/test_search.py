@@ -1,4 +1,4 @@
-"""benchmarks/search.py runs, and says what it measured."""
+"""benchmarks/search.py runs and prints its measurements."""
 
 from __future__ import annotations
 
