@@ -30,9 +30,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from itune import ItuneError
-from itune.checkpoint import find_checkpoint, load_config
+from itune.checkpoint import find_checkpoint
 from itune.cli.common import require
 from itune.files import write_json
+from itune.methods.schemas import load_config
 from itune.runtime.bundle import TOKENIZER
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8

@@ -20,17 +20,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.pytorch_utils import Conv1D
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    ModelSource,
-    VisionSource,
-    load_config,
-    save_config,
-)
+from itune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, ModelSource, VisionSource, save_config
 from itune.files import atomic_folder
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.methods.ituning.settings import ITuningCheckpoint
+from itune.methods.schemas import load_config
 from itune.runtime.errors import ItuneError
 from itune.runtime.settings import TextSettings
 

@@ -31,10 +31,11 @@ from results_tables import BASE, write_results
 from rich.progress import Progress
 
 from itune import Captioner, ItuneError
-from itune.checkpoint import WEIGHTS_FILE, load_config
+from itune.checkpoint import WEIGHTS_FILE
 from itune.cli.common import progress, require
 from itune.data.records import load_records
 from itune.files import write_json
+from itune.methods.schemas import load_config
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.engines.onnxruntime import available_cpus
 

@@ -24,9 +24,9 @@ from measuring import batches, machine, measure, summarize
 from sweep_plots import draw
 
 from itune import ItuneError
-from itune.checkpoint import load_config
 from itune.cli.common import require
 from itune.files import write_json
+from itune.methods.schemas import load_config
 from itune.runtime.bundle import Bundle as BundleFolder
 from itune.runtime.engines.base import UInt8
 from itune.runtime.engines.onnxruntime import available_cpus

@@ -17,10 +17,11 @@ from onnx import ValueInfoProto, helper
 
 from .. import __version__
 from ..backbones import ClipTower, VisionTower
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, load_config
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data.records import Record
 from ..files import hash_files, listed_files, staged_folder
 from ..loading import LoadedCheckpoint, eager_captioner
+from ..methods.schemas import load_config
 from ..retrieval.encoder import RetrievalHead, load_head
 from ..runtime.bundle import MANIFEST, TOKENIZER, GraphEntry, Manifest, TensorSpec, square_grid
 from ..runtime.captioner import Captioner

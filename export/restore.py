@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
 from ..backbones import PREPROCESSOR
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, parse_config, save_config
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_config
 from ..files import hash_files, staged_folder, write_json
+from ..methods.schemas import parse_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle
 from ..runtime.errors import BundleError
 from ..runtime.settings import ImageSettings

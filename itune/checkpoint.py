@@ -6,7 +6,6 @@ to the folder, and keeps the hash of their weights.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from .files import write_json
-from .runtime.errors import ItuneError, reading
+from .runtime.errors import ItuneError
 from .runtime.settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, TextSettings
 
 if TYPE_CHECKING:
@@ -86,26 +85,10 @@ class CheckpointConfig(Settings):
         return content | {"search": {name: training[name] for name in SearchDefaults.model_fields if name in training}}
 
 
-def parse_config(content: dict[str, Any]) -> CheckpointConfig:
-    """Validate the content of an `itune.json` with its method's schema; raises pydantic's ValidationError."""
-    from .methods.schemas import CHECKPOINTS
-
-    # The base class refuses an unknown method.
-    method = str(content.get("method", "i-tuning")) if isinstance(content, dict) else ""
-    return CHECKPOINTS.get(method, CheckpointConfig).model_validate(content)
-
-
 def find_checkpoint(folder: Path) -> Path:
     """The checkpoint in a folder: the folder itself, or the best one of a training's output folder."""
     best = folder / "best"
     return best if not (folder / CONFIG_FILE).is_file() and (best / CONFIG_FILE).is_file() else folder
-
-
-def load_config(folder: Path) -> CheckpointConfig:
-    """Read and validate `itune.json`."""
-    path = folder / CONFIG_FILE
-    with reading(path, CheckpointError, "give the folder of an adapter checkpoint"):
-        return parse_config(json.loads(path.read_bytes()))
 
 
 def save_config(config: CheckpointConfig, folder: Path) -> None:

@@ -6,18 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
-from .checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CheckpointConfig,
-    CheckpointError,
-    find_checkpoint,
-    load_config,
-    resolve_source,
-)
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointConfig, CheckpointError, find_checkpoint, resolve_source
 from .eager import EagerEngine
 from .methods.base import CaptionModel
 from .methods.registry import MODELS
+from .methods.schemas import load_config
 from .retrieval.encoder import RetrievalHead, load_head
 from .runtime import Captioner
 from .runtime.bundle import TokenSettings

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,17 @@ def test_help_needs_no_numpy(program: str, arguments: list[str]) -> None:
     )
     assert "cyclopts" in modules
     assert not modules & {"numpy", "onnxruntime", "PIL", "tokenizers", "torch", "transformers", "onnx"}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {module_name(path): path for folder in PACKAGES for path in files(folder) if "__init__" not in path.name}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = imported(path)
+        graph[module] = {other for other in modules if other != module and any(inside(name, other) for name in names)}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def module_name(path: Path) -> str:
+    folder, *rest = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join([PACKAGES[folder], *rest])

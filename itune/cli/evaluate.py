@@ -52,7 +52,7 @@ class _File(Options, title="Captions from a file"):
     """What to score `--captions` against: any file that `--data` takes."""
 
 
-class ScoreOptions(Options, title="Scores"):
+class _Scores(Options, title="Scores"):
     """What is scored, and where the scores go."""
 
     split: str | None = None
@@ -80,7 +80,7 @@ def evaluate(
     options: _Model,
     search: BeamSearch,
     file: _File,
-    scores: ScoreOptions,
+    scores: _Scores,
 ) -> None:
     """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals.
 
@@ -130,7 +130,10 @@ def evaluate(
                 common.warn(f"EvalAI needs a caption of every photo, but {failed} could not be read")
             return
         what = f"{scores.split or 'dev'}, beam {chosen(search).get('num_beams', 5)}"
-    report(found, records, what, failed=failed, options=scores)
+    json_file = str(scores.json_file or "-") if scores.json_ else None
+    report(
+        found, records, what, failed=failed, java=not scores.no_java, json_file=json_file, per_image=scores.per_image
+    )
 
 
 def _check_source(model: Path | None, model_options: tuple[Options, ...], file: _File) -> None:

@@ -16,7 +16,6 @@ from . import common
 
 if TYPE_CHECKING:
     from ..data.records import Record
-    from .evaluate import ScoreOptions
 
 HEADINGS = dict(
     zip(SCORES, ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "SPICE"), strict=True)
@@ -54,16 +53,20 @@ def report(
     what: str,
     *,
     failed: int,
-    options: ScoreOptions,
+    java: bool,
+    json_file: str | None,
+    per_image: Path | None,
 ) -> None:
-    """Score one captioner, or compare two, against the records' captions; print and write what the options ask for.
+    """Score one captioner, or compare two, against the records' captions; print and write what is asked for.
+
+    `json_file` "-" prints the scores as JSON instead of the table.
 
     Raises ItuneError for captions of images without references, and for two captioners of different images.
     """
     references = {record.id: record.captions for record in records}
     domains = {record.id: record.domain for record in records}
     _check_images(found, records)
-    scored = [_score(captioner, references, domains, java=not options.no_java) for captioner in found]
+    scored = [_score(captioner, references, domains, java=java) for captioner in found]
     overall = scored[0].overall
     uncaptioned = len(references) - len(overall.images)
     if uncaptioned > failed:
@@ -72,9 +75,9 @@ def report(
             "the whole split"
         )
     comparison = compare_groups(scored[0].groups, scored[1].groups) if len(scored) == 2 else None
-    if options.per_image:
-        _write_per_image(scored, found, domains, options.per_image)
-    if options.json_:
+    if per_image:
+        _write_per_image(scored, found, domains, per_image)
+    if json_file:
         content = _as_json(scored[0]) | {"failed": failed, "uncaptioned": uncaptioned, "missing": overall.missing}
         if comparison is not None:
             content |= {"captions": scored[0].name, "against": _as_json(scored[1]) | {"captions": scored[1].name}}
@@ -83,10 +86,10 @@ def report(
                 for group, differences in comparison.items()
             }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        if options.json_file is None:
+        if json_file == "-":
             print(text)
             return
-        _write(options.json_file, text)
+        _write(Path(json_file), text)
     _print_tables(scored, comparison, what)
 
 

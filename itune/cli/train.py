@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from pydantic import Field
 
-from ..checkpoint import CheckpointConfig, find_checkpoint, load_config, resolve_source
+from ..checkpoint import CheckpointConfig, find_checkpoint, resolve_source
 from ..flags import flag
-from ..methods.schemas import SETTINGS
+from ..methods.schemas import SETTINGS, load_config
 from ..runtime.errors import ItuneError, reading
 from ..training.config import PRESETS, TrainConfig, from_json, resolve
 from . import common, program

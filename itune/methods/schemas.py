@@ -1,8 +1,13 @@
-"""The settings and the checkpoint schema of each method, without torch."""
+"""The training settings and the checkpoint schema of each method, and `itune.json` read with them; without torch."""
 
 from __future__ import annotations
 
-from ..checkpoint import CheckpointConfig
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CONFIG_FILE, CheckpointConfig, CheckpointError
+from ..runtime.errors import reading
 from ..runtime.settings import Method
 from .clipcap.settings import ClipCapCheckpoint, ClipCapSettings
 from .ituning.settings import ITuningCheckpoint, ITuningSettings
@@ -19,3 +24,17 @@ SETTINGS: dict[Method, type[MethodSettings]] = {
     "clipcap": ClipCapSettings,
     "smallcap": SmallCapSettings,
 }
+
+
+def parse_config(content: dict[str, Any]) -> CheckpointConfig:
+    """Validate the content of an `itune.json` with its method's schema; raises pydantic's ValidationError."""
+    # The base class refuses an unknown method.
+    method = str(content.get("method", "i-tuning")) if isinstance(content, dict) else ""
+    return CHECKPOINTS.get(method, CheckpointConfig).model_validate(content)
+
+
+def load_config(folder: Path) -> CheckpointConfig:
+    """Read and validate `itune.json`."""
+    path = folder / CONFIG_FILE
+    with reading(path, CheckpointError, "give the folder of an adapter checkpoint"):
+        return parse_config(json.loads(path.read_bytes()))

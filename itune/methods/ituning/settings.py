@@ -34,8 +34,8 @@ class ITuningCheckpoint(CheckpointConfig):
     method: Literal["i-tuning"] = "i-tuning"
     bottleneck: int = Field(gt=0)
     heads: int = Field(default=1, gt=0)
-    lambda_: float = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
-    score_scale: float
+    lambda_: Positive = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
+    score_scale: Positive
     first_adapter_layer: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

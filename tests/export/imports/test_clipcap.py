@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, GPT2LMHeadModel
 
-from itune.checkpoint import CheckpointError, load_config
+from itune.checkpoint import CheckpointError
 from itune.data.records import Record
 from itune.export.imports.checkpoint import import_checkpoint
 from itune.export.options import ImportOptions
 from itune.loading import LoadedCheckpoint, eager_captioner
+from itune.methods.schemas import load_config
 from itune.runtime.settings import TextSettings
 from tests.clipcap import papers_transformer
 from tests.conftest import make_language_model

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, GPT2LMHeadModel
 
 from itune.backbones import BackboneError, load_clip_projection, load_language_model, load_vision_tower
-from itune.checkpoint import CheckpointError, load_config
+from itune.checkpoint import CheckpointError
 from itune.data.features import Features
 from itune.data.records import Record
 from itune.eager import EagerEngine
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.methods.clipcap.model import ClipCapConfig, ClipCapModel, ImagePrefix
+from itune.methods.schemas import load_config
 from itune.runtime.errors import ItuneError
 from itune.runtime.search import SearchConfig
 from itune.runtime.search.loop import search

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import CheckpointError, load_config, resolve_source, save_config
+from itune.checkpoint import CheckpointError, resolve_source, save_config
 from itune.data.features import FeatureCache, Features
 from itune.data.records import Record
 from itune.loading import LoadedCheckpoint
+from itune.methods.schemas import load_config
 from itune.runtime.settings import SearchDefaults, TextSettings
 from itune.training.batches import epoch_steps, tokenize
 from itune.training.config import PRESETS, ConfigError, TrainConfig, flag, resolve

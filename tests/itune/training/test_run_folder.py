@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from itune.backbones import load_language_model, load_vision_tower
-from itune.checkpoint import CheckpointError, load_config
+from itune.checkpoint import CheckpointError
 from itune.cli.common import ENDING, on_ending
 from itune.cli.train import main
 from itune.data.records import Record
@@ -21,6 +21,7 @@ from itune.files import atomic_folder, recover_folder
 from itune.loading import check_hashes, load_captioner
 from itune.methods import base as captioning
 from itune.methods.base import write_tensors
+from itune.methods.schemas import load_config
 from itune.runtime.errors import ItuneError
 from itune.training.run_folder import fingerprint, holds_run, log_epoch, only_run
 from tests.conftest import make_checkpoint, make_clip, make_language_model, refused
