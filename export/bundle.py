@@ -64,8 +64,9 @@ def export_bundle(
     report: Callable[[list[Check]], None] = lambda _checks: None,
     report_plan: Callable[[str, LayerReport], None] = lambda _role, _layers: None,
 ) -> Manifest:
-    """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`, wholly or not at all.
+    """Export a checkpoint (its folder, or a training's output folder) to the bundle `output`.
 
+    The bundle appears as a whole; on failure nothing is written.
     `search` overrides the checkpoint's search defaults (None keeps one), `dev` are photos to score the graphs on.
     `progress` is called with every stage, `report` with the verification's results, and `report_plan` with the layers
     of each TensorRT plan before it is built.
@@ -131,7 +132,7 @@ class _Plan:
             flag = "--target tensorrt" if tensorrt else "--vocabulary"
             raise ItuneError(f"{flag} does not support captioners that retrieve captions: leave it out")
         decoder = options.precision or ("fp16" if tensorrt else "fp32")
-        # Four bits neither speed a tower up nor leave its embeddings as they are.
+        # 4-bit weights do not speed up a tower, and they change its embeddings.
         vision = options.vision_precision or ("int8" if decoder == "int4" else decoder)
         precisions: dict[Role, Precision] = {"vision": vision, "decoder": decoder}
         card = None

@@ -19,10 +19,11 @@ class VerifyOptions(Settings):
     model_config = ConfigDict(title="Verification")
 
     images: DirectoryPath | None = None
-    """Folder of photos to verify the graphs on, too; also the photos of `--dev-data`. Default: beside that file."""
+    """Folder of photos to verify the graphs on, besides synthetic images; also the photos of
+    `--dev-data`. Default: beside that file."""
     dev_data: Path | None = None
-    """Captions whose dev split (all of a file without splits) is captioned and scored by the graphs and by PyTorch:
-    CIDEr-D, equal captions."""
+    """Captions whose dev split (or whole file, if it has no splits) the graphs and PyTorch
+    caption; they are compared by CIDEr-D and equal captions."""
     dev_images: _Count | None = None
     """At most this many photos of `--dev-data`. Default: 200."""
     verify: bool = True
@@ -37,9 +38,9 @@ class TensorRTOptions(Settings):
     gpu: str | None = None
     """Compute capabilities, such as sm86,sm89. Default: all that the library can build for."""
     max_beams: _Count | None = None
-    """Most beams that the plans have room for. Default: 8."""
+    """Maximum number of beams. Default: 8."""
     max_batch: _Count | None = None
-    """Most images at once. Default: 8."""
+    """Maximum number of images at once. Default: 8."""
     calibration_data: Path | None = None
     """Folder of photos like those to caption; 64 of them give the ranges of int8 activations. `random` is noise, which
     costs quality."""
@@ -68,7 +69,8 @@ class ExportOptions(VerifyOptions, TensorRTOptions):
     """Use this file as the model card."""
     vocabulary: Annotated[str, Field(min_length=1)] | None = None
     """N or FILE: keep only the N most frequent tokens of the training captions (`--data`), or those of a text file with
-    a word, phrase or caption per line. Smaller and faster, but the words differ, and the bundle cannot be restored."""
+    a word, phrase or caption per line. Smaller and faster, but captions may use other words,
+    and the bundle cannot be restored."""
     data: Path | None = None
     """Captions whose train split `--vocabulary N` counts."""
     retrieve: Annotated[int, Field(ge=0)] | None = None
@@ -106,7 +108,7 @@ class ImportOptions(Settings):
 
     # The parts that the published checkpoints were trained on, except ClipCap's on CLIP RN50x4.
     language_model: str = "openai-community/gpt2"
-    """Hub id or folder of the GPT-2, whose weights serve if the file has none. Default: openai-community/gpt2."""
+    """Hub id or folder of the GPT-2, whose weights are used if the file has none. Default: openai-community/gpt2."""
     vision: str = "openai/clip-vit-base-patch32"
     """Hub id or folder of the vision tower. Default: openai/clip-vit-base-patch32."""
     normalize: bool = False
@@ -128,7 +130,7 @@ class CompareOptions(Settings):
     split: str = "dev"
     """Split to caption: train, dev, test, or all. Default: dev."""
     limit: _Count | None = None
-    """Only the first photos, this many."""
+    """Use only the first N photos."""
     batch_size: _Count = 16
     """Photos at once, except while latency is measured. Default: 16."""
     latency_photos: _Count = 40

@@ -68,7 +68,7 @@ def staged_folder(output: Path, *, force: bool, own: Collection[str]) -> Iterato
         why = "is not an earlier output, so --force cannot replace it" if force else "exists; --force replaces it"
         raise ItuneError(f"{output} {why}: choose another --output")
     if replaces:
-        keep_foreign(output, own)
+        refuse_foreign(output, own)
     with atomic_folder(output) as folder:
         yield folder
         if output.exists() and not replaces:
@@ -103,7 +103,7 @@ def recover_folder(folder: Path) -> None:
         return
 
 
-def keep_foreign(folder: Path, own: Collection[str]) -> None:
+def refuse_foreign(folder: Path, own: Collection[str]) -> None:
     """Raise ItuneError if a folder that is to be replaced contains a file whose name is not in `own`."""
     if foreign := sorted(child.name for child in folder.iterdir() if child.name not in own):
         raise ItuneError(f"{folder} holds {foreign[0]}, which would be lost: move it away, or choose another folder")

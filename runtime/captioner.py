@@ -300,7 +300,7 @@ class Captioner:
             room += len(self.tokens.prompt) - self.retriever.writer.shortest
         if config.max_new_tokens > room:
             raise SearchError(
-                f"max_new_tokens must be at most {room}, not {config.max_new_tokens}: no more positions are left after "
-                "the prompt (itune-export --max-new-tokens sets those of a TensorRT plan)"
+                f"max_new_tokens must be at most {room}, not {config.max_new_tokens}: the prompt leaves no more "
+                "positions (for a TensorRT plan, export again with a larger --max-new-tokens)"
             )
         return own, config

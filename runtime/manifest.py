@@ -81,5 +81,5 @@ class ManifestFolder(Generic[Model]):
                 outside, size = not path.is_relative_to(folder.resolve()), path.stat().st_size
                 wrong = outside or listed is None or size != listed.bytes
                 if wrong or (size <= hash_up_to and FileHash.of(path) != listed):
-                    problem = "outside the folder" if outside else "damaged"
+                    problem = "outside the folder" if outside else "not listed" if listed is None else "damaged"
                     raise ValueError(f"{problem} ({size} bytes; {self.manifest} lists {listed})")

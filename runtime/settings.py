@@ -57,7 +57,7 @@ class SearchDefaults(Settings):
     """Exponent of the length that divides the score: above 0 favours longer captions, below 0 shorter ones."""
     early_stopping: bool | Literal["never"] = False
     """True: stop once `num_beams` captions are finished. False: stop once no running beam scores better at its present
-    length. "never": the same at the most favourable length."""
+    length. "never": stop once none can score better at any length."""
     no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """No n-gram of this size occurs twice; 0 is off."""
     repetition_penalty: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0

@@ -95,7 +95,7 @@ def calibration_images(source: Path) -> list[Any]:
         ]
     photos = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not photos:
-        raise ItuneError(f"--calibration-data {source}: is not a folder with photos; name one, or random")
+        raise ItuneError(f"--calibration-data {source}: is not a folder of photos; name one, or random")
     return [photos[place] for place in np.linspace(0, len(photos) - 1, min(PHOTOS, len(photos))).astype(int)]
 
 

@@ -32,7 +32,7 @@ class EmbeddingReference:
         return cls(pixels, head.pool(tower.embed(pixels)).cpu().numpy())
 
     def check(self, bundle: Path, precision: Precision) -> Check:
-        """A line of the verification's report: the largest distance between two vectors of length 1."""
+        """Check the largest distance between the embeddings of the graph and of PyTorch, both of length 1."""
         vision = Bundle.load(bundle, verify=False).graph("vision", "onnxruntime")
         session = open_session(bundle / vision.file, available_cpus())
         found = np.asarray(session.run([EMBEDDING], {vision.inputs[0].name: self.pixels})[0])

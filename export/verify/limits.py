@@ -13,7 +13,7 @@ class Limits:
     measure: Literal["max", "rms"]
     outputs: float
     neighbours: float
-    """For an image alone against the same image in a batch."""
+    """Tolerance between an image alone and the same image in a batch."""
     top1: float
     """Minimum fraction of rows with the same best token."""
     captions: float
@@ -29,7 +29,7 @@ LIMITS = {  # from the tightest to the loosest
     # fp32 products of weights that were rounded to 11 bits.
     "fp16": Limits("rms", outputs=0.03, neighbours=5e-4, top1=0.75, captions=0.0, dev_captions=0.0, cider=0.97),
     # Measured: a captioner trained on Flickr8k 0.015, random GPT-2 base and large 0.037, small random models with
-    # steep attention 0.12; single faults of 0.14 to 0.16 in small models pass below this limit. In random models with
+    # steep attention 0.12; a single fault of 0.14 to 0.16 in a small model goes unnoticed. In random models with
     # flat logits, the slightest rounding changes the best token, so top1 means little there.
     "int8": Limits("rms", outputs=0.3, neighbours=0.05, top1=0.25, captions=0.0, dev_captions=0.0, cider=0.9),
     "int4": Limits("rms", outputs=0.5, neighbours=0.05, top1=0.1, captions=0.0, dev_captions=0.0, cider=0.8),

@@ -40,7 +40,7 @@ class _Threads(Options, title="Options"):
 
 class _Encoder(Options, title="Encoder"):
     encoder: str | None = None
-    """Where its encoder is. Default: where it was when the datastore was built."""
+    """Hub id or folder of the datastore's encoder. Default: the one recorded when it was built."""
 
 
 class _Search(_Encoder, title="Search"):
@@ -72,7 +72,7 @@ def build(
 
 
 def add(store: Store, /, *, captions: Captions, options: _Encoder, threads: _Threads) -> None:
-    """Add the captions of a file, except of photos that are there already; the datastore changes only at the end.
+    """Add a file's captions, except of photos in the datastore already. The datastore changes only at the end.
 
     Examples:
         itune-datastore add store --captions more.jsonl

@@ -27,7 +27,7 @@ class _Data(Options, title="Data"):
     images: Path | None = None
     """Folder of the photos. Default: beside the captions."""
     limit: Count | None = None
-    """Only the first photos, this many."""
+    """Use only the first N photos."""
 
 
 class _Model(Options, title="Model"):
@@ -56,7 +56,7 @@ class _Scores(Options, title="Scores"):
     """What is scored, and where the scores go."""
 
     split: str | None = None
-    """Split to caption: train, dev, test, or all. Default: dev; all of `--references`."""
+    """Split to caption: train, dev, test, or all. Default: dev; with `--captions`, all of `--references`."""
     json_: Annotated[bool | str, Parameter(allow_leading_hyphen=False, show_default=False)] = False
     """Write the scores to this file as JSON; without a file, or with -, print them."""
     per_image: Path | None = None
@@ -115,7 +115,7 @@ def evaluate(
         scored = any(record.captions for record in records)
         if not scored and (scores.json_ or scores.per_image or not options.output):
             raise ItuneError(
-                f"{data.data}: has no captions to score against; only --output FILE works without: the file for EvalAI"
+                f"{data.data}: has no captions to score against: only --output FILE, for EvalAI, can be written"
             )
         found, failed = _captioned(str(model), records, options, {"num_beams": 5} | chosen(search))
         if not found[0].captions:

@@ -196,7 +196,7 @@ def _print_tables(
     if comparison is not None:
         tests = sum(len(differences) for differences in comparison.values())
         common.print_result(
-            f"difference: second minus first; -: no more than noise (paired randomisation test, p < {ALPHA} after "
+            f"difference: second minus first; -: not significant (paired randomisation test, p < {ALPHA} after "
             f"Holm's correction for {tests} scores)"
         )
     for name, reason in {**scored[-1].overall.missing, **overall.missing}.items():

@@ -36,7 +36,7 @@ class _Data(Options, title="Data"):
     dev_fraction: float | None = None
     """Hold out this fraction of the training photos as dev split."""
     dev_images: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate on the first dev photos only, this many."""
+    """Evaluate on only the first N dev photos."""
     cache_features: Path | None = None
     """Compute visual embeddings once and keep them (fp16) in this folder."""
 
@@ -172,9 +172,11 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
         unreadable |= features.prepare([r.image for r in dev], progress=update)
     for reason in unreadable.values():
         common.warn(f"left out: {reason}")
-    train, dev = ([record for record in split if record.image not in unreadable] for split in (train, dev))
-    if not train:
-        raise ItuneError(f"{splits.data}: no photo of the training split can be read")
+    readable = [[record for record in split if record.image not in unreadable] for split in (train, dev)]
+    for file, split, left in zip((splits.data, splits.dev_data or splits.data), (train, dev), readable, strict=True):
+        if split and not left:
+            raise ItuneError(f"{file}: none of the {len(split)} photos can be read")
+    train, dev = readable
     data = TrainingData(train, dev, features)
     if config.datastore is not None:
         with common.progress("photos") as update:

@@ -89,7 +89,7 @@ class FeatureCache(Features):
     def __init__(self, folder: Path, tower: VisionTower) -> None:
         super().__init__(tower)
         self.folder = folder
-        # By path, so that a photo that changes later keeps its row.
+        # By path and not by `identity`: a photo that changes during the run keeps the row that was computed for it.
         self._rows: dict[tuple[Path, bool], int] = {}
         self._maps: dict[bool, NDArray[np.float16]] = {}
         self._unreadable: dict[Path, str] = {}

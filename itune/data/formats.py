@@ -49,7 +49,7 @@ def split_name(name: str) -> str:
 
 
 def _split_in_file_name(file_name: str) -> str | None:
-    """Find the split that val2014, captions_test or trainImages names; latest, retrieval and constraints name none."""
+    """Find the split in a file name such as val2014 or trainImages; part of a word, as in latest, does not count."""
     words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", file_name).lower())
     splits = {split_name(re.sub("(?:set|split)$", "", word)) for word in words}
     return next((split for split in ("train", "dev", "test") if split in splits), None)
@@ -161,7 +161,7 @@ def _require_unique(file: Path, keys: Iterable[tuple[str, str, str]]) -> None:
     first: dict[tuple[str, str], str] = {}
     for where, kind, key in keys:
         if (owner := first.setdefault((kind, key), where)) != where:
-            raise DataError(f"{file}, {where}: {kind} {key!a} is also that of {owner}; keep one")
+            raise DataError(f"{file}, {where}: {kind} {key!a} is already used by {owner}; remove one of the two")
 
 
 def _lines(text: str) -> Iterable[tuple[str, str]]:

@@ -21,4 +21,4 @@ class MethodSettings(Settings):
     retrieves: ClassVar[bool] = False
     """Whether retrieved captions can stand in the prompt."""
     other_defaults: ClassVar[dict[str, Any]] = {}
-    """Defaults of common settings that this method changes."""
+    """This method's defaults for settings that all methods share."""

@@ -1,4 +1,4 @@
-"""Score a set of captions by CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L and SPICE, as far as these can be computed here."""
+"""Score a set of captions by CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L and SPICE, as far as this machine can compute them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .statistics import Difference, Floats, Metric, bootstrap, compare, holm, in
 from .tokenize import Pair, split_words
 
 SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "spice")
-"""Every score, in the order of papers' tables."""
+"""Every score, in the order in which papers list them."""
 ALPHA = 0.05
-"""The significance level of a whole comparison: the chance to find any difference between equally good captioners."""
+"""The significance level of a whole comparison: the chance of a difference between equally good captioners."""
 
 
 @dataclass(frozen=True, eq=False)

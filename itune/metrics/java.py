@@ -44,7 +44,7 @@ def find_java() -> Java:
         if (version := _version(path)) is not None:
             return Java(path, version)
     tried = f" (tried {', '.join(map(str, paths))})" if paths else ""
-    raise UnavailableError(f"no Java runs here{tried}: {'correct JAVA_HOME' if home else 'install one'}, or {_INSTALL}")
+    raise UnavailableError(f"no working Java found{tried}: {'fix JAVA_HOME' if home else 'install one'}, or {_INSTALL}")
 
 
 def find_program(*parts: str) -> Path:

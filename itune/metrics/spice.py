@@ -19,7 +19,7 @@ from .tokenize import Pair
 
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 NEWEST_JAVA = 15
-"""From 16 on, Java bars the program's serialisation library from its own classes."""
+"""Java 16 and later deny the program's serialisation library access to the JDK's own classes."""
 
 
 class _FScore(BaseModel):

@@ -23,7 +23,7 @@ from ..checkpoint import relative_source
 from ..data.features import FeatureCache, Features
 from ..data.formats import find_caption_file
 from ..data.records import Record, load_records
-from ..files import atomic_folder, hash_files, keep_foreign, listed_files, only_writer
+from ..files import atomic_folder, hash_files, listed_files, only_writer, refuse_foreign
 from ..progress import OnStage, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import DatastoreError
@@ -82,7 +82,7 @@ def build_datastore(
         if not (is_datastore and options.force):
             mend = "--force replaces it, `add` adds to it" if is_datastore else "it is not a datastore"
             raise DatastoreError(f"{output} exists ({mend}): choose another --output")
-        keep_foreign(output, listed_files(output / MANIFEST))
+        refuse_foreign(output, listed_files(output / MANIFEST))
     embedder = _Embedder(encoder, options.kind, options.pooling, source.cache_features, progress)
     identity = embedder.head.encoder.model_copy(update={"source": relative_source(encoder, output)})
     centered = embedder.kind == "image" if options.center is None else options.center
@@ -93,7 +93,7 @@ def build_datastore(
 def add_to_datastore(
     store: Path, source: CaptionSource, *, encoder: str | None = None, progress: OnStage = silent
 ) -> Added:
-    """Add a caption file's photos to a datastore, except those that it has: the same id and a common caption.
+    """Add a caption file's photos to a datastore; skip those that it has already, by id and at least one caption.
 
     A photo whose id belongs to another photo there is added as FILE:ID. `encoder` None is the one that the datastore
     names. The mean that was subtracted when the datastore was built stays.
@@ -110,7 +110,7 @@ def add_to_datastore(
     with only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
-        keep_foreign(store, listed_files(store / MANIFEST))
+        refuse_foreign(store, listed_files(store / MANIFEST))
         embedder = _Embedder(
             encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling, source.cache_features, progress
         )

@@ -140,7 +140,8 @@ def retrieve_for(
 
     A photo's own captions are left out: training would copy them, and a dev split would be scored on captions that it
     was shown. `leave_out` "photo", for a dev split, leaves out the captions of the photo with the record's id and
-    otherwise retrieves as the finished captioner will; "captions", for training, leaves them out under any id. The
+    otherwise retrieves as the finished captioner will; "captions", for training, leaves out
+    every caption equal to one of the photo's, whichever photo it belongs to. The
     folder `cache` keeps the result for the same photos, captions, datastore and k. `features` must be prepared for the
     records' photos.
 

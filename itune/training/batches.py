@@ -131,7 +131,7 @@ def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batc
             end = start + len(caption)
             input_ids[row, start:end] = caption
             positions[row, start:end] = len(record.prompt) + np.arange(len(caption))
-            positions[row, end - 1] -= 1  # the last token predicts nothing, and may be one more than the model has
+            positions[row, end - 1] -= 1  # it predicts nothing, and may lie one position beyond the model's last
             segments[row, start:end] = j
             sources[row, start:end] = (len(record.prompt) - 1, *range(start, end - 1))
             start = end

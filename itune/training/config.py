@@ -55,7 +55,7 @@ class OptimisationSettings(Settings):
     batch_size: Count = 4096
     """Captions per optimiser step (paper: 4,096), reached by accumulating gradients."""
     images_per_forward: Count = 32
-    """Images per forward pass, with all their captions; bounds memory, does not change the result."""
+    """Images per forward pass, with all their captions; limits memory without changing the result."""
     learning_rate: NonNegative = 5e-4
     """Peak learning rate of AdamW (ours)."""
     weight_decay: NonNegative = 0.01
@@ -73,7 +73,7 @@ class OptimisationSettings(Settings):
     ema_decay: Annotated[float, Field(ge=0, le=0.99999)] = 0.0
     """Decay per step of the moving average of the weights, which is evaluated and saved; 0 is off."""
     flip: bool = False
-    """Mirror half of the training photos, but none whose caption says left or right."""
+    """Mirror half of the training photos, except those with a caption that mentions left or right."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast of the forward pass; weights and optimiser stay in float32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -19,7 +19,7 @@ class ClipCapSettings(MethodSettings):
     model_config = ConfigDict(title="Method ClipCap")
 
     mapper: Literal["transformer", "mlp"] = "transformer"
-    """Network that maps an image's embedding to the prefix; the paper takes the transformer for a frozen GPT-2."""
+    """Network that maps an image's embedding to the prefix; the paper uses the transformer when GPT-2 is frozen."""
     prefix_length: Count = 10
     """Embeddings before the caption."""
     clip_length: Count = 10

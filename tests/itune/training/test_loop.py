@@ -358,3 +358,8 @@ def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], 
     expect("somebody/gpt2", "--language-model", "somebody/gpt2")
     expect("absent.jsonl", "--data", tmp_path / "absent.jsonl")
     expect("--dev-fraction", "--dev-data", arguments[3])
+    (tmp_path / "damaged.png").write_bytes(b"")
+    (tmp_path / "dev.jsonl").write_text(json.dumps({"image": "damaged.png", "captions": ["a dog"]}))
+    fraction = arguments.index("--dev-fraction")
+    arguments = [*arguments[:fraction], *arguments[fraction + 2 :]]
+    expect("dev.jsonl: ", "--dev-data", tmp_path / "dev.jsonl")  # or the last epoch would count as the best
