@@ -1,4 +1,4 @@
-"""Score a set of captions by CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L and SPICE, as far as this machine can compute them."""
+"""Score captions by CIDEr-D, BLEU-1 to 4, METEOR, ROUGE-L and SPICE, as far as this machine can compute them."""
 
 from __future__ import annotations
 
