@@ -59,7 +59,7 @@ def save_smallcap(folder: Path, clip_folder: Path, **language_model: Any) -> Pat
     model = SmallCapModel(language.model, CrossAttentionConfig(128, tower.width, heads=6, head_width=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in model.adapters.parameters():
+        for _, weight in sorted(model.adapters.named_parameters()):  # whatever order the modules are declared in
             weight.copy_(torch.randn(weight.shape, generator=generator) * (0.3 if weight.ndim > 1 else 0.2))
         for layer in model.layers:
             layer.norm.weight.add_(1)
