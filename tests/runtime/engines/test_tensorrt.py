@@ -149,7 +149,7 @@ def test_memory_is_reused_and_freed(device, trt, fp32_plans, photos):
         ({"num_beams": BEAMS + 1}, ["15 rows", "18", "--max-beams"]),
         ({"num_beams": 5, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "bad_words": ["a", "dog"] * 9}, None),
         ({"do_sample": True, "top_k": K + 1}, [f"{K} candidates", f"{K + 1}"]),
-        ({"max_new_tokens": POSITIONS + 1}, [f"at most {POSITIONS}", "itune-export --max-new-tokens"]),
+        ({"max_new_tokens": POSITIONS + 1}, [f"at most {POSITIONS}", "--max-new-tokens"]),
     ],
 )
 def test_beyond_the_profiles(options, values, fp32_plans, photos):
