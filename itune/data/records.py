@@ -62,8 +62,8 @@ def load_records(
     if not entries:
         found = ", ".join(f"{name or 'no split'} ({size} photos)" for name, size in splits.items())
         raise DataError(
-            f"{file}: no captions for split {wanted or 'all'}; found {found or 'no photos'}; choose another split or "
-            'file, or mark splits by a "split" on each line, lists beside a token file, or the name of a COCO file'
+            f"{file}: no captions for split {wanted or 'all'}; found {found or 'no photos'}; choose another "
+            'split or file, or mark splits: a "split" on each line, lists beside a token file, the name of a COCO file'
         )
     return _locate(entries, file, images, check_images)
 

@@ -1,4 +1,4 @@
-"""METEOR and SPICE: equal to the COCO code and published figures; without Java, an error names what is missing."""
+"""METEOR and SPICE equal the COCO code and published figures; without Java, an error says what is missing."""
 
 from __future__ import annotations
 
