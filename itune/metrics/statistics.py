@@ -65,7 +65,7 @@ def bootstrap(metrics: Sequence[Metric], *, samples: int = 1000, seed: int = 0) 
 
 def interval(drawn: Floats) -> Floats:
     """Return the 95 % percentile interval [n, 2] of each column of `drawn` [samples, n]."""
-    return np.quantile(drawn, [0.025, 0.975], axis=0).T
+    return np.quantile(drawn, [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0).T
 
 
 @dataclass(frozen=True)
