@@ -27,7 +27,6 @@ from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from itune import ItuneError
 from itune.checkpoint import find_checkpoint
@@ -42,6 +41,7 @@ from itune.runtime.engines.onnxruntime import available_cpus
 from itune.runtime.image import SUFFIXES, decode, preprocess
 from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import ImageSettings
+from itune.runtime.text import load_tokenizer
 
 PHOTOS = 8  # captions are compared on at least this many
 PRECISIONS = {"onnxruntime": "fp32,int8", "onnxruntime-cuda": "fp32,fp16", "tensorrt": "fp16,int8"}
@@ -88,7 +88,7 @@ def caption_head(bundle: BundleFolder, new_tokens: int) -> list[int]:
     if retrieval is None or not retrieval.k:
         return manifest.tokens.prompt_tokens
     tokens = manifest.tokens.model_copy(update={"prompt": []})
-    writer = PromptWriter(Tokenizer.from_file(str(bundle.path(TOKENIZER))), manifest.text, retrieval)
+    writer = PromptWriter(load_tokenizer(bundle.path(TOKENIZER)), manifest.text, retrieval)
     similar = [RETRIEVED[i % len(RETRIEVED)] for i in range(retrieval.k)]
     return [*tokens.prompt_tokens, *writer.write(similar, tokens.room - new_tokens)[0]]
 

@@ -22,6 +22,7 @@ from .files import hash_files
 from .runtime.engines.base import Float32, UInt8
 from .runtime.errors import ItuneError, reading
 from .runtime.settings import ImageSettings
+from .runtime.text import load_tokenizer, stateless
 
 # Otherwise transformers reports every weight of a CLIP checkpoint's text tower as unused.
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -120,22 +121,21 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
         blocks: Any = model.transformer.h
         for block in blocks:
             block.mlp.act = nn.GELU(approximate="tanh")
-    return LanguageModel(model, load_tokenizer(folder), folder, sha256)
+    return LanguageModel(model, _tokenizer_in(folder), folder, sha256)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer_in(folder: Path) -> Tokenizer:
     """The tokenizer in `tokenizer.json`, or else in GPT-2's older `vocab.json` and `merges.txt`."""
     path = folder / "tokenizer.json"
     if path.is_file():
         with reading(path, BackboneError, "copy the model again"):
-            return Tokenizer.from_file(str(path))
+            return load_tokenizer(path)
     if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise BackboneError(f"{folder} has no tokenizer: put its tokenizer.json there, or vocab.json and merges.txt")
     from transformers import GPT2Tokenizer
 
     with reading(f"{folder}: vocab.json and merges.txt", BackboneError, "copy the model again"):
-        tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(folder).backend_tokenizer
-    return tokenizer
+        return stateless(GPT2Tokenizer.from_pretrained(folder).backend_tokenizer)
 
 
 class ClipTower:

@@ -27,7 +27,7 @@ from .retrieval.prompts import Retriever
 from .search import SearchConfig
 from .search.loop import PADDING, search
 from .settings import ImageSettings, SearchDefaults, Settings
-from .text import decode_text, encode_caption, encode_text
+from .text import decode_text, encode_caption, encode_text, load_tokenizer
 
 if TYPE_CHECKING:
     from .attention.explanation import Explainer, Explanation, Layer
@@ -140,7 +140,7 @@ class Captioner:
             )
         bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
         with reading(bundle.path(TOKENIZER), BundleError, BUNDLE_FOLDER.mend):
-            tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
+            tokenizer = load_tokenizer(bundle.path(TOKENIZER))
         manifest = bundle.manifest
         retriever = Retriever.load(
             manifest.retrieval, manifest.text, tokenizer, model=bundle.folder, datastore=datastore, k=retrieve

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from .settings import TextSettings
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json` and make it stateless (see `stateless`)."""
+    return stateless(Tokenizer.from_file(str(path)))
+
+
+def stateless(tokenizer: Tokenizer) -> Tokenizer:
+    """Make a tokenizer depend on the text alone, and return it.
+
+    transformers saves the truncation and padding of its last call in `tokenizer.json`, and BPE dropout is random. In
+    text, the spelling of a special token such as "<|endoftext|>" is text.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def clean_caption(text: str, settings: TextSettings) -> str:

@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
-from tokenizers import Tokenizer
 
 from ...runtime.bundle import TOKENIZER, Manifest
 from ...runtime.captioner import Captioner
 from ...runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
 from ...runtime.errors import ImageError, ItuneError
 from ...runtime.image import SUFFIXES
+from ...runtime.text import load_tokenizer
 from ..graph.builder import Array, Graph
 from ..methods.ituning import merged_input
 from ..methods.visual_attention import BIAS, WEIGHT
@@ -128,7 +128,7 @@ def calibrate(
         sessions.append(open_session(copy, available_cpus()))
     engine = _RecordingEngine(sessions[0], sessions[1], manifest.tokens.candidates)
     engine.histograms = histograms
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     captioner = Captioner(engine, tokenizer, manifest.image, manifest.tokens, manifest.search)
     read = 0
     for done, (_, result) in enumerate(captioner.stream(images, batch_size=_BATCH), 1):

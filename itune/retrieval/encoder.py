@@ -107,6 +107,7 @@ class TextEncoder:
             padding=True,
             truncation=True,
             max_length=self.model.config.max_position_embeddings,
+            split_special_tokens=True,  # the spelling of a special token in a caption is text
             return_tensors="pt",
         )
         pooled = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
