@@ -14,6 +14,10 @@ __all__ = ["Caption", "Captioner", "Explanation", "ItuneError", "draw_heatmap"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         from . import runtime

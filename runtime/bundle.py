@@ -222,13 +222,13 @@ class Bundle:
     def load(cls, folder: Path, *, verify: bool = True) -> Bundle:
         """Read and check a bundle; `verify=False` skips the hashes (sizes are always compared).
 
-        If no folder `default` exists, that name stands for the model that is installed with the package.
+        The name `default` stands for the model that is installed with the package, even if a folder has that name.
+        Only the graphs, their weights and the tokenizer are checked: a README may be edited.
 
         Raises:
-            BundleError: not a bundle, another schema version, a broken field, or a file that is missing, damaged or
-                outside the folder.
+            BundleError: not a bundle, another schema version, a broken field, or a file that is missing or damaged.
         """
-        if folder == DEFAULT and not folder.exists():
+        if folder == DEFAULT:
             folder = default_bundle()
         manifest = BUNDLE_FOLDER.read(folder)
         used = {TOKENIZER} | {name for graph in manifest.graphs for name in (graph.file, *graph.external_data)}

@@ -5,10 +5,11 @@ It works with any engine: those that run a bundle's graphs, and eager PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from difflib import get_close_matches
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from .bundle import BUNDLE_FOLDER, DEFAULT, TOKENIZER, Bundle, TokenSettings
 from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError, reading
-from .image import Source, decode, preprocess
+from .image import Source, decode, is_one, preprocess
 from .pipeline import decode_ahead
 from .retrieval.prompts import Retriever
 from .search import SearchConfig
@@ -111,6 +112,13 @@ class Captioner:
         """Threads of the engine; None: its own choice."""
         self.workers = 1
         """Threads that decode images, unless `stream` sets others."""
+        self._reload: Callable[[], Captioner] | None = None
+
+    def __reduce__(self) -> tuple[Callable[[], Captioner], tuple[()]]:
+        """Pickle as a call of `load` with the same arguments: the other process loads the bundle again."""
+        if self._reload is None:
+            raise ItuneError("a checkpoint in PyTorch cannot be pickled: load it in the other process")
+        return self._reload, ()
 
     @classmethod
     def load(
@@ -139,6 +147,7 @@ class Captioner:
                 f"{', '.join(ENGINES)}, threads 1 to {MOST}, retrieve at least 0"
             )
         bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
+        options: dict[str, Any] = {"engine": engine, "threads": threads, "datastore": datastore, "retrieve": retrieve}
         with reading(bundle.path(TOKENIZER), BundleError, BUNDLE_FOLDER.mend):
             tokenizer = load_tokenizer(bundle.path(TOKENIZER))
         manifest = bundle.manifest
@@ -152,6 +161,7 @@ class Captioner:
         chosen = load_engine(bundle, engine, threads)
         captioner = cls(chosen.engine, tokenizer, manifest.image, chosen.tokens, manifest.search)
         captioner.retriever, captioner.bundle, captioner.threads = retriever, bundle, threads
+        captioner._reload = partial(cls.load, bundle.folder.resolve(), **options)
         captioner.engine_name, captioner.engine_notice = chosen.name, chosen.notice
         # The thread that runs the model also decodes while it would wait.
         captioner.workers = min(MAX_WORKERS, (threads or available_cpus()) - 1)
@@ -162,15 +172,16 @@ class Captioner:
 
     @overload
     def caption(
-        self, images: list[T] | tuple[T, ...], *, batch_size: int = 8, workers: int | None = None, **options: Any
+        self, images: Iterable[T], *, batch_size: int = 8, workers: int | None = None, **options: Any
     ) -> list[Caption]: ...
 
     def caption(
-        self, images: T | list[T] | tuple[T, ...], *, batch_size: int = 8, workers: int | None = None, **options: Any
+        self, images: Any, *, batch_size: int = 8, workers: int | None = None, **options: Any
     ) -> Caption | list[Caption]:
-        """Caption one image, or each image of a list.
+        """Caption one image, or each image of a list or another iterable.
 
-        An image is a path, the bytes of an encoded file, a Pillow image or an array (see `image.decode`). `options`
+        An image is a path, an open file or the bytes of an encoded file, a Pillow image or an array (see
+        `image.decode`). `options`
         are the fields of `SearchConfig`, with `bad_words` as a list of words; None stands for the default. Several
         threads may share a Captioner. `batch_size` and `workers` are those of `stream`.
 
@@ -178,7 +189,7 @@ class Captioner:
             ImageError: an image cannot be decoded; `stream` goes on with the others.
             SearchError: an unknown option, or options that contradict each other or the model.
         """
-        if not isinstance(images, list | tuple):
+        if is_one(images):
             return self.caption([images], batch_size=1, workers=0, **options)[0]
         captions = []
         for _, result in self.stream(images, batch_size=batch_size, workers=workers, **options):
@@ -257,7 +268,7 @@ class Captioner:
         try:
             pixels = preprocess(decode(source), self.image)
         except ImageError as error:
-            return error
+            return ImageError(str(error))  # without the traceback, which would keep the decoded image
         return pixels, 1000 * (perf_counter() - start)
 
     def _caption_batch(self, images: list[_Decoded], config: SearchConfig) -> list[Caption]:
@@ -286,6 +297,10 @@ class Captioner:
 
     def _options(self, options: dict[str, Any]) -> tuple[_StreamOptions, SearchConfig]:
         """Validate the options of `stream`."""
+        known = [*_StreamOptions.model_fields, *SearchConfig.model_fields]
+        if unknown := next((name for name in options if name not in known), None):
+            nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(unknown, known, 1))
+            raise SearchError(f"there is no option {unknown}{nearest}")
         chosen = {name: value for name, value in options.items() if value is not None}
         if chosen.get("do_sample"):
             chosen.setdefault("num_beams", 1)

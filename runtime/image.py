@@ -5,31 +5,33 @@ Resizing and cropping match transformers' `CLIPImageProcessor` (Pillow backend) 
 
 from __future__ import annotations
 
+import errno
 import io
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .errors import ImageError, reading
+from .image_files import check_scans, declared_size, max_pixels, without_metadata
 from .settings import ImageSettings
 
-Source: TypeAlias = str | Path | bytes | Image.Image | NDArray[Any]
-"""An image: a path, the bytes of an encoded file, a Pillow image, or an array (see `decode`)."""
+Source: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | NDArray[Any]
+"""An image: a path, an encoded file as bytes or open, a Pillow image, or an array (see `decode`)."""
 
-MAX_PIXELS = 89_478_485
-"""Pillow's limit for decompression bombs, at which it only warns; decoded, this is 360 MB."""
 MAX_ASPECT = 500
 """Longest side / shortest side: a thinner strip, resized by its short edge, would fill the memory."""
 _LARGE = 25_000_000
 _ONE_LARGE = threading.Lock()
 """Held while an image of more than _LARGE pixels is decoded, so that threads do not multiply its memory."""
+_BAND = 1_000_000
+"""Pixels that are converted to RGB at a time."""
 
 # Not every format that Pillow knows: opening an EPS file would start Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
@@ -38,6 +40,8 @@ SUFFIXES = frozenset(
     | {".tif", ".tiff", ".jp2", ".ico", ".avif"}
 )
 """Suffixes of the image files in a folder; a file that the user names may have any suffix."""
+_TILE_TAGS = (322, 323)
+"""TileWidth and TileLength."""
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,6 +52,12 @@ _ORIENTATIONS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def is_one(source: object) -> bool:
+    """Whether this is one image, and not an iterable of images."""
+    one = isinstance(source, str | bytes | bytearray | memoryview | np.ndarray) or hasattr(source, "read")
+    return one or not isinstance(source, Iterable)
 
 
 def decode(source: Source) -> Image.Image:
@@ -66,18 +76,28 @@ def decode(source: Source) -> Image.Image:
         if isinstance(source, np.ndarray):
             return _finish(_from_array(source))
         Image.preinit()  # else Pillow imports all its formats to try the first of _FORMATS
-        try:
-            with io.BytesIO(source) if isinstance(source, bytes | bytearray) else Path(source).open("rb") as file:
-                return _finish(Image.open(file, formats=_FORMATS))
-        except (UnidentifiedImageError, IsADirectoryError) as error:
-            raise ValueError(f"no image in a supported format ({', '.join(_FORMATS)})") from error
+        with _open(source) as opened:
+            file = opened if opened.seekable() else io.BytesIO(opened.read())
+            try:
+                return _read(file)
+            except Exception:  # Pillow raises nearly everything
+                file.seek(0)
+                content = without_metadata(file.read())
+                if content is None:
+                    raise
+        return _read(io.BytesIO(content))  # here, where the first attempt's pixels are released
 
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:
     """Resize an RGB image and crop its centre, padding with black where it is smaller -> uint8 [H, W, 3]."""
     size, box = _placement(image.size, settings)
-    resized = image.resize(size, Image.Resampling[settings.interpolation.upper()])
-    return np.array(resized.crop(box), dtype=np.uint8)
+    left, top, part = 0, 0, None
+    if size[0] * size[1] > _LARGE:  # a thin strip: resize what is cropped alone, although its last bit may differ
+        left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1])
+        x, y = image.width / size[0], image.height / size[1]
+        size, part = (right - left, bottom - top), (left * x, top * y, right * x, bottom * y)
+    resized = image.resize(size, Image.Resampling[settings.interpolation.upper()], part)
+    return np.array(resized.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top)), dtype=np.uint8)
 
 
 def seen_box(size: tuple[int, int], settings: ImageSettings) -> tuple[float, float, float, float]:
@@ -131,16 +151,75 @@ def _no_warnings() -> Iterator[None]:
         _decoding.active = False
 
 
-def _finish(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS or not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
+def _open(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return nullcontext(cast(BinaryIO, source))  # the caller closes it
+    if Path(source).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder: name its photos, or let itune-run find them")
+    return Path(source).open("rb")
+
+
+def _read(file: BinaryIO) -> Image.Image:
+    if declared := declared_size(file):
+        _check_size(*declared)
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        empty = not file.seek(0, io.SEEK_END)
+        raise ValueError("is empty" if empty else f"no image in a supported format ({', '.join(_FORMATS)})") from error
+    _check_size(image.format, *image.size)
+    if tags := getattr(image, "tag_v2", None):  # a TIFF, whose tiles may be larger than the image
+        _check_size(image.format, *(int(tags.get(tag, 1)) for tag in _TILE_TAGS))
+    if image.format in ("JPEG", "MPO"):
+        position = file.tell()
+        file.seek(0)
+        check_scans(file.read(), image.width * image.height)
+        file.seek(position)
+    if image.format == "PNG" and "transparency" in image.info:
+        _scale_transparency(image, file)
+    return _finish(image)
+
+
+def _check_size(format: str | None, width: int, height: int) -> None:
+    most = max_pixels(format)
+    if width * height > most or not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
         raise ValueError(
-            f"{width} x {height} = {width * height} pixels; at most {MAX_PIXELS} pixels and sides of "
-            f"{MAX_ASPECT} : 1 are supported"
+            f"{width} x {height} = {width * height} pixels; at most {most} pixels and sides of {MAX_ASPECT} : 1 are "
+            "supported"
         )
-    with _ONE_LARGE if width * height > _LARGE else nullcontext():
+
+
+def _scale_transparency(png: ImageFile.ImageFile, file: BinaryIO) -> None:
+    """Make a PNG's transparent colour fit its samples of 2, 4 or 16 bits, which Pillow scales to 8."""
+    depth, clear = png.tile[0].args, png.info["transparency"]
+    if depth in ("L;2", "L;4"):
+        png.info["transparency"] = clear * (85 if depth == "L;2" else 17)
+    elif depth == "RGB;16B":
+        png.load()
+        file.seek(0)
+        low = Image.open(file, formats=["PNG"])
+        low.tile = [low.tile[0]._replace(args="RGB;16L")]  # the second byte of each sample
+        low.load()
+        alpha = Image.new("L", png.size)
+        for (top, high_bytes), (_, low_bytes) in zip(_bands(png), _bands(low), strict=True):
+            samples = np.asarray(high_bytes).astype(np.uint16) << 8 | np.asarray(low_bytes)
+            alpha.paste(_opaque(samples != clear), (0, top))
+        del low
+        png.putalpha(alpha)
+        del png.info["transparency"]
+
+
+def _finish(image: Image.Image) -> Image.Image:
+    _check_size(image.format, *image.size)
+    with _ONE_LARGE if image.width * image.height > _LARGE else nullcontext():
         image.load()
-        return _to_rgb(_upright(image))
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+        del image  # releases its pixels before the next copy
+        return rgb if orientation is None else rgb.transpose(orientation)
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -156,28 +235,56 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
-        method = _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG))
+        return _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG))
     except Exception:  # a broken EXIF block is no reason to refuse good pixels
-        return image
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """RGB, with transparency on white; band by band, so that a large image has no further copies."""
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("has no palette")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    white = _white(image) if image.mode == "F" or image.mode.startswith("I") else None
+    rgb = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        pixels = band if white is None else _grey_band(band, white)
+        if pixels.has_transparency_data:
+            pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels.convert("RGBA"))
+        rgb.paste(pixels.convert("RGB"), (0, top))
+    return rgb
 
 
-def _to_8_bit(values: NDArray[Any], mode: str) -> NDArray[np.uint8]:
-    """Scale grey values. Modes I and F do not define white: take the first usual value above all pixels."""
-    low, high = float(values.min()), float(values.max())
-    whites = [65535.0] if mode.startswith("I;16") else [1.0] * (mode == "F") + [255.0, 65535.0]
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    height = max(1, _BAND // image.width)
+    for top in range(0, image.height, height):
+        yield top, image.crop((0, top, image.width, min(top + height, image.height)))
+
+
+def _white(image: Image.Image) -> float:
+    """The grey value that is white. Modes I and F do not define it: take the first usual value above all pixels."""
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    low, high = (limit([float(limit(np.asarray(band))) for _, band in _bands(image)]) for limit in (np.min, np.max))
+    whites = [1.0] * (image.mode == "F") + [255.0, 65535.0]
     white = next((white for white in whites if high <= white), None)
     if white is None or not low >= 0:
         raise ValueError(f"grey values from {low:g} to {high:g} are outside 0 to {whites[-1]:g}")
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    return white
+
+
+def _grey_band(band: Image.Image, white: float) -> Image.Image:
+    """Scale grey values of any range to 8 bits; a PNG's transparent value is compared before that."""
+    values = np.asarray(band)
+    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if isinstance(clear := band.info.get("transparency"), int):
+        grey.putalpha(_opaque(values[..., None] != clear))
+    return grey
+
+
+def _opaque(differs: NDArray[np.bool_]) -> Image.Image:
+    """Alpha of pixels of which a sample differs from the transparent colour, from bool [H, W, samples]."""
+    return Image.fromarray(255 * differs.any(axis=2).astype(np.uint8))

@@ -1,7 +1,7 @@
 """Folders described by a JSON manifest: read the manifest, and check the files that it lists.
 
-A bundle or a datastore may come from anywhere. The manifest is parsed strictly; each file must lie inside the folder
-and have the size and SHA-256 that the manifest records.
+A bundle or a datastore may come from anywhere. The manifest is parsed strictly; each file that a program
+reads must have the size and SHA-256 that the manifest records.
 """
 
 from __future__ import annotations
@@ -71,15 +71,16 @@ class ManifestFolder(Generic[Model]):
     def check(
         self, folder: Path, files: Mapping[str, FileHash], needed: Collection[str], hash_up_to: float = inf
     ) -> None:
-        """Compare the `needed` files and all that the manifest lists with its `files`.
+        """Compare the `needed` files with the `files` that the manifest lists.
 
-        Sizes are always compared, hashes of files up to `hash_up_to` bytes.
+        Sizes are always compared; hashes are compared of files up to `hash_up_to` bytes, and of all those outside the
+        folder, to which the links in a hub's cache lead.
         """
-        for name in sorted(files.keys() | set(needed)):
+        for name in sorted(set(needed)):
             with reading(folder / name, self.error, self.mend):
                 path, listed = (folder / name).resolve(), files.get(name)
-                outside, size = not path.is_relative_to(folder.resolve()), path.stat().st_size
-                wrong = outside or listed is None or size != listed.bytes
-                if wrong or (size <= hash_up_to and FileHash.of(path) != listed):
-                    problem = "outside the folder" if outside else "not listed" if listed is None else "damaged"
+                size, outside = path.stat().st_size, not path.is_relative_to(folder.resolve())
+                hashed = outside or size <= hash_up_to
+                if listed is None or size != listed.bytes or (hashed and FileHash.of(path) != listed):
+                    problem = "not listed" if listed is None else "damaged"
                     raise ValueError(f"{problem} ({size} bytes; {self.manifest} lists {listed})")

@@ -193,14 +193,19 @@ def test_names_that_leave_the_folder(copy: Path, place: str, name: str) -> None:
     assert place in message
 
 
-def test_links_that_leave_the_folder(copy: Path, bundle: Path) -> None:
-    graph = copy / "vision.onnx"
-    graph.rename(copy / "elsewhere.onnx")
-    graph.symlink_to("elsewhere.onnx")
+def test_a_folder_of_links_as_in_a_hub_cache(copy: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(copy.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
     Bundle.load(copy)
-    graph.unlink()
-    graph.symlink_to(bundle / "vision.onnx")
-    assert f"{graph}: outside the folder" in refusal(copy, verify=False)
+    Bundle.load(copy, verify=False)
+    graph = copy / "vision.onnx"
+    content = bytearray(graph.read_bytes())
+    content[-1] ^= 1
+    graph.resolve().write_bytes(content)
+    assert f"{graph}: damaged" in refusal(copy, verify=False)  # what lies outside the folder is always hashed
     graph.unlink()
     graph.symlink_to("vision.onnx")
     assert str(graph) in refusal(copy)
@@ -211,12 +216,19 @@ def test_the_folder_itself_may_be_a_link(bundle: Path, tmp_path: Path) -> None:
     assert Bundle.load(tmp_path / "link").manifest.name == "colours"
 
 
+def test_what_no_program_reads_may_be_edited(copy: Path) -> None:
+    (copy / "README.md").write_text("# Ours")
+    rewrite(copy, lambda content: content["files"].update({"README.md": content["files"]["vision.onnx"]}))
+    Bundle.load(copy)
+
+
 def test_the_default_bundle_is_the_one_in_models(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "__file__", str(tmp_path / "bundle.py"))
     monkeypatch.chdir(tmp_path)
     assert str(tmp_path / "models") in refusal(DEFAULT)
     shutil.copytree(bundle, tmp_path / "models" / "first")
     (tmp_path / "models" / "not-a-bundle").mkdir()
+    shutil.copytree(bundle, tmp_path / "default")  # in the current directory
     assert Bundle.load(DEFAULT).folder == tmp_path / "models" / "first"
 
 

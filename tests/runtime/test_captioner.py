@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +136,51 @@ def test_wrong_options_and_bundles_are_not_loaded(bundle: Path, tmp_path: Path) 
     with pytest.raises(BundleError) as error:
         Captioner.load(broken)
     assert str(broken / TOKENIZER) in str(error.value)
+
+
+def test_files_and_generators(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    path = paint("red")
+    expected = captioner.caption(path).caption
+    buffer = io.BytesIO()
+    buffer.write(path.read_bytes())  # the position is the end, as after saving an image
+    assert captioner.caption(buffer).caption == expected
+    with path.open("rb") as file:
+        assert captioner.caption(file).caption == expected
+        assert not file.closed
+    assert [each.caption for each in captioner.caption(path for _ in range(3))] == [expected] * 3
+    assert [each.caption for each in captioner.caption({path: 1})] == [expected]
+
+
+def test_a_folder_is_not_an_image(captioner: Captioner, tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as error:
+        captioner.caption(tmp_path)
+    assert f"{tmp_path}: is a folder" in str(error.value)
+
+
+def test_a_misspelt_option_names_the_nearest(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    with pytest.raises(SearchError) as error:
+        captioner.caption(paint("red"), num_beam=3)
+    assert "num_beam;" in str(error.value)
+    assert "num_beams" in str(error.value)
+
+
+def test_a_pickled_captioner_loads_its_bundle_again(
+    bundle: Path, paint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle.parent)
+    captioner = Captioner.load(bundle.name, threads=1)
+    content = pickle.dumps(captioner)
+    monkeypatch.chdir("/")
+    copy = pickle.loads(content)
+    assert copy.threads == 1
+    assert copy.caption(paint("blue")).tokens == captioner.caption(paint("blue")).tokens
+
+
+def test_the_errors_of_bad_images_do_not_keep_them_in_memory(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    path = paint("red")
+    path.write_bytes(path.read_bytes()[:50])
+    ((_, error),) = captioner.stream([path])
+    assert isinstance(error, ImageError)
+    assert error.__traceback__ is None
+    assert error.__cause__ is None
+    assert error.__context__ is None

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from itune.runtime.errors import ImageError
-from itune.runtime.image import MAX_ASPECT, MAX_PIXELS, decode
+from itune.runtime.image import MAX_ASPECT, decode
+from itune.runtime.image_files import MAX_PIXELS
 
 LEFT, RIGHT = (200, 30, 40), (10, 60, 250)
 
@@ -99,6 +100,33 @@ def pixels(source: bytes | Image.Image) -> list[tuple[int, ...]]:
     return [tuple(pixel) for pixel in np.asarray(decode(source)).reshape(-1, 3).tolist()]
 
 
+@pytest.mark.parametrize("colour_type", [0, 2])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_colour_at_every_depth(depth: int, colour_type: int) -> None:
+    """PNG, section 11.3.2.1: samples are compared at the depth of the file, before they are scaled."""
+    if colour_type == 2 and depth < 8:  # not in the format
+        return
+    channels = 1 if colour_type == 0 else 3
+    top = (1 << depth) - 1
+    clear, nearly = [top // 2] * channels, [top // 2 ^ 1, *[top // 2] * (channels - 1)]
+    row = sum(sample << (8 * 16 * 3 - depth * (i + 1)) for i, sample in enumerate(clear + nearly)).to_bytes(48, "big")
+    header = struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)
+    transparency = struct.pack(f">{channels}H", *clear)
+    data = zlib.compress(b"\0" + row[: max(1, 2 * channels * depth // 8)])
+    content = png_file((b"IHDR", header), (b"tRNS", transparency), (b"IDAT", data), (b"IEND", b""))
+    left, right = pixels(content)
+    assert left == (255, 255, 255)
+    assert right == tuple([sample * 255 / top for sample in nearly] * 3)[:3] or depth == 16
+    assert right != (255, 255, 255) or nearly == [top]
+
+
+def png_file(*chunks: tuple[bytes, bytes]) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks)
+
+
 def test_colour_modes() -> None:
     assert pixels(encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF")) == [(255, 0, 0)]
     assert pixels(encoded(Image.new("CMYK", (1, 1), (0, 0, 0, 255)), "JPEG")) == [(0, 0, 0)]
@@ -159,9 +187,9 @@ def test_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPat
     assert "10000 x 10000 = 100000000 pixels" in large
     assert str(MAX_PIXELS) in large
     assert "900000000 pixels" in refusal(header(30_000, 30_000))
-    monkeypatch.setattr("itune.runtime.image.MAX_PIXELS", 1199)
+    monkeypatch.setattr("itune.runtime.image_files.MAX_PIXELS", 1199)
     assert "1199 pixels" in refusal(photo())
-    monkeypatch.setattr("itune.runtime.image.MAX_PIXELS", 1200)
+    monkeypatch.setattr("itune.runtime.image_files.MAX_PIXELS", 1200)
     assert decode(photo()).size == (40, 30)
     assert "1 x 501" in refusal(Image.new("L", (1, MAX_ASPECT + 1)))
     assert decode(Image.new("L", (MAX_ASPECT, 1))).size == (MAX_ASPECT, 1)
@@ -169,12 +197,12 @@ def test_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_no_image(tmp_path: Path) -> None:
     text = tmp_path / "notes.jpg"
-    for content in (b"not a photo", b""):
+    for content, said in ((b"not a photo", "JPEG, PNG"), (b"", "empty")):
         text.write_bytes(content)
         for source, name in ((text, str(text)), (content, "the image")):
             message = refusal(source)
             assert message.startswith(f"{name}: ")
-            assert "JPEG, PNG" in message
+            assert said in message
     for path in (tmp_path / "absent.jpg", str(tmp_path), "a\0b"):
         assert refusal(path).startswith(f"{path}: ")
     assert "int" in refusal(3)
@@ -260,7 +288,7 @@ FORMATS = st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "
 
 def decode_or_refuse(content: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("itune.runtime.image.MAX_PIXELS", 100_000)
+        patch.setattr("itune.runtime.image_files.MAX_PIXELS", 100_000)
         try:
             image = decode(content)
         except ImageError as error:
@@ -286,3 +314,81 @@ STARTS = st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a",
 @given(start=STARTS, junk=st.binary())
 def test_junk_is_decoded_or_refused(start: bytes, junk: bytes) -> None:
     decode_or_refuse(start + junk)
+
+
+def test_metadata_never_refuses_a_photo() -> None:
+    image = photo()
+    long_text = (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 70_000_000))
+    for metadata in (
+        long_text,
+        (b"tEXt", b"no separator" * 1000),
+        (b"iCCP", b"name\0\0junk"),
+        (b"iCCP", b"name\0\1"),
+        (b"pHYs", b"\0"),
+        (b"gAMA", b""),
+        (b"cHRM", b"\1"),
+        (b"sRGB", b""),
+        (b"eXIf", b"junk"),
+        (b"acTL", b""),
+        (b"fcTL", b"\1\2"),
+        (b"tRNS", b""),
+    ):
+        chunk = png_file(metadata)[8:]
+        for part in (chunk, chunk[:-1] + b"?"):  # the second with a wrong checksum
+            content = encoded(image, "PNG")
+            before, after = content.index(b"IDAT") - 4, len(content) - 12
+            for place in (before, after):
+                damaged = content[:place] + part + content[place:]
+                np.testing.assert_array_equal(np.asarray(decode(damaged)), np.asarray(image))
+    png = encoded(image, "PNG")
+    np.testing.assert_array_equal(np.asarray(decode(png[:-12] + png_file((b"tEXt", b"a\0b"))[8:-6])), np.asarray(image))
+    webp = encoded(image, "WEBP", lossless=True, exif=b"Exif\0\0" + b"x" * 40, icc_profile=b"y" * 40)
+    np.testing.assert_array_equal(np.asarray(decode(webp[:-20])), np.asarray(image))
+    exif = Image.Exif()
+    exif[0x010E] = "a dog"
+    avif = encoded(image, "AVIF", exif=exif)
+    expected = np.asarray(decode(avif))
+    at = avif.index(b"a dog") - 40
+    damaged = avif[:at] + b"\xff" * 20 + avif[at + 20 :]
+    np.testing.assert_array_equal(np.asarray(decode(damaged)), expected)
+
+
+def test_damaged_pixels_are_still_refused() -> None:
+    content = bytearray(encoded(photo(), "PNG"))
+    content[content.index(b"IDAT") + 20] ^= 1
+    refusal(bytes(content))
+
+
+def test_what_a_decoder_raises_is_the_photos_error() -> None:
+    without_palette = png_file(
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(20))), (b"IEND", b"")
+    )
+    assert "palette" in refusal(without_palette)
+
+
+def test_sizes_are_checked_before_a_file_is_opened() -> None:
+    inner = encoded(Image.new("L", (1, 1)), "PNG")
+    bomb = inner[:16] + struct.pack(">II", 20_000, 20_000) + inner[24:]
+    icon = b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 1, 1, 0, 0, 1, 32, len(bomb), 22) + bomb
+    assert "20000 x 20000" in refusal(icon)
+    lossless = b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0/\xfe\x3fU\x15\x07\x10\x11\x11\x88\x88\xfe\x07\0"
+    assert "16383 x 5461" in refusal(lossless)
+
+
+def test_a_jpeg_of_too_many_scans() -> None:
+    content = encoded(photo(2000, 1500), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    many = content[:-2] + content[last:-2] * 1000 + content[-2:]
+    assert "1010 scans" in refusal(many)
+    video = content + b"\xff\xda" * 5000  # what follows the image is not a scan
+    np.testing.assert_array_equal(np.asarray(decode(video)), np.asarray(decode(content)))
+
+
+def test_a_tiff_of_tiles_larger_than_the_image() -> None:
+    def entry(tag: int, value: int) -> bytes:
+        return struct.pack("<HHII", tag, 4, 1, value)
+
+    side = 32768
+    fields = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 140, 325: 9}
+    directory = struct.pack("<H", len(fields)) + b"".join(entry(tag, value) for tag, value in fields.items())
+    assert f"{side} x {side}" in refusal(b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + zlib.compress(b"\0"))

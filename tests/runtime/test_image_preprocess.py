@@ -80,3 +80,13 @@ def test_what_the_tower_sees_is_what_clip_was_trained_on(mode: str) -> None:
 def test_shortest_edge_without_a_crop_still_fills_the_tower() -> None:
     pixels = preprocess(photo(80, 40, 0), ImageSettings(size=(16, 16), mean=MEAN, std=STD))
     assert pixels.shape == (16, 16, 3)
+
+
+def test_a_thin_strip_is_resized_where_it_is_cropped() -> None:
+    """Not to 1,024,000 x 2048 pixels first, which take 8 GB."""
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1, 500, 3), dtype=np.uint8))
+    tower = ImageSettings(size=(2048, 2048), resize="shortest_edge", crop=(2048, 2048), mean=MEAN, std=STD)
+    pixels = preprocess(strip, tower)
+    centre = strip.resize((20 * 2048, 2048), Image.Resampling.BICUBIC, (240, 0, 260, 1))
+    expected = np.asarray(centre.crop((19 * 1024, 0, 21 * 1024, 2048))).astype(int)
+    assert np.abs(pixels - expected).max() <= 1
