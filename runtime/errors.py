@@ -6,9 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_LONGEST = 1000
+"""Characters of a message; what follows is cut."""
+
+
+_JOINERS = "\u200c\u200d"
+"""Part of words in some scripts, and of emoji."""
+
+
+def printable(text: str) -> str:
+    """Escape what would break a line or reach the terminal as a command: names and captions come from anywhere."""
+    return "".join(c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in text)
+
 
 class ItuneError(Exception):
-    """Base of all errors that a user can fix; the message names the file and the field, and says how to mend it."""
+    """Base of all errors that a user can fix; the message names the file and the field, and says how to mend it.
+
+    It is one printable line.
+    """
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return printable(super().__str__())[:_LONGEST]
 
 
 class ImageError(ItuneError):
@@ -35,7 +54,7 @@ def reason(error: BaseException) -> str:
     """What a library says about bad input, in one line: pydantic's first field and message, or the first line."""
     if hasattr(error, "error_count") and hasattr(error, "errors"):  # pydantic's ValidationError, without importing it
         first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(map(str, first["loc"])).encode("unicode_escape").decode()
+        field = ".".join(map(str, first["loc"]))
         message: str = first["msg"].removeprefix("Value error, ")
         if first["type"] not in ("value_error", "missing", "extra_forbidden", "json_invalid"):
             message += f", not {ascii(first['input'])[:60]}"
