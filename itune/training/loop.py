@@ -123,7 +123,7 @@ class Trainer:
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
-        self.cider = CiderD([list(map(split_words, record.captions)) for record in data.dev]) if data.dev else None
+        self.cider = CiderD([list(map(split_words, record.references)) for record in data.dev]) if data.dev else None
         self._fingerprint = fingerprint(data.train, data.dev)
         self._saved = time.monotonic()
 

@@ -166,7 +166,7 @@ def test_characters_of_every_script() -> None:
         pytest.skip(str(error))
     ours = [split_words(form.format(letter)) for form in forms for letter in letters]
     wrong = {letter for letter, a, b in zip(letters * len(forms), ours, expected, strict=True) if a != b}
-    # Letters and digits newer than Unicode 6.1, which the program ignores, and a letter of its time that is a mark today.
+    # Letters and digits newer than Unicode 6.1, which the program ignores, and a former letter that is a mark now.
     assert {letter for letter in wrong if unicodedata.category(letter)[0] not in "LN"} == {"\u1886"}
     assert len(wrong) < 0.01 * len(letters)
 
