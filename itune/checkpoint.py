@@ -73,6 +73,8 @@ class CheckpointConfig(Settings):
     search: SearchDefaults = SearchDefaults()
     """The default search options, here and in bundles: those of the training's dev evaluation."""
     training: dict[str, Any] = Field(default_factory=dict)
+    license: str | None = None
+    """The terms of the weights that training started from, in a sentence; None if they have none."""
     dropout: ClassVar[float] = 0.0  # a loaded model is not trained
 
     @model_validator(mode="before")
@@ -93,7 +95,8 @@ def find_checkpoint(folder: Path) -> Path:
 
 def save_config(config: CheckpointConfig, folder: Path) -> None:
     """Write `itune.json` atomically."""
-    write_json(folder / CONFIG_FILE, config.model_dump(mode="json", by_alias=True))
+    without = {"license"} if config.license is None else set()  # earlier versions do not know it
+    write_json(folder / CONFIG_FILE, config.model_dump(mode="json", by_alias=True, exclude=without))
 
 
 def resolve_source(source: str, folder: Path) -> str:
