@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import CLIPVisionModel, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from .files import hash_files
+from .json_files import read_json
 from .runtime.engines.base import Float32, UInt8
 from .runtime.errors import ItuneError, reading
 from .runtime.settings import ImageSettings
@@ -31,7 +31,9 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 """Name of the key/value cache in GPT-2's forward pass; newer releases of transformers renamed it."""
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_STEPS = ("_preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
+"""Methods of transformers' image processors that `ImageSettings` reproduces as the base class has them."""
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "logit_scale")
@@ -73,7 +75,7 @@ def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
     """A backbone's `config.json`, which must name one of the model types."""
     path = folder / "config.json"
     with reading(path, BackboneError, f"give the folder of a {model_types[0]} model"):
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(path, BackboneError)
         found = {name: config.get(name) for name in ("model_type", "add_cross_attention")}
     if found["model_type"] not in model_types or found["add_cross_attention"]:
         raise BackboneError(f"{path}: {found}; give the folder of a plain {model_types[0]} model")
@@ -150,12 +152,13 @@ class ClipTower:
         self.sha256 = hash_files(weight_files(folder))
         self.model = load_pretrained(CLIPVisionModel, folder, "a CLIP vision model").requires_grad_(False)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
-        if image is None and (folder / PREPROCESSOR).is_file():
+        if image is None and preprocessor_file(folder).is_file():
             image = read_image_settings(folder)
         self.image = image or ImageSettings(size=(side, side), crop=(side, side), mean=_MEAN, std=_STD)
         if self.image.output_size != (side, side):
             raise BackboneError(
-                f"{folder}: {PREPROCESSOR} makes pixels of {self.image.output_size}, config.json wants {side} x {side}"
+                f"{preprocessor_file(folder)}: makes pixels of {self.image.output_size}, config.json wants "
+                f"{side} x {side}: change one of them"
             )
         self.tokens = (side // patch) ** 2 + 1
         self.width = self.model.config.hidden_size
@@ -251,36 +254,70 @@ class OnnxTower:
         return torch.from_numpy(np.concatenate(embedded))
 
 
+def preprocessor_file(folder: Path) -> Path:
+    """The file from which transformers builds the image processor; `preprocessor_config.json` if there is none."""
+    processor = folder / PROCESSOR
+    nested = read_json(processor, BackboneError) if processor.is_file() else None
+    return (
+        processor if isinstance(nested, dict) and nested.get("image_processor") is not None else folder / PREPROCESSOR
+    )
+
+
 def read_image_settings(folder: Path) -> ImageSettings:
-    """Convert a Hugging Face `preprocessor_config.json`; raises BackboneError if we cannot reproduce it."""
-    path = folder / PREPROCESSOR
-    with reading(path, BackboneError, "a vision tower needs an image preprocessor's configuration"):
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
+    """The settings of the image processor that transformers builds from the folder's files.
+
+    Raises BackboneError if the processor does something else than resize, crop, rescale by 1/255 and normalize.
+    """
+    from transformers import AutoImageProcessor, CLIPConfig
+    from transformers.image_processing_backends import PilBackend
+
+    path = preprocessor_file(folder)
+    with reading(path, BackboneError, "a vision tower needs an image processor's configuration"):
+        # Without a type it is CLIP's. The processor's class decides what missing fields mean.
+        processor: Any = AutoImageProcessor.from_pretrained(
+            folder, config=CLIPConfig(), backend="pil", trust_remote_code=False, local_files_only=True
+        )
+        written, _ = processor.get_image_processor_dict(folder, local_files_only=True)
+        kind = type(processor).__name__.removesuffix("Pil")
+        named = written.get("image_processor_type") or written.get("feature_extractor_type") or kind
+        plain = all(getattr(type(processor), step, None) is getattr(PilBackend, step) for step in _STEPS)
+        size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+        edge = size.shortest_edge
         supported = {
-            "do_resize": config.get("do_resize", True),
-            "do_normalize": config.get("do_normalize", True),
-            "do_rescale": config.get("do_rescale", True),
-            "rescale_factor": abs(255 * config.get("rescale_factor", 1 / 255) - 1) < 1e-4,
-            "size.longest_edge": "longest_edge" not in size,
+            f"image_processor_type {named}": plain and kind == _kind(named),
+            "do_resize": processor.do_resize,
+            "do_center_crop": crop or not edge,
+            "do_normalize": processor.do_normalize,
+            "do_rescale": processor.do_rescale,
+            "do_pad": not processor.do_pad,
+            "rescale_factor": abs(255 * processor.rescale_factor - 1) < 1e-4,
+            "size.longest_edge": size.longest_edge is None,
+            "size": edge or (size.height and size.width),
+            f"resample {processor.resample}": processor.resample in _RESAMPLE,
         }
         if unsupported := [field for field, supports in supported.items() if not supports]:
             raise BackboneError(
-                f"{path}: {unsupported[0]} is not supported: pixels are resized to a shorter edge or to height and "
-                "width, rescaled by 1/255 and normalized"
+                f"{path}: {unsupported[0]} is not supported: pixels are resized to a shorter edge and cropped, or "
+                "resized to height and width, then rescaled by 1/255 and normalized"
             )
-        edge = size.get("shortest_edge")
-        crop = config.get("crop_size") if config.get("do_center_crop", True) else None
-        if isinstance(crop, int):
-            crop = {"height": crop, "width": crop}
         return ImageSettings(
-            size=(edge, edge) if edge else (size["height"], size["width"]),
+            size=(edge, edge) if edge else (size.height, size.width),
             resize="shortest_edge" if edge else "squash",
-            crop=(crop["height"], crop["width"]) if crop else None,
-            mean=config["image_mean"],
-            std=config["image_std"],
-            interpolation=_RESAMPLE[config.get("resample", 3)],  # type: ignore[arg-type]
+            crop=(crop.height, crop.width) if crop else None,
+            mean=_per_channel(processor.image_mean),
+            std=_per_channel(processor.image_std),
+            interpolation=_RESAMPLE[processor.resample],  # type: ignore[arg-type]
         )
+
+
+def _kind(named: str) -> str:
+    """The class that transformers 5 has for the name of an image processor or an older feature extractor."""
+    return named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+
+
+def _per_channel(value: Any) -> Any:
+    """A mean or standard deviation; one number stands for all channels."""
+    return (value,) * 3 if isinstance(value, int | float) else value
 
 
 def normalize(pixels: UInt8, image: ImageSettings) -> Float32:
