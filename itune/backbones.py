@@ -10,19 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
+from .config_mismatch import config_mismatch
 from .files import hash_files
 from .json_files import read_json
 from .runtime.engines.base import Float32, UInt8
 from .runtime.errors import ItuneError, reading
 from .runtime.settings import ImageSettings
 from .runtime.text import load_tokenizer, stateless
+from .weight_files import read_shapes, read_tensors
 
 # Otherwise transformers reports every weight of a CLIP checkpoint's text tower as unused.
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -92,13 +93,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_pretrained(model: Any, folder: Path, what: str) -> Any:
     """Load a transformers class in float32 and evaluation mode; `what` names the right kind of checkpoint in errors."""
-    with reading(folder, BackboneError, f"give the folder of {what}"):
+    path, mend = folder / "config.json", f"give the folder of {what}"
+    with reading(folder, BackboneError, mend):
+        shapes = {name: shape for file in weight_files(folder) for name, shape in read_shapes(file).items()}
+    with reading(path, BackboneError, mend):
+        if problem := config_mismatch(model, model.config_class.from_pretrained(folder, local_files_only=True), shapes):
+            raise BackboneError(f"{path}: {problem}; put back the config.json of these weights")
+    with reading(folder, BackboneError, mend):
         loaded, info = model.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     # transformers fills missing weights with random numbers.
     if missing := sorted(name for name in info["missing_keys"] if not name.endswith(_UNUSED)):
-        raise BackboneError(f"{folder}: the weight files lack {missing[0]}: give the folder of {what}")
+        raise BackboneError(f"{folder}: the weight files lack {missing[0]}: {mend}")
     return loaded.train(False)
 
 
@@ -203,12 +210,7 @@ def load_clip_projection(source: str) -> ClipProjection | None:
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with reading(path, BackboneError, "copy the model again"):
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as file:
-                    ends = tuple(_PROJECTION.values())
-                    found |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(ends)}  # noqa: SIM118
-            else:
-                found |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            found |= read_tensors(path, lambda name: name.endswith(tuple(_PROJECTION.values())))
     tensors = {ours: t.float() for ours, end in _PROJECTION.items() for name, t in found.items() if name.endswith(end)}
     if tensors.keys() != _PROJECTION.keys():
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointConfig, CheckpointError, find_checkpoint, resolve_source
 from .eager import EagerEngine
@@ -56,7 +58,9 @@ class LoadedCheckpoint:
         language = load_language_model(resolve_source(lm.source, folder), lm.revision)
         tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
         check_hashes(folder, config, language, tower)
-        model = MODELS[config.method].create(config, language.model, (tower.tokens, tower.width))
+        # Only the weights file takes memory, whatever sizes itune.json names.
+        with torch.device("meta"), reading(folder / CONFIG_FILE, CheckpointError, "copy the checkpoint again"):
+            model = MODELS[config.method].create(config, language.model, (tower.tokens, tower.width))
         model.load_adapters(folder / WEIGHTS_FILE)
         return cls(config, model, language, tower)
 

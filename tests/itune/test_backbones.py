@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -135,6 +138,92 @@ def test_preprocessing_that_we_do_not_reproduce(change: dict[str, object], field
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with refused(BackboneError, file, field):
         load_vision_tower(str(clip))
+
+
+@pytest.mark.parametrize(
+    ("load", "part", "field", "wrong"),
+    [
+        (load_language_model, None, "n_embd", 64),
+        (load_language_model, None, "n_positions", 8),
+        (load_language_model, None, "vocab_size", 10**9),
+        (load_language_model, None, "n_layer", 2),
+        (load_language_model, None, "n_layer", 4),
+        (load_language_model, None, "n_inner", 4),
+        (load_vision_tower, "vision_config", "image_size", 64),
+        (load_vision_tower, "vision_config", "patch_size", 16),
+        (load_vision_tower, "vision_config", "hidden_size", 48),
+        (load_vision_tower, "vision_config", "num_hidden_layers", 1),
+        (load_vision_tower, "vision_config", "num_hidden_layers", 3),
+        (load_vision_tower, "vision_config", "intermediate_size", 4),
+        (TextEncoder, "text_config", "vocab_size", 5),
+        (TextEncoder, "text_config", "num_hidden_layers", 1),
+        (TextEncoder, "text_config", "max_position_embeddings", 5),
+        (TextEncoder, None, "projection_dim", 10),
+    ],
+)
+def test_a_config_of_other_weights_is_refused_by_field(
+    load: Callable[[str], object], part: str | None, field: str, wrong: int, language_model: Path, clip: Path
+) -> None:
+    file = (language_model if load is load_language_model else clip) / "config.json"
+    load(str(file.parent))
+    config = json.loads(file.read_text())
+    (config[part] if part else config)[field] = wrong
+    file.write_text(json.dumps(config))
+    with refused(BackboneError, file, field, wrong):
+        load(str(file.parent))
+
+
+def saved_by_torch(folder: Path, *, old_format: bool) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old_format)
+
+
+def saved_in_shards(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        torch.save({name: tensors[name] for name in files if files[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [partial(saved_by_torch, old_format=False), partial(saved_by_torch, old_format=True), saved_in_shards],
+    ids=["zip", "old", "shards"],
+)
+def test_weights_in_the_formats_of_torch(save: Callable[[Path], None], language_model: Path, clip: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+
+    def numbers() -> list[torch.Tensor]:
+        projection = load_clip_projection(str(clip))
+        assert projection is not None
+        return [
+            load_language_model(str(language_model)).model.transformer.wte.weight,
+            load_vision_tower(str(clip)).embed(pixels),
+            projection.weight,
+            torch.from_numpy(TextEncoder(str(clip)).embed(["a dog"])),
+        ]
+
+    expected = numbers()
+    save(language_model)
+    save(clip)
+    for ours, theirs in zip(numbers(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_code_in_weights_is_never_run(clip: Path, tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "planted"),)
+
+    (clip / WEIGHTS).unlink()
+    torch.save({"visual_projection.weight": Planted()}, clip / "pytorch_model.bin")
+    for load in load_vision_tower, load_clip_projection, TextEncoder:
+        with refused(BackboneError, clip):
+            load(str(clip))
+    assert not (tmp_path / "planted").exists()
 
 
 PROCESSORS: list[dict[str, object]] = [
