@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +35,8 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 """Name of the key/value cache in GPT-2's forward pass; newer releases of transformers renamed it."""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Where transformers looks for weights, in this order."""
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _STEPS = ("_preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
 """Methods of transformers' image processors that `ImageSettings` reproduces as the base class has them."""
@@ -44,6 +49,15 @@ _PROJECTION = {
     "norm_weight": "post_layernorm.weight",
     "norm_bias": "post_layernorm.bias",
 }
+
+
+ModelSettings = dict[str, str | int | float]
+_GPT2_SETTINGS = (
+    *("n_head", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+)
+_CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+"""Fields of `config.json` that change a model's numbers without changing the shape of its weights."""
 
 
 class BackboneError(ItuneError):
@@ -84,16 +98,33 @@ def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a backbone's weights."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not weights:
-        raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
-    return weights
+    """The files from which transformers loads a folder's weights."""
+    with reading(folder, BackboneError, "copy the model again"):
+        named = read_json(folder / "config.json").get("transformers_weights")
+        for name in [named] if named else _WEIGHTS:
+            path = folder / name
+            if path.is_file() and name.endswith(".index.json"):
+                return sorted({folder / shard for shard in read_json(path)["weight_map"].values()})
+            if path.is_file():
+                return [path]
+    raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def _hash_weights(folder: Path) -> str:
+    files = weight_files(folder)
+    pattern = "*.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model*.bin"
+    with reading(folder, BackboneError, "copy the model again"):
+        # Earlier versions hashed all files with such names.
+        return hash_files(list({*files, *folder.glob(pattern)}))
 
 
 def load_pretrained(model: Any, folder: Path, what: str) -> Any:
     """Load a transformers class in float32 and evaluation mode; `what` names the right kind of checkpoint in errors."""
     path, mend = folder / "config.json", f"give the folder of {what}"
+    if (folder / "adapter_config.json").exists():  # transformers applies it if peft is installed
+        raise BackboneError(
+            f"{folder / 'adapter_config.json'}: merge the adapter into the model, then delete this file"
+        )
     with reading(folder, BackboneError, mend):
         shapes = {name: shape for file in weight_files(folder) for name, shape in read_shapes(file).items()}
     with reading(path, BackboneError, mend):
@@ -118,12 +149,19 @@ class LanguageModel:
     folder: Path
     sha256: str
 
+    @property
+    def settings(self) -> ModelSettings:
+        """What else decides its numbers: fields of `config.json`, and the hash of the tokens in the order of ids."""
+        vocabulary = sorted((i, token) for token, i in self.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+        return _settings(self.model.config, _GPT2_SETTINGS) | {"vocabulary": digest}
+
 
 def load_language_model(source: str, revision: str | None = None) -> LanguageModel:
     """Load a GPT-2-family checkpoint (hub id or folder) in float32, with its tokenizer."""
     folder = fetch(source, revision)
     read_config(folder, "gpt2")
-    sha256 = hash_files(weight_files(folder))
+    sha256 = _hash_weights(folder)
     model = load_pretrained(GPT2LMHeadModel, folder, "a GPT-2 language model")
     if model.config.activation_function == "gelu_new":
         # The same function in one kernel: a training step takes a fifth less time and activation memory.
@@ -147,6 +185,12 @@ def _tokenizer_in(folder: Path) -> Tokenizer:
         return stateless(GPT2Tokenizer.from_pretrained(folder).backend_tokenizer)
 
 
+def _settings(config: Any, fields: Sequence[str]) -> ModelSettings:
+    return {
+        field: getattr(config, field) for field in fields if isinstance(getattr(config, field, None), str | int | float)
+    }
+
+
 class ClipTower:
     """CLIP's vision transformer; V = its `last_hidden_state` (CLS and patches, no post-layernorm)."""
 
@@ -156,7 +200,7 @@ class ClipTower:
         config = read_config(folder, "clip", "clip_vision_model")
         config = config.get("vision_config", config)
         self.folder = folder
-        self.sha256 = hash_files(weight_files(folder))
+        self.sha256 = _hash_weights(folder)
         self.model = load_pretrained(CLIPVisionModel, folder, "a CLIP vision model").requires_grad_(False)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
         if image is None and preprocessor_file(folder).is_file():
@@ -169,6 +213,7 @@ class ClipTower:
             )
         self.tokens = (side // patch) ** 2 + 1
         self.width = self.model.config.hidden_size
+        self.settings = _settings(self.model.config, _CLIP_SETTINGS)
 
     @torch.no_grad()  # not inference_mode: in training, later layers need gradients
     def embed(self, pixels: UInt8) -> Tensor:
@@ -225,6 +270,7 @@ class OnnxTower:
     """An ONNX graph from normalized pixels, float32 [B, 3, H, W], to embeddings [B, N, d_v]."""
 
     kind: Literal["clip", "onnx"] = "onnx"
+    settings: ModelSettings = {}  # noqa: RUF012
 
     def __init__(self, file: Path, image: ImageSettings | None = None) -> None:
         import onnxruntime as ort

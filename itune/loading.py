@@ -30,13 +30,16 @@ def check_hashes(
     """Refuse a language model or tower that the adapters were not trained with; None is not checked."""
     parts = (("language_model", language, ("sha256",)), ("vision", tower, ("sha256", "tokens", "width")))
     for part, model, fields in parts:
+        if model is None:
+            continue
         source = getattr(config, part)
-        for field in fields if model is not None else ():
-            trained, found = getattr(source, field), getattr(model, field)
-            if trained not in (None, found):
+        trained = {field: getattr(source, field) for field in fields} | source.settings
+        found = {field: getattr(model, field) for field in fields} | model.settings
+        for field, value in trained.items():
+            if value is not None and value != found.get(field, value):
                 raise CheckpointError(
-                    f"{folder / CONFIG_FILE}: {part}.{field} is {trained}, but that of {source.source} is {found}: "
-                    "put back the model that the adapters were trained with"
+                    f"{folder / CONFIG_FILE}: {part}.{field} is {value}, but that of {source.source} is "
+                    f"{found[field]}: put back the model that the adapters were trained with"
                 )
 
 

@@ -166,7 +166,8 @@ class CaptionModel(nn.Module, ABC):
             tensors = read_tensors(path)
             if problem := misfit(tensors, {name: tensor.shape for name, tensor in state.items()}):
                 raise CheckpointError(f"{path}: {problem}; {CONFIG_FILE} and the frozen models say what is expected")
-        loaded = {name.removeprefix(self.weights_prefix): tensor.float() for name, tensor in tensors.items()}
+        # Copied, because the file is mapped.
+        loaded = {n.removeprefix(self.weights_prefix): t.to(torch.float32, copy=True) for n, t in tensors.items()}
         self.adapters.load_state_dict(loaded, assign=any(tensor.is_meta for tensor in state.values()))
 
 

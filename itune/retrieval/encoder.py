@@ -105,6 +105,7 @@ class TextEncoder:
         inputs = self._tokenizer(
             list(captions),
             padding=True,
+            padding_side="right",  # CLIP's positions count from the first token
             truncation=True,
             max_length=self.model.config.max_position_embeddings,
             split_special_tokens=True,  # the spelling of a special token in a caption is text

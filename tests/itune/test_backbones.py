@@ -213,6 +213,42 @@ def test_weights_in_the_formats_of_torch(save: Callable[[Path], None], language_
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_the_files_that_transformers_reads_are_the_identity(language_model: Path) -> None:
+    other = language_model.parent / "other"
+    shutil.copytree(language_model, other)
+    expected = load_language_model(str(language_model))
+    saved_by_torch(language_model, old_format=False)
+    save_file({"stray": torch.zeros(1)}, language_model / "adapter_model.safetensors")
+    before = load_language_model(str(language_model))
+    saved_in_shards(other)
+    shards = load_language_model(str(other))
+    for found in before, shards:
+        assert found.model.transformer.wte.weight.equal(expected.model.transformer.wte.weight)
+    for folder, name, old in (
+        (language_model, "pytorch_model.bin", before),
+        (other, "pytorch_model-00002-of-00002.bin", shards),
+    ):
+        tensors = torch.load(folder / name)
+        (folder / name).unlink()  # it is mapped
+        torch.save({key: tensor + 1 for key, tensor in tensors.items()}, folder / name)
+        assert load_language_model(str(folder)).sha256 != old.sha256
+    named = language_model / "named.safetensors"
+    save_file(torch.load(language_model / "pytorch_model.bin"), named, {"format": "pt"})
+    config = json.loads((language_model / "config.json").read_text()) | {"transformers_weights": named.name}
+    (language_model / "config.json").write_text(json.dumps(config))
+    (language_model / "pytorch_model.bin").unlink()
+    assert load_language_model(str(language_model)).model.transformer.wte.weight.equal(
+        before.model.transformer.wte.weight + 1
+    )
+
+
+def test_an_adapter_beside_the_weights_is_refused(language_model: Path, clip: Path) -> None:
+    for folder, load in ((language_model, load_language_model), (clip, load_vision_tower), (clip, TextEncoder)):
+        (folder / "adapter_config.json").write_text("{}")
+        with refused(BackboneError, folder / "adapter_config.json"):
+            load(str(folder))
+
+
 def test_code_in_weights_is_never_run(clip: Path, tmp_path: Path) -> None:
     class Planted:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
