@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import inspect
 import json
 import logging
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from .files import hash_files
 from .json_files import read_json
 from .runtime.engines.base import Float32, UInt8
 from .runtime.errors import ItuneError, reading
+from .runtime.onnx_files import external_files
 from .runtime.settings import ImageSettings
 from .runtime.text import load_tokenizer, stateless
 from .weight_files import read_shapes, read_tensors
@@ -73,11 +76,17 @@ def fetch(source: str, revision: str | None = None) -> Path:
         raise BackboneError(f"{source} does not exist: give a folder with the model, or a hub id such as gpt2")
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "*.txt", "*.safetensors", "*.onnx", "*.onnx.data"]
-    with reading(f"{source} (hub)", BackboneError, "check the name, or download it elsewhere and give its folder"):
+    command = f"hf download {source} --local-dir FOLDER"
+    mend = f"check the name; without a network, run `{command}` on another machine and give that folder"
+    with reading(f"{source} (hub)", BackboneError, mend):
+        files = ["*.json", "*.txt", "*.safetensors", "*.onnx"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
-        if not list(folder.glob("*.safetensors")) and not list(folder.glob("*.onnx")):
-            snapshot_download(source, revision=revision, allow_patterns="pytorch_model*.bin")
+        graphs = list(folder.glob("*.onnx"))
+        more = [glob.escape(posixpath.normpath(name)) for graph in graphs for name in external_files(graph)]
+        if not graphs and not any((folder / name).is_file() for name in _WEIGHTS[:2]):
+            more = ["pytorch_model*.bin"]
+        if more:  # of the same commit, which is the folder's name
+            snapshot_download(source, revision=folder.name, allow_patterns=more)
     return folder
 
 
@@ -292,7 +301,8 @@ class OnnxTower:
         if probe.ndim != 3:
             raise BackboneError(f"{file}: {self._output} has shape {list(probe.shape)}; embeddings are [B, N, width]")
         self.tokens, self.width = probe.shape[1:]
-        self.sha256 = hash_files([file, *self.folder.glob(f"{file.name}.data*")])
+        with reading(file, BackboneError, "copy the tower again"):
+            self.sha256 = hash_files(list({file, *(self.folder / name for name in external_files(file))}))
 
     def embed(self, pixels: UInt8) -> Tensor:
         """Visual embeddings float32 [B, tokens, width] of uint8 pixels [B, H, W, 3]."""
