@@ -332,7 +332,7 @@ def read_image_settings(folder: Path) -> ImageSettings:
     path = preprocessor_file(folder)
     with reading(path, BackboneError, "a vision tower needs an image processor's configuration"):
         # Without a type it is CLIP's. The processor's class decides what missing fields mean.
-        processor: Any = AutoImageProcessor.from_pretrained(
+        processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             folder, config=CLIPConfig(), backend="pil", trust_remote_code=False, local_files_only=True
         )
         written, _ = processor.get_image_processor_dict(folder, local_files_only=True)

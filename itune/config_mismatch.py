@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
 import torch
 
-_LAYER = re.compile(r"^(?:text_model\.)?(?:h|encoder\.layers)\.\d+\.(?!attn\.(?:masked_)?bias$)")
-"""The start of the name of a layer's weight, but not of the causal masks that old releases of transformers saved."""
+_LAYERS = (
+    ("h.", "n_layer"),
+    ("encoder.layers.", "num_hidden_layers"),
+    ("text_model.encoder.layers.", "num_hidden_layers"),
+)
+"""By the start of its tensors' names: the field that counts the layers."""
+_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Causal masks that old releases of transformers saved with the weights."""
 _FIELDS = (
     ("patch_embedding.weight", -1, "patch_size"),
     ("patch_embedding.weight", 1, "num_channels"),
@@ -33,11 +38,17 @@ def config_mismatch(model: Any, config: Any, shapes: Mapping[str, Sequence[int]]
 
     transformers points to a report that its verbosity hides, and drops the layers that `config` does not count.
     """
-    with torch.device("meta"):
-        expected = {_bare(name): list(tensor.shape) for name, tensor in model(config).state_dict().items()}
-    text = any(name.startswith("text_model.") for name in expected)
+    text = hasattr(config, "text_config")
     found = {_bare(name): list(shape) for name, shape in shapes.items()}
     found = {name: shape for name, shape in found.items() if text or not name.startswith("text_model.")}
+    for start, field in _LAYERS:
+        names = [name.removeprefix(start) for name in sorted(found) if name.startswith(start)]
+        number, layers = getattr(_part(config, start), field, None), len({name.split(".")[0] for name in names})
+        if names and number != layers:
+            tensor = f"{start}{layers}.{names[0].split('.', 1)[-1]}"
+            return f"{field} is {number}, but {layers} in the weights, which have no tensor {tensor}"
+    with torch.device("meta"):
+        expected = {_bare(name): list(tensor.shape) for name, tensor in model(config).state_dict().items()}
     for end, axis, field in _FIELDS:
         for name in sorted(name for name in found.keys() & expected.keys() if name.endswith(end)):
             part, size, wanted = _part(config, name), found[name], expected[name]
@@ -48,14 +59,9 @@ def config_mismatch(model: Any, config: Any, shapes: Mapping[str, Sequence[int]]
                     f"{field} is {getattr(owner, field, None)}, but {value} in the weights: "
                     f"tensor {name} has shape {size}, expected {wanted}"
                 )
-    for name in sorted(found.keys() ^ expected.keys()):
-        layer = _LAYER.search(name)
-        other = expected if name in found else found
-        if layer and not any(each.startswith(layer[0]) for each in other):
-            part = _part(config, name)
-            field = "n_layer" if hasattr(part, "n_layer") else "num_hidden_layers"
-            problem = "leaves out" if name in found else "needs the missing"
-            return f"{field} is {getattr(part, field, None)}, which {problem} tensor {name}"
+    for name in sorted(found.keys() - expected.keys()):
+        if name.startswith(tuple(start for start, _ in _LAYERS)) and not name.endswith(_MASKS):
+            return f"tensor {name} belongs to another kind of model"
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
             return f"tensor {name} has shape {found[name]}, expected {expected[name]}"

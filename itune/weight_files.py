@@ -48,8 +48,8 @@ def misfit(found: Mapping[str, Tensor], shapes: Shapes) -> str | None:
             return f"tensor {name} is unknown"
         if list(tensor.shape) != list(shapes[name]):
             return f"tensor {name} has shape {list(tensor.shape)}, expected {list(shapes[name])}"
-        if tensor.layout is not torch.strided or not tensor.is_floating_point():
-            return f"tensor {name} has type {tensor.dtype}, {tensor.layout}"
+        if tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+            return f"tensor {name} has type {tensor.dtype}, {tensor.layout}, {tensor.device}"
         if not tensor.isfinite().all():
             return f"tensor {name} has values that are not finite"
     return None

@@ -52,7 +52,11 @@ def _location(content: mmap.mmap, start: int, end: int) -> set[str]:
     entries = []
     for number, value in fields:
         if number == _EXTERNAL_DATA and isinstance(value, range):
-            pair = {n: content[v.start : v.stop] for n, v in _fields(content, value.start, value.stop) if v}
+            pair = {
+                key: content[text.start : text.stop]
+                for key, text in _fields(content, value.start, value.stop)
+                if isinstance(text, range)
+            }
             entries.append((pair.get(1, b""), pair.get(2, b"").decode()))
     return {location for key, location in entries if key == b"location"}
 

@@ -148,6 +148,7 @@ def test_preprocessing_that_we_do_not_reproduce(change: dict[str, object], field
         (load_language_model, None, "vocab_size", 10**9),
         (load_language_model, None, "n_layer", 2),
         (load_language_model, None, "n_layer", 4),
+        (load_language_model, None, "n_layer", 10**30),
         (load_language_model, None, "n_inner", 4),
         (load_vision_tower, "vision_config", "image_size", 64),
         (load_vision_tower, "vision_config", "patch_size", 16),
@@ -171,6 +172,17 @@ def test_a_config_of_other_weights_is_refused_by_field(
     file.write_text(json.dumps(config))
     with refused(BackboneError, file, field, wrong):
         load(str(file.parent))
+
+
+def test_weights_that_would_be_dropped_are_named(language_model: Path, clip: Path) -> None:
+    for folder, load, name in (
+        (language_model, load_language_model, "h.1.crossattention.q_attn.weight"),
+        (clip, load_vision_tower, "encoder.layers.0.mlp.lora_A.weight"),
+    ):
+        prefix = "transformer." if folder == language_model else "vision_model."
+        save_file(load_file(folder / WEIGHTS) | {prefix + name: torch.zeros(2)}, folder / WEIGHTS, {"format": "pt"})
+        with refused(BackboneError, folder, name):
+            load(str(folder))
 
 
 def saved_by_torch(folder: Path, *, old_format: bool) -> None:
