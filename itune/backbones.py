@@ -70,10 +70,10 @@ class BackboneError(ItuneError):
 def fetch(source: str, revision: str | None = None) -> Path:
     """The path of a backbone: an existing one, or the snapshot of a hub repository."""
     path = Path(source)
-    if path.exists():
+    if source and path.exists():
         return path
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise BackboneError(f"{source} does not exist: give a folder with the model, or a hub id such as gpt2")
+    if not source or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise BackboneError(f"{source!r} does not exist: give a folder with the model, or a hub id such as gpt2")
     from huggingface_hub import snapshot_download
 
     command = f"hf download {source} --local-dir FOLDER"
@@ -83,8 +83,8 @@ def fetch(source: str, revision: str | None = None) -> Path:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
         graphs = list(folder.glob("*.onnx"))
         more = [glob.escape(posixpath.normpath(name)) for graph in graphs for name in external_files(graph)]
-        if not graphs and not any((folder / name).is_file() for name in _WEIGHTS[:2]):
-            more = ["pytorch_model*.bin"]
+        if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in _WEIGHTS[:2]):
+            more.append("pytorch_model*.bin")
         if more:  # of the same commit, which is the folder's name
             snapshot_download(source, revision=folder.name, allow_patterns=more)
     return folder

@@ -110,6 +110,29 @@ def test_damaged_tokenizers(change: str, language_model: Path, clip: Path) -> No
         TextEncoder(str(clip))
 
 
+def test_text_features_do_not_depend_on_a_tokenizers_state(clip: Path) -> None:
+    captions = ["a dog", "<|endoftext|>", "a dog and a cat on a sofa " * 4]
+    alone = [TextEncoder(str(clip)).embed([caption]) for caption in captions]
+    tokenizer = TextEncoder(str(clip))._tokenizer
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    tokenizer(captions, truncation=True, max_length=3, padding="max_length")
+    tokenizer.save_pretrained(clip)
+    content = json.loads((clip / "tokenizer.json").read_text())
+    assert content["truncation"]
+    assert content["padding"]
+    content["model"]["dropout"] = 0.9
+    (clip / "tokenizer.json").write_text(json.dumps(content))
+    found = TextEncoder(str(clip)).embed(captions)
+    np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-6)
+    assert not np.allclose(found[1], TextEncoder(str(clip)).embed([""])[0], atol=1e-3)
+
+
+def test_no_source_is_not_the_current_folder(language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(language_model)
+    with refused(BackboneError, "''"):
+        load_language_model("")
+
+
 @pytest.mark.parametrize("content", [[], {}, {"size": 1, "crop_size": []}, {"size": {"height": "x", "width": 2}}])
 def test_preprocessors_that_are_none(content: object, clip: Path) -> None:
     (clip / "preprocessor_config.json").write_text(json.dumps(content))
