@@ -29,6 +29,12 @@ from .graph.onnx_tower import extract_tower
 from .methods.registry import METHODS
 from .quantize.rewrite import float_graph, read_weights
 
+_FILES = (
+    *(f"language-model/{name}" for name in ("config.json", "model.safetensors", TOKENIZER)),
+    *(f"vision/{name}" for name in ("config.json", "model.safetensors", "model.onnx", "model.onnx.data", PREPROCESSOR)),
+    *(f"checkpoint/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)),
+)
+"""What a restore may write."""
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
 
 
@@ -51,7 +57,7 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         )
     graphs = [bundle.path(bundle.graph(role, "onnxruntime").file) for role in ("vision", "decoder")]
     method = METHODS[manifest.method]
-    own = ("language-model", "vision", "checkpoint") if (output / "checkpoint" / CONFIG_FILE).is_file() else ()
+    own = _FILES if (output / "checkpoint" / CONFIG_FILE).is_file() else ()
     with staged_folder(output, force=force, own=own) as folder:
         vision, decoder = map(read_weights, graphs)
         language_model, adapters = method.split_decoder(manifest.decoder, decoder)

@@ -77,7 +77,7 @@ def caption_records(
 
 def score_captions(captions: dict[str, str], records: Sequence[Record]) -> dict[str, float]:
     """Score captions, by record id, against the records' own captions: every score of `metrics` that needs no Java."""
-    return evaluate(captions, {record.id: record.captions for record in records}, java=False).scores()
+    return evaluate(captions, {record.id: record.references for record in records}, java=False).scores()
 
 
 def write_results(captions: dict[str, str], path: Path) -> None:

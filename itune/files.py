@@ -1,22 +1,32 @@
-"""Write files and folders atomically, without replacing files of others; hash and lock them."""
+"""Write files and folders atomically, without replacing files of others; hash and lock them.
+
+What is being written lies in a hidden folder beside its target, which a lock marks as in use: the next writer of the
+target deletes such folders of dead processes.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
 import json
+import os
 import secrets
 import shutil
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .runtime.errors import ItuneError, reading
+from .runtime.errors import ItuneError, reading, reason
 
 _NAME_LENGTH = 40
-"""Characters of a file's name that its temporary file's name keeps: names may be as long as the file system allows."""
+"""Characters of a file's name in that of its temporary folder: names may be as long as the file system allows."""
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -30,61 +40,83 @@ def hash_files(paths: list[Path]) -> str:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` if the block succeeds and is deleted otherwise.
 
-    A symbolic link stays; the folder that it points to is replaced. Raises ItuneError if `folder` cannot be written.
+    Files of the old folder that are not in `own`, relative to it, move into the new one; None: all are its own. A
+    symbolic link stays; the folder that it points to is replaced. Raises ItuneError if `folder` cannot be written.
     """
+    folder = folder.resolve()
     with reading(folder, ItuneError, mend="choose another folder to write to"):
-        folder = folder.resolve()
-        temporary = _temporary(folder)
-        old = temporary.with_suffix(".old")
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "is a file")
+        recover_folder(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    try:
+    with _temporary_folder(folder) as temporary:
         yield temporary
-        if folder.exists():
-            folder.rename(old)
+        with reading(folder, ItuneError, mend="choose another folder to write to"):
+            _flush(temporary)
+            if not folder.exists():
+                temporary.rename(folder)
+            elif not _exchange(temporary, folder):
+                _replace(folder, temporary)
+            for path in foreign_files(temporary, own) if own is not None else ():
+                target = folder / path.relative_to(temporary)
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(target)
+            _flush(folder.parent, recursive=False)
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    """Exchange two folders in three steps; `recover_folder` mends an interruption."""
+    old = temporary.with_suffix(".old")
+    folder.rename(old)
+    try:
         temporary.rename(folder)
-    finally:
-        if not folder.exists() and old.exists():
-            old.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        old.rename(folder)
+        raise
+    old.rename(temporary)
 
 
 @contextmanager
 def staged_folder(output: Path, *, force: bool, own: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder that becomes the new folder `output`; with `force` it replaces an earlier output.
 
-    `own` has the names that an earlier run wrote to `output`; it is empty if something else is there. Raises ItuneError
-    if `output` may not be replaced, or appears before the block ends.
+    `own` has the files that an earlier run wrote, relative to `output`; it is empty if something else is there. Raises
+    ItuneError if `output` may not be replaced, or appears before the block ends.
     """
     output = output.absolute()
     replaces = output.exists()
     if replaces and not (force and own):
-        why = "is not an earlier output, so --force cannot replace it" if force else "exists; --force replaces it"
+        why = "exists; --force replaces it" if own else "exists and is not an earlier output"
         raise ItuneError(f"{output} {why}: choose another --output")
     if replaces:
         refuse_foreign(output, own)
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, own) as folder:
         yield folder
         if output.exists() and not replaces:
-            raise ItuneError(f"{output} appeared during the export: choose another --output")
+            raise ItuneError(f"{output} appeared meanwhile: choose another --output")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` if the block succeeds and is deleted otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    """Yield a temporary path that replaces `path` if the block succeeds and is deleted otherwise.
+
+    Raises ItuneError, naming `path`, if it cannot be written.
+    """
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(path) as folder:
+            temporary = folder / path.name
+            yield temporary
+            temporary.chmod(0o666 & ~_UMASK)  # some libraries make files that only their owner can read
+            _flush(folder)
+            temporary.replace(path)
+            _flush(path.parent, recursive=False)
+    except OSError as error:
+        raise ItuneError(f"{path}: {reason(error)}; make room, or choose another place") from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
@@ -94,26 +126,36 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Restore `folder` if an `atomic_folder` was killed between its two renames; otherwise do nothing."""
+    """Restore `folder` if a writer was killed between two renames, where folders cannot be exchanged in one step."""
     if folder.exists():
         return
-    for old in sorted(folder.parent.glob(f".{glob.escape(folder.name[:_NAME_LENGTH])}.*.old")):
+    for old in sorted(folder.parent.glob(f"{glob.escape(_stem(folder))}.*.old")):
         new = old.with_suffix(".tmp")  # complete, because the old folder was moved away after it was written
         (new if new.exists() else old).rename(folder)
         return
 
 
+def foreign_files(folder: Path, own: Collection[str]) -> list[Path]:
+    """The files in a folder and below it whose paths, relative to it, are not in `own`."""
+    return sorted(
+        path for path in folder.rglob("*") if not path.is_dir() and path.relative_to(folder).as_posix() not in own
+    )
+
+
 def refuse_foreign(folder: Path, own: Collection[str]) -> None:
-    """Raise ItuneError if a folder that is to be replaced contains a file whose name is not in `own`."""
-    if foreign := sorted(child.name for child in folder.iterdir() if child.name not in own):
-        raise ItuneError(f"{folder} holds {foreign[0]}, which would be lost: move it away, or choose another folder")
+    """Raise ItuneError if a folder that is to be replaced contains a file that is not in `own`."""
+    if foreign := foreign_files(folder, own):
+        raise ItuneError(
+            f"{folder} holds {foreign[0].relative_to(folder)}, which would be lost: move it away, or choose another "
+            "folder"
+        )
 
 
 def listed_files(manifest: Path) -> set[str]:
     """Return the names of a manifest and of the `files` that it lists; none if it cannot be read."""
     try:
         files = json.loads(manifest.read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
     return {manifest.name, *files} if isinstance(files, dict) else set()
 
@@ -128,6 +170,8 @@ def only_writer(lock_file: Path, busy: str, error: type[ItuneError] = ItuneError
 
     lock = FileLock(lock_file)
     with reading(lock_file, error, mend="choose another folder to write to"):
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(lock_file)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -139,6 +183,79 @@ def only_writer(lock_file: Path, busy: str, error: type[ItuneError] = ItuneError
         lock.release()
 
 
-def _temporary(path: Path) -> Path:
-    # Random, because in a container every process may have the same id, and a killed one may have left its file.
-    return path.with_name(f".{path.name[:_NAME_LENGTH]}.{secrets.token_hex(4)}.tmp")
+def refuse_link(path: Path) -> None:
+    """Raise OSError for a symbolic link, which somebody may have placed there to have its target overwritten."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, which would be overwritten: delete it")
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """Make a folder beside `target` for its new content, locked until the block ends; delete those of the dead."""
+    stem = _stem(target)
+    for left in target.parent.glob(f"{glob.escape(stem)}.{8 * '?'}.*"):
+        dead = left.suffix == ".tmp" or (left.suffix == ".old" and target.exists())
+        if dead and (lock := _lock(left)) is not None:
+            _remove(left)
+            os.close(lock)
+    # Random, because in a container every process may have the same id.
+    folder = target.with_name(f"{stem}.{secrets.token_hex(4)}.tmp")
+    folder.mkdir()
+    held = _lock(folder)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+        if held is not None:
+            os.close(held)
+
+
+def _stem(target: Path) -> str:
+    """Beginning of the names of the temporary folders of `target`, different for each target."""
+    name = target.name
+    if len(name) > _NAME_LENGTH:
+        name = f"{name[: _NAME_LENGTH - 9]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return f".{name}"
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder until the descriptor is closed; None if it is in use, or cannot be locked here."""
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except (ImportError, OSError):  # Windows has no fcntl
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, if the system can."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(first), os.fsencode(second)
+    return rename is not None and not rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+
+
+def _flush(folder: Path, *, recursive: bool = True) -> None:
+    """Have a folder, and the files in it, written to the disk, so that a power failure loses neither old nor new."""
+    for path in [*(folder.rglob("*") if recursive else ()), folder]:
+        with suppress(OSError):  # some file systems cannot
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST = 1000
-"""Characters of a message; what follows is cut."""
+"""Characters of a message; the middle of a longer one is left out."""
 
 
 _JOINERS = "\u200c\u200d"
@@ -27,7 +27,8 @@ class ItuneError(Exception):
 
     def __str__(self) -> str:
         """Return the message."""
-        return printable(super().__str__())[:_LONGEST]
+        text = printable(super().__str__())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[3 - _LONGEST // 2 :]}"
 
 
 class ImageError(ItuneError):

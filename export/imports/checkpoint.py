@@ -22,6 +22,12 @@ IMPORTERS: dict[str, Importer] = {"clip_project.": import_clipcap, ".crossattent
 """By a part that only this method's tensors have in their names."""
 _FINE_TUNED = "language-model"
 """Subfolder of the checkpoint for a fine-tuned language model."""
+_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    *(f"{_FINE_TUNED}/{name}" for name in ("config.json", "generation_config.json", "model.safetensors", TOKENIZER)),
+)
+"""What an import may write."""
 
 
 def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force: bool = False) -> None:
@@ -40,7 +46,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             f"--import {file}: is no checkpoint of ClipCap or SmallCap: no tensor is named {' or '.join(IMPORTERS)}, "
             f"the first is {next(iter(state), 'missing')}; save the model's state_dict() alone"
         )
-    own = (CONFIG_FILE, WEIGHTS_FILE, _FINE_TUNED) if (output / CONFIG_FILE).is_file() else ()
+    own = _FILES if (output / CONFIG_FILE).is_file() else ()
     with staged_folder(output, force=force, own=own) as folder:
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..runtime.errors import ItuneError
+from ..runtime.errors import ItuneError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ def print_result(result: Table | str) -> None:
 
 def warn(message: str) -> None:
     """Print a warning on stderr."""
-    console().print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console().print(printable(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:

@@ -23,9 +23,11 @@ Count = Annotated[int, Field(ge=1)]
 
 class _Data(Options, title="Data"):
     data: Path | None = None
-    """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, COCO or NoCaps annotations, or JSONL."""
+    """Captions: CSV, JSONL, Flickr token file, Karpathy, COCO or NoCaps JSON, or a folder with one of these."""
     images: Path | None = None
     """Folder of the photos. Default: beside the captions."""
+    skip_missing: Switch = False
+    """Leave out photos that do not exist."""
     limit: Count | None = None
     """Use only the first N photos."""
 
@@ -104,20 +106,22 @@ def evaluate(
     if file.captions:
         assert file.references is not None
         split = None if scores.split == "all" else scores.split
-        records = load_records(file.references, split=split, check_images=False)
+        records = load_records(file.references, split=split, check_images=False, captioned=False)
         found = [Captioned(str(path), read_results(path)) for path in file.captions]
         what = f"{file.references.name}{f', {scores.split}' if scores.split else ''}"
     else:
         assert data.data is not None
         common.require("train", "torch", "transformers", "safetensors")
         split = None if scores.split == "all" else scores.split or "dev"
-        records = load_records(data.data, images=data.images, split=split, captioned=False)[: data.limit]
-        scored = any(record.captions for record in records)
+        records = load_records(
+            data.data, images=data.images, split=split, captioned=False, skip_missing=data.skip_missing
+        )[: data.limit]
+        scored = any(record.references for record in records)
         if not scored and (scores.json_ or scores.per_image or not options.output):
             raise ItuneError(
                 f"{data.data}: has no captions to score against: only --output FILE, for EvalAI, can be written"
             )
-        found, failed = _captioned(str(model), records, options, {"num_beams": 5} | chosen(search))
+        found, failed, beams = _captioned(str(model), records, options, chosen(search))
         if not found[0].captions:
             raise ItuneError(f"{data.data}: no photo of the {split or 'whole'} split can be read")
         if options.output:
@@ -129,7 +133,7 @@ def evaluate(
             if failed:
                 common.warn(f"EvalAI needs a caption of every photo, but {failed} could not be read")
             return
-        what = f"{scores.split or 'dev'}, beam {chosen(search).get('num_beams', 5)}"
+        what = f"{scores.split or 'dev'}, beam {beams}"
     json_file = str(scores.json_file or "-") if scores.json_ else None
     report(
         found, records, what, failed=failed, java=not scores.no_java, json_file=json_file, per_image=scores.per_image
@@ -167,8 +171,8 @@ def _inputs(data: Path | None, file: _File) -> Iterator[tuple[str, Path]]:
 
 def _captioned(
     model: str, records: list[Record], options: _Model, search: dict[str, object]
-) -> tuple[list[Captioned], int]:
-    """The model's captions, and how many photos could not be read."""
+) -> tuple[list[Captioned], int, object]:
+    """The model's captions, how many photos could not be read, and the number of beams."""
     from ..evaluate import caption_records
     from ..loading import load_captioner
     from ..retrieval.build import photos_in
@@ -183,7 +187,7 @@ def _captioned(
         Path(model), engine=options.engine, threads=threads, datastore=options.datastore, retrieve=options.retrieve
     )
     store = None if captioner.retriever is None else captioner.retriever.datastore
-    captioned = any(record.captions for record in records)
+    captioned = any(record.references for record in records)
     if captioned and store and (shown := photos_in(store, records)):
         common.warn(
             f"{shown} of these {len(records)} photos are in {store.folder} with their own captions, which the prompts "
@@ -195,7 +199,7 @@ def _captioned(
         captions, failed = caption_records(captioner, records, progress=update, batch_size=options.batch_size, **search)
     for reason in failed.values():
         common.warn(f"left out: {reason}")
-    return [Captioned(model, captions)], len(failed)
+    return [Captioned(model, captions)], len(failed), search.get("num_beams", captioner.search.num_beams)
 
 
 def main() -> None:

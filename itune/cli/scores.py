@@ -63,7 +63,7 @@ def report(
 
     Raises ItuneError for captions of images without references, and for two captioners of different images.
     """
-    references = {record.id: record.captions for record in records}
+    references = {record.id: record.references for record in records}
     domains = {record.id: record.domain for record in records}
     _check_images(found, records)
     scored = [_score(captioner, references, domains, java=java) for captioner in found]
@@ -74,6 +74,10 @@ def report(
             f"{uncaptioned} of {len(references)} images have no caption and do not count: these are not the scores of "
             "the whole split"
         )
+    if wordless := sum(len(record.wordless) for record in records if record.id in set(overall.images)):
+        common.warn(f"{wordless} references have no letters; they count, as in the COCO caption evaluation code")
+    if len(overall.images) == 1:
+        common.warn("CIDEr-D of a single image is 0: each of its words is in every image, so that none has a weight")
     comparison = compare_groups(scored[0].groups, scored[1].groups) if len(scored) == 2 else None
     if per_image:
         _write_per_image(scored, found, domains, per_image)

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 class _Data(Options, title="Data"):
     data: Path
-    """Captions: Flickr8k/30k token file or its folder, Karpathy JSON, or JSONL."""
+    """Captions: CSV, JSONL, Flickr8k/30k token file, Karpathy or COCO JSON, or a folder with one of these."""
     images: Path | None = None
     """Folder of the photos. Default: beside the captions."""
+    skip_missing: Switch = False
+    """Leave out photos that do not exist."""
     dev_data: Path | None = None
     """Captions of the dev split, if in a file of their own."""
     dev_fraction: float | None = None
@@ -42,17 +44,28 @@ class _Data(Options, title="Data"):
 
     def load(self, seed: int) -> tuple[list[Record], list[Record]]:
         """The training and the dev records."""
-        from ..data.records import load_records, split_records
+        from ..data.records import identical_photos, load_records, split_records
 
         if self.dev_data and self.dev_fraction is not None:
             raise ItuneError("--dev-data contradicts --dev-fraction: name a file or hold out a fraction")
-        train = load_records(self.data, images=self.images, split="train")
+        places: dict[str, Any] = {"images": self.images, "skip_missing": self.skip_missing}
+        train = load_records(self.data, split="train", **places)
         if self.dev_fraction is not None:
             train, dev = split_records(train, self.dev_fraction, seed)
+        elif self.dev_data:
+            dev = load_records(self.dev_data, split=None, **places)
         else:
-            file = self.dev_data or self.data
-            dev = load_records(file, images=self.images, split=None if self.dev_data else "dev")
-        return train, dev[: self.dev_images]
+            mend = "name a dev split with --dev-data, or hold one out with --dev-fraction 0.1"
+            dev = load_records(self.data, split="dev", mend=mend, **places)
+        dev = dev[: self.dev_images]
+        same = identical_photos([record.image for record in (*train, *dev)])
+        trained = {same[record.image] for record in train}
+        if known := [record for record in dev if same[record.image] in trained]:
+            common.warn(
+                f"{len(known)} of {len(dev)} dev photos are also training photos, such as {known[0].image}: dev scores "
+                "will be too good"
+            )
+        return train, dev
 
 
 class _Run(Options, title="Run"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backbones import VisionTower
-from ..files import hash_files, write_json
+from ..files import hash_files, refuse_link, write_json
 from ..progress import OnProgress, silent
 from ..runtime.engines.base import UInt8
-from ..runtime.errors import ImageError, reading
+from ..runtime.errors import ImageError, ItuneError, reading
 from ..runtime.image import decode, preprocess
 
 _BATCH = 16  # photos per forward pass of the tower
@@ -81,9 +82,10 @@ class Features:
 class FeatureCache(Features):
     """Embeddings in one fp16 file per tower, preprocessing and mirroring; several processes may share it.
 
-    `features.f16` contains rows [tokens, width]; line i of `index.jsonl` names the photo of row i. A row counts once
-    its line is complete, so an interrupted build continues where it stopped. One process at a time appends. Plain
-    files, because HDF5 files break when a writer is killed, and zarr and safetensors need a file per chunk.
+    `features.f16` contains rows [tokens, width]; line i of `index.jsonl` is [photo, i, CRC-32 of row i]. A row counts
+    once its line is complete, so an interrupted build continues where it stopped; from a line on that is out of order,
+    or names a photo twice, nothing counts. One process at a time appends. Plain files, because HDF5 files break when a
+    writer is killed, and zarr and safetensors need a file per chunk.
     """
 
     def __init__(self, folder: Path, tower: VisionTower) -> None:
@@ -92,6 +94,8 @@ class FeatureCache(Features):
         # By path and not by `identity`: a photo that changes during the run keeps the row that was computed for it.
         self._rows: dict[tuple[Path, bool], int] = {}
         self._maps: dict[bool, NDArray[np.float16]] = {}
+        self._checksums: dict[tuple[bool, int], int] = {}
+        """Of the rows that were not read yet; caches of earlier versions have none."""
         self._unreadable: dict[Path, str] = {}
 
     def prepare(self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress = silent) -> dict[Path, str]:
@@ -109,12 +113,22 @@ class FeatureCache(Features):
         return unreadable
 
     def embed(self, images: Sequence[Path], flip: Sequence[bool] = ()) -> tuple[Tensor, dict[Path, str]]:
-        """Return the embeddings of photos as `prepare` saw them, and the photos that it could not read."""
+        """Return the embeddings of photos as `prepare` saw them, and the photos that it could not read.
+
+        Raises ItuneError if the cache is damaged.
+        """
         places = list(zip(images, flip or [False] * len(images), strict=True))
         unreadable = {path: self._unreadable[path] for path, side in places if (path, side) not in self._rows}
-        rows = [self._maps[side][self._rows[path, side]] for path, side in places if path not in unreadable]
+        rows = [self._row(side, self._rows[path, side]) for path, side in places if path not in unreadable]
         stacked = np.stack(rows) if rows else np.empty((0, self.tokens, self.width), np.float16)
         return torch.from_numpy(stacked).float(), unreadable
+
+    def _row(self, mirrored: bool, row: int) -> NDArray[np.float16]:
+        embedding: NDArray[np.float16] = self._maps[mirrored][row]
+        expected = self._checksums.pop((mirrored, row), None)  # each row is checked when it is read first
+        if expected is not None and zlib.crc32(embedding.tobytes()) != expected:
+            raise ItuneError(f"--cache-features {self.folder}: is damaged: delete it, and it is computed again")
+        return embedding
 
     def _complete(self, names: dict[Path, str], mirrored: bool, progress: OnProgress) -> dict[Path, str]:
         """Add the rows that the file lacks, and map it; return the unreadable photos and why."""
@@ -122,10 +136,13 @@ class FeatureCache(Features):
         folder = self.folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         with reading(f"--cache-features {self.folder}", mend="choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
+            for name in ("lock", "features.f16", "index.jsonl"):
+                refuse_link(folder / name)
         with FileLock(folder / "lock"):
             write_json(folder / "tower.json", content)
-            rows = self._recover(folder)
+            rows, checksums = self._recover(folder)
             unreadable = self._append(folder, names, mirrored, rows, progress)
+        self._checksums |= {(mirrored, row): checksum for row, checksum in checksums.items()}
         self._rows |= {(path, mirrored): rows[name] for path, name in names.items() if name in rows}
         if rows:  # an empty file cannot be mapped
             shape = (len(rows), self.tokens, self.width)
@@ -139,37 +156,54 @@ class FeatureCache(Features):
         unreadable: dict[str, str] = {}
         missing = list({name: path for path, name in names.items() if name not in rows}.items())
         done = len(names) - len(missing)
-        with (folder / "features.f16").open("ab") as features, (folder / "index.jsonl").open("a") as index:
+        files = folder / "features.f16", folder / "index.jsonl"
+        with (
+            reading(f"--cache-features {folder}", mend="make room, or choose another folder"),
+            files[0].open("ab") as features,
+            files[1].open("a") as index,
+        ):
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
                 embeddings, bad = super().embed([path for _, path in batch], [mirrored] * len(batch))
                 unreadable |= {name: bad[path] for name, path in batch if path in bad}
-                features.write(embeddings.to(torch.float16).cpu().numpy().tobytes())
+                halves = embeddings.to(torch.float16).cpu().numpy()
+                if not np.isfinite(halves).all():
+                    raise ItuneError(
+                        f"--cache-features {self.folder}: embeddings from {batch[0][1]} on reach "
+                        f"{float(embeddings.abs().max()):g}, but half precision ends at 65504: train without it"
+                    )
+                features.write(halves.tobytes())
                 features.flush()
-                for name in (name for name, path in batch if path not in bad):
+                for half, name in zip(halves, (name for name, path in batch if path not in bad), strict=True):
+                    index.write(json.dumps([name, len(rows), zlib.crc32(half.tobytes())]) + "\n")
                     rows[name] = len(rows)
-                    index.write(json.dumps(name) + "\n")
                 index.flush()
                 progress(done + start + len(batch), len(names))
         return unreadable
 
-    def _recover(self, folder: Path) -> dict[str, int]:
-        """Return the complete rows by photo, and cut off what an interruption left half-written."""
-        names: list[str] = []
+    def _recover(self, folder: Path) -> tuple[dict[str, int], dict[int, int]]:
+        """Return the rows by photo and the checksums by row, and cut off what an interruption left half-written."""
+        rows: dict[str, int] = {}
+        checksums: dict[int, int] = {}
         length, row_bytes = 0, self.tokens * self.width * 2
-        with (folder / "features.f16").open("a+b") as features, (folder / "index.jsonl").open("a+b") as index:
+        files = folder / "features.f16", folder / "index.jsonl"
+        with files[0].open("a+b") as features, files[1].open("a+b") as index:
             stored = features.tell() // row_bytes
             index.seek(0)
-            with suppress(ValueError):  # a line that is no JSON: nothing counts from there on
+            with suppress(ValueError, TypeError, RecursionError):  # no index line: nothing counts from there on
                 for line in index:
-                    name = json.loads(line)
-                    if not (isinstance(name, str) and line.endswith(b"\n") and len(names) < stored):
+                    found = json.loads(line)
+                    name, row, checksum = (found, len(rows), None) if isinstance(found, str) else found
+                    in_order = isinstance(name, str) and name not in rows and row == len(rows) < stored
+                    if not (in_order and line.endswith(b"\n")):
                         break
-                    names.append(name)
+                    rows[name] = row
+                    if checksum is not None:
+                        checksums[row] = int(checksum)
                     length += len(line)
-            features.truncate(len(names) * row_bytes)
+            features.truncate(len(rows) * row_bytes)
             index.truncate(length)
-        return {name: row for row, name in enumerate(names)}
+        return rows, checksums
 
 
 def identity(path: Path) -> str:

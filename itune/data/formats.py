@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+import glob
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter
 
 from ..runtime.errors import ItuneError, reading
+from ..runtime.image import SUFFIXES
+from .tables import CAPTION_NAMES, IMAGE_NAMES, read_table, table_layout
 
 
 class DataError(ItuneError):
@@ -35,11 +39,14 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t\n]+)#\d+\t(?P<caption>.*)")
-_TEXT_SUFFIXES = {".txt", ".token", ".json", ".jsonl"}
+_WRONG_PHOTO = "2258277193_586949ec62.jpg.1"
+"""A photo in Flickr8k's token file that the data set lacks."""
+_TEXT_SUFFIXES = {".txt", ".token", ".json", ".jsonl", ".csv", ".tsv"}
 _HEAD_BYTES = 1 << 16
 _EXPECTED = (
-    "expected a Flickr token file (photo.jpg#0 TAB caption), Karpathy's JSON, COCO or NoCaps annotations, or JSON "
-    'Lines of {"image": "photo.jpg", "captions": ["..."]}'
+    "expected a table such as 'image,caption' and on the next line 'photo.jpg,A dog runs', JSON Lines such as "
+    '{"image": "photo.jpg", "captions": ["A dog runs"]}, a Flickr token file (photo.jpg#0 TAB caption), Karpathy\'s '
+    "JSON, COCO or NoCaps annotations, or a folder with photo.txt beside each photo"
 )
 
 
@@ -63,9 +70,12 @@ _Photo = Annotated[_Name, AfterValidator(lambda name: str(PurePosixPath(name)))]
 _Split = Annotated[_Text | None, AfterValidator(lambda split: split_name(split) if split else None)]
 
 
+_Captions = Annotated[list[_Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
 class _JsonLine(BaseModel):
-    image: _Photo
-    captions: Annotated[list[_Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    image: _Photo = Field(validation_alias=AliasChoices(*IMAGE_NAMES))
+    captions: _Captions = Field(validation_alias=AliasChoices(*CAPTION_NAMES))
     id: _Id | None = None
     split: _Split = None
     domain: _Text | None = None
@@ -109,12 +119,17 @@ class _Coco(BaseModel):
 
 
 _RESULTS = TypeAdapter(Annotated[list[_Caption], Field(min_length=1)])
+_LIST = TypeAdapter(list[_JsonLine])
+_BY_PHOTO = TypeAdapter(dict[_Photo, _Captions])
 
 
 def find_caption_file(source: Path) -> Path:
-    """Return a file itself, or the only caption file of a folder; split lists and other texts may lie beside it."""
+    """Return a file itself, or the only caption file of a folder; split lists and other texts may lie beside it.
+
+    A folder with a text file beside each photo stands for itself.
+    """
     with reading(source, DataError):
-        if not source.is_dir():
+        if not source.is_dir() or any(_texts_beside_photos(source)):
             return source
         names = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
         # Flickr8k.lemma.token.txt lies beside the captions and contains dictionary forms.
@@ -128,18 +143,26 @@ def find_caption_file(source: Path) -> Path:
 
 def _looks_like_captions(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace").lstrip()
-    return any(row.mark.match(head) and row.name.search(path.name) for row in _FORMATS)
+        head = _decode(file.read(_HEAD_BYTES), errors="replace").lstrip()
+    return any(row.mark(head) and row.name.search(path.name) for row in _FORMATS)
+
+
+def _decode(content: bytes, errors: str = "strict") -> str:
+    """UTF-8 with or without a byte order mark, or UTF-16 with one."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", errors=errors)
 
 
 def read_entries(file: Path) -> list[Entry]:
     """Read the photos of a caption file in its order, each once. Raises DataError, naming the line or field."""
     with reading(file, DataError):
-        text = file.read_text(encoding="utf-8-sig")
+        if file.is_dir():
+            return _merge(_read_texts_beside_photos(file), file)
+        text = _decode(file.read_bytes()).replace("\r\n", "\n")
         head = text[:_HEAD_BYTES].lstrip()
-        reader = next((row.read for row in _FORMATS if row.mark.match(head)), None)
+        reader = next((row.read for row in _FORMATS if row.mark(head)), None)
         if reader is None:
-            raise DataError(f"{file}: starts with {head[:20]!a}; {_EXPECTED}")
+            raise DataError(f"{file}: {f'starts with {head[:40]!a}' if head else 'is empty'}; {_EXPECTED}")
         return _merge(reader(text, file), file)
 
 
@@ -180,7 +203,8 @@ def _read_token_file(text: str, file: Path) -> list[Entry]:
             match = _TOKEN_LINE.fullmatch(line)
             if match is None:
                 raise ValueError(f"expected photo.jpg#0 TAB caption, not {line[:40]!a}")
-            entries.append(_JsonLine(image=match["image"], captions=[match["caption"]]).entry(where))
+            if match["image"] != _WRONG_PHOTO:
+                entries.append(_JsonLine(image=match["image"], captions=[match["caption"]]).entry(where))
     known = {entry.names[0] for entry in entries} | {entry.id for entry in entries}
     splits = _read_split_lists(file, known)
     return [replace(entry, split=splits.get(entry.names[0], splits.get(entry.id))) for entry in entries]
@@ -250,6 +274,53 @@ def _read_jsonl(text: str, file: Path) -> list[Entry]:
     return _all_or_none(entries, file)
 
 
+def _read_list(text: str, file: Path) -> list[Entry]:
+    return _all_or_none([photo.entry(f"entry {i}") for i, photo in enumerate(_LIST.validate_json(text))], file)
+
+
+def _read_objects(text: str, file: Path) -> list[Entry]:
+    """Read an object of captions by photo, or else JSON Lines, whose errors name the line."""
+    try:
+        captions = _BY_PHOTO.validate_json(text)
+    except ValueError:
+        captions = {}
+    if not all(name.lower().endswith(tuple(SUFFIXES)) for name in captions or [""]):
+        return _read_jsonl(text, file)
+    return [_JsonLine(image=image, captions=own).entry(image) for image, own in captions.items()]
+
+
+def _read_table(text: str, file: Path) -> list[Entry]:
+    layout = table_layout(text)
+    assert layout is not None
+    entries = []
+    for row in read_table(text, layout):
+        where = f"line {row.line}"
+        with reading(f"{file}, {where}", DataError):
+            photo = _JsonLine(image=row.image, captions=list(row.captions), split=row.split)
+        # Flickr30k's id is the caption's in some tables, so only the photo's name identifies it.
+        entries.append(photo.entry(where))
+    return _all_or_none(entries, file)
+
+
+def _texts_beside_photos(folder: Path) -> Iterable[tuple[Path, Path]]:
+    """Yield (photo, text) for the photos in a folder, or below it, that have a text file of their name."""
+    for text in sorted(folder.rglob("*.txt")):
+        for photo in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")):
+            if photo.stem == text.stem and photo.suffix.lower() in SUFFIXES:
+                yield photo, text
+
+
+def _read_texts_beside_photos(folder: Path) -> list[Entry]:
+    """Read the captions of each photo, one a line, from the text file of its name."""
+    entries = []
+    for photo, text in _texts_beside_photos(folder):
+        name = photo.relative_to(folder).as_posix()
+        with reading(text, DataError):
+            captions = [line for _, line in _lines(_decode(text.read_bytes()))]
+            entries.append(_JsonLine(image=name, captions=captions).entry(name))
+    return entries
+
+
 def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
     without = [entry for entry in entries if entry.split is None]
     if without and len(without) < len(entries):
@@ -260,7 +331,7 @@ def _all_or_none(entries: list[Entry], file: Path) -> list[Entry]:
 
 
 def _merge(entries: Sequence[Entry], file: Path) -> list[Entry]:
-    """Merge the entries of each photo into one with all their captions, except those without a word, such as "."."""
+    """Merge the entries of each photo into one with all their captions."""
     merged: dict[str, Entry] = {}
     captions: dict[str, list[str]] = {}
     for entry in entries:
@@ -271,24 +342,30 @@ def _merge(entries: Sequence[Entry], file: Path) -> list[Entry]:
                 f"{file}, {entry.where}: puts {name} into {entry.split!r}, but {first.where} into {first.split!r}; "
                 "a photo has one split"
             )
-        captions.setdefault(name, []).extend(text for text in entry.captions if any(map(str.isalnum, text)))
+        captions.setdefault(name, []).extend(entry.captions)
     _require_unique(file, ((f"{entry.where} ({name})", "id", entry.id) for name, entry in merged.items()))
     return [replace(entry, captions=tuple(captions[name])) for name, entry in merged.items()]
 
 
 class _Format(NamedTuple):
-    mark: re.Pattern[str]
-    """Matches the start of the file's text."""
+    mark: Callable[[str], object]
+    """Whether this is the start of the file's text."""
     read: Callable[[str, Path], list[Entry]]
     name: re.Pattern[str] = re.compile("")
     """Must be found in a file's name where a folder is searched for its caption file."""
 
 
+_PHOTO_KEY, _CAPTION_KEY = (rf'"(?:{"|".join(names)})"\s*:' for names in (IMAGE_NAMES, CAPTION_NAMES))
+
 _FORMATS = (  # the first whose mark matches
-    _Format(_TOKEN_LINE, _read_token_file),
-    _Format(re.compile(r'\{(?=[^\n]*"image"\s*:)[^\n]*"captions"\s*:'), _read_jsonl),
-    _Format(re.compile(r'\{(?s:.)*?"sentences"\s*:'), _read_karpathy),
+    _Format(_TOKEN_LINE.match, _read_token_file),
+    _Format(re.compile(r'\{(?=[^\n]*"image"\s*:)[^\n]*"captions"\s*:').match, _read_jsonl),
+    _Format(re.compile(r'\{(?s:.)*?"sentences"\s*:').match, _read_karpathy),
     # COCO's other annotations (instances, keypoints) start with the same images.
-    _Format(re.compile(r'\{(?s:.)*?"(?:images|annotations)"\s*:'), _read_coco, re.compile("(?i)captions|nocaps")),
-    _Format(re.compile(r"\{"), _read_jsonl, re.compile("(?!)")),
+    _Format(re.compile(r'\{(?s:.)*?"(?:images|annotations)"\s*:').match, _read_coco, re.compile("(?i)captions|nocaps")),
+    _Format(re.compile(rf"\{{(?=[^\n]*{_PHOTO_KEY})[^\n]*{_CAPTION_KEY}").match, _read_jsonl),
+    _Format(re.compile(rf"\[\s*\{{(?=(?s:.)*?{_PHOTO_KEY})(?s:.)*?{_CAPTION_KEY}").match, _read_list),
+    _Format(re.compile(r"\{").match, _read_objects, re.compile("(?!)")),
+    _Format(lambda head: (layout := table_layout(head)) and layout.header, _read_table),
+    _Format(table_layout, _read_table, re.compile(r"(?i)\.[ct]sv$")),
 )

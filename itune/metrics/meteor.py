@@ -27,10 +27,12 @@ _CHUNKS = 20
 def meteor(pairs: Sequence[Pair]) -> Metric:
     """Score captions by METEOR. Raises UnavailableError if Java or the program is missing or fails."""
     jar = find_program("meteor", "meteor-1.5.jar")
-    find_program("meteor", "data", "paraphrase-en.gz")
+    paraphrases = find_program("meteor", "data", "paraphrase-en.gz")
     java = find_java()
     lines = "".join(f"{_line(*pair)}\n" for pair in pairs)
-    printed = run_jar(java, jar, ["-", "-", "-stdio", "-l", "en", "-norm"], memory="2G", text=lines).splitlines()
+    # By itself the program does not find its paraphrases in a folder whose name has a space.
+    arguments = ["-", "-", "-stdio", "-l", "en", "-norm", "-a", str(paraphrases.relative_to(jar.parent))]
+    printed = run_jar(java, jar, arguments, memory="2G", text=lines).splitlines()
     with reading(f"the counts of {jar.name} on {java.path}", UnavailableError):
         counts = np.array([line.split() for line in printed], np.float64).reshape(len(pairs), COUNTS)
     for row, (candidate, _) in zip(counts, pairs, strict=True):

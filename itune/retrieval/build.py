@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +24,7 @@ from ..checkpoint import relative_source
 from ..data.features import FeatureCache, Features
 from ..data.formats import find_caption_file
 from ..data.records import Record, load_records
-from ..files import atomic_folder, hash_files, listed_files, only_writer, refuse_foreign
+from ..files import atomic_folder, hash_files, listed_files, only_writer, refuse_foreign, staged_folder
 from ..progress import OnStage, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import DatastoreError
@@ -73,21 +74,29 @@ def build_datastore(
     `encoder` is a vision tower, as in training.
 
     Raises:
-        DatastoreError: `output` exists, or no photo can be read.
-        ItuneError: the captions or the encoder cannot be loaded.
+        DatastoreError: another command is writing `output`, or no photo can be read.
+        ItuneError: `output` exists, or the captions or the encoder cannot be loaded.
     """
     options = options or DatastoreOptions()
-    if output.exists():
-        is_datastore = (output / MANIFEST).is_file()
-        if not (is_datastore and options.force):
-            mend = "--force replaces it, `add` adds to it" if is_datastore else "it is not a datastore"
-            raise DatastoreError(f"{output} exists ({mend}): choose another --output")
-        refuse_foreign(output, listed_files(output / MANIFEST))
+    own = listed_files(output / MANIFEST)
+    with _only_writer(output), staged_folder(output, force=options.force, own=own) as folder:
+        return _build(folder, source, encoder, output, options, progress)
+
+
+def _only_writer(store: Path) -> AbstractContextManager[None]:
+    """Two writers at once would start from the same datastore, and one would be lost."""
+    place = store.resolve()
+    busy = f"{store}: another command is writing it; try again when it has finished"
+    return only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError)
+
+
+def _build(
+    folder: Path, source: CaptionSource, encoder: str, output: Path, options: DatastoreOptions, progress: OnStage
+) -> Added:
     embedder = _Embedder(encoder, options.kind, options.pooling, source.cache_features, progress)
     identity = embedder.head.encoder.model_copy(update={"source": relative_source(encoder, output)})
     centered = embedder.kind == "image" if options.center is None else options.center
-    with atomic_folder(output) as folder:
-        return _write(folder, None, source, embedder, identity, centered)
+    return _write(folder, None, source, embedder, identity, centered)
 
 
 def add_to_datastore(
@@ -104,18 +113,16 @@ def add_to_datastore(
     """
     if not store.is_dir():
         Datastore.load(store)  # raises
-    # Two additions at once would start from the same datastore, and one would be lost.
-    place = store.resolve()
-    busy = f"{store}: another command is adding to it; try again when it has finished"
-    with only_writer(place.with_name(f".{place.name}.lock"), busy, DatastoreError):
+    with _only_writer(store):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
-        refuse_foreign(store, listed_files(store / MANIFEST))
+        own = listed_files(store / MANIFEST)
+        refuse_foreign(store, own)
         embedder = _Embedder(
             encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling, source.cache_features, progress
         )
         base.require(embedder.head.encoder)
-        with atomic_folder(store) as folder:
+        with atomic_folder(store, own) as folder:
             return _write(folder, base, source, embedder, manifest.encoder, manifest.centered)
 
 

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..backbones import LanguageModel, VisionTower
 from ..checkpoint import (
+    CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
     ModelSource,
@@ -53,6 +54,7 @@ from .run_folder import BEST, LAST, fingerprint, holds_run, log_epoch
 
 _Count = Annotated[int, Field(ge=0)]
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, _STATE, _PROGRESS)
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
 
 
@@ -123,7 +125,7 @@ class Trainer:
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
-        self.cider = CiderD([list(map(split_words, record.captions)) for record in data.dev]) if data.dev else None
+        self.cider = CiderD([list(map(split_words, record.references)) for record in data.dev]) if data.dev else None
         self._fingerprint = fingerprint(data.train, data.dev)
         self._saved = time.monotonic()
 
@@ -279,7 +281,7 @@ class Trainer:
         if is_best:
             self.progress.best_cider = metrics.get("cider", -1.0)
             self.progress.best_epoch = self.progress.epoch
-            with atomic_folder(self.output / BEST) as folder:
+            with atomic_folder(self.output / BEST, _FILES) as folder:
                 self._write_checkpoint(folder, self.output / BEST, metrics)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
@@ -298,7 +300,7 @@ class Trainer:
             state[f"average.{name}"] = averages[name]
             for key, value in self.optimizer.state.get(weight, {}).items():
                 state[f"{key}.{name}"] = value
-        with atomic_folder(self.output / LAST) as folder:
+        with atomic_folder(self.output / LAST, _FILES) as folder:
             self._write_checkpoint(folder, self.output / LAST, {})
             write_tensors(state, folder / _STATE)
             write_json(folder / _PROGRESS, asdict(self.progress) | {"data": self._fingerprint})

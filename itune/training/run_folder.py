@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,8 +35,6 @@ def only_run(output: Path) -> Iterator[None]:
         with only_writer(output / ".lock", busy):
             for name in (BEST, LAST):
                 recover_folder(output / name)
-                for half in (*output.glob(f".{name}.*.tmp"), *output.glob(f".{name}.*.old")):
-                    shutil.rmtree(half, ignore_errors=True)
             yield
     finally:
         with suppress(OSError):  # unless the run saved nothing, the folder is not empty

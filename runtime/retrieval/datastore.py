@@ -72,7 +72,7 @@ DATASTORE_FOLDER = ManifestFolder(
     MANIFEST,
     DatastoreManifest,
     DatastoreError,
-    "copy it again, build one with itune-datastore build, or name another with --datastore (none: --retrieve 0)",
+    "copy it again, or build one with itune-datastore build",
 )
 
 

@@ -261,3 +261,20 @@ def test_empty_captions_score_nothing(tmp_path: Path, references: Path) -> None:
     found = json.loads(run("--captions", file, "--references", references, "--json", "--no-java").stdout)
     assert found["cider"] == found["rouge_l"] == 0
     assert found["bleu4"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_odd_about_the_scores_is_told(tmp_path: Path) -> None:
+    references = write_json(
+        tmp_path / "references.json",
+        {
+            "images": [{"id": 1}, {"id": 2}],
+            "annotations": [{"image_id": 1, "caption": "."}, {"image_id": 2, "caption": "a"}],
+        },
+    )
+    done = run(
+        "--captions", results(tmp_path / "a.json", {1: "a dog", 2: "a"}), "--references", references, "--no-java"
+    )
+    assert done.returncode == 0
+    assert "1 references" in done.stderr
+    alone = run("--captions", results(tmp_path / "b.json", {2: "a"}), "--references", references, "--no-java")
+    assert "single image" in alone.stderr

@@ -16,6 +16,8 @@ import torch
 
 from itune.backbones import load_vision_tower
 from itune.data.features import FeatureCache, Features
+from itune.runtime.errors import ItuneError
+from tests.conftest import refused
 
 
 @pytest.fixture
@@ -126,3 +128,71 @@ def test_mirrored_embeddings_are_those_of_the_mirrored_photo(live: Features, pho
     assert not isinstance(pixels, str)
     expected = live.tower.embed(np.ascontiguousarray(pixels[None, :, ::-1]))
     torch.testing.assert_close(live.read([photos[0]], [True]), expected)
+
+
+def test_an_index_that_lost_or_repeats_a_line_gives_no_wrong_embeddings(
+    clip: Path, live: Features, photos: list[Path], tmp_path: Path
+) -> None:
+    tower = load_vision_tower(str(clip))
+    cache = FeatureCache(tmp_path / "cache", tower)
+    cache.prepare(photos)
+    expected = cache.read(photos)
+    (index,) = (tmp_path / "cache").glob("*/index.jsonl")
+    lines = index.read_bytes().splitlines(keepends=True)
+    for damaged in (lines[1:], [lines[0], *lines], [*lines[:1], *lines[2:]], lines[::-1]):
+        index.write_bytes(b"".join(damaged))
+        cache = FeatureCache(tmp_path / "cache", tower)
+        cache.prepare(photos)
+        assert torch.equal(cache.read(photos), expected)
+
+
+def test_damaged_rows_are_noticed(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    tower = load_vision_tower(str(clip))
+    FeatureCache(tmp_path / "cache", tower).prepare(photos)
+    (rows,) = (tmp_path / "cache").glob("*/features.f16")
+    content = bytearray(rows.read_bytes())
+    content[-1] ^= 1
+    rows.write_bytes(content)
+    cache = FeatureCache(tmp_path / "cache", tower)
+    cache.prepare(photos)
+    with refused(ItuneError, tmp_path / "cache"):
+        cache.read(photos)
+
+
+def test_a_cache_of_an_earlier_version_counts(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    tower = load_vision_tower(str(clip))
+    cache = FeatureCache(tmp_path / "cache", tower)
+    cache.prepare(photos)
+    (index,) = (tmp_path / "cache").glob("*/index.jsonl")
+    index.write_text("".join(f"{json.dumps(json.loads(line)[0])}\n" for line in index.read_text().splitlines()))
+    before = index.read_bytes()
+    again = FeatureCache(tmp_path / "cache", tower)
+    again.prepare(photos)
+    assert index.read_bytes() == before
+    assert torch.equal(again.read(photos), cache.read(photos))
+
+
+def test_embeddings_beyond_half_precision(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    tower = load_vision_tower(str(clip))
+    last = [weight for name, weight in tower.model.named_parameters() if name.endswith("mlp.fc2.bias")][-1]
+    with torch.no_grad():
+        last.fill_(1e5)
+    with refused(ItuneError, photos[0], "65504"):
+        FeatureCache(tmp_path / "cache", tower).prepare(photos)
+    assert torch.isfinite(Features(tower).read(photos)).all()
+
+
+def test_links_in_a_shared_cache_are_not_followed(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    tower = load_vision_tower(str(clip))
+    FeatureCache(tmp_path / "cache", tower).prepare(photos)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("features.f16", "index.jsonl", "lock"):
+        (place,) = (tmp_path / "cache").glob(f"*/{name}")
+        kept = place.rename(tmp_path / "kept")
+        place.symlink_to(victim)
+        with refused(ItuneError, tmp_path / "cache"):
+            FeatureCache(tmp_path / "cache", tower).prepare(photos)
+        assert victim.read_text() == "precious"
+        place.unlink()
+        kept.rename(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itune.data.formats import DataError
-from itune.data.records import Record, load_records, split_records
+from itune.data.records import Record, identical_photos, load_records, split_records
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -137,7 +138,9 @@ def test_jsonl(tmp_path: Path) -> None:
     )
     touch(tmp_path, "a.jpg", "deep/b.png", "c.jpg")
     assert captions(load_records(file)) == {"a": ("A dog.",), "3": ("Just one.",)}
-    assert load_records(tmp_path, split="dev") == [Record(tmp_path / "deep" / "b.png", ("Two",), "deep/b")]
+    assert load_records(tmp_path, split="dev") == [
+        Record(tmp_path / "deep" / "b.png", ("Two",), "deep/b", wordless=("", "."))
+    ]
     with pytest.raises(DataError) as error:
         load_records(file, split="test")
     assert mentions(error, file, "test", "train (2 photos)", "dev (1 photos)")
@@ -193,13 +196,18 @@ def test_photos_without_captions_are_left_out(tmp_path: Path) -> None:
 
 PHOTO = {"image": "a.jpg", "captions": ["a"]}
 BAD_FILES: list[tuple[list[object], tuple[str, ...]]] = [
-    ([""], ("''",)),
+    ([""], ("empty", "image,caption")),
     (["Hello"], ("'Hello",)),
-    (["image,caption", "a.jpg,A dog"], ("'image,caption",)),
+    (["image,caption", "a.jpg"], ("line 2", "1 of 2")),
+    (["image,caption", 'a.jpg,"A dog'], ("captions.txt",)),
+    (["number,caption", "1,A dog"], ("'number,caption",)),
     (["a.jpg#0\tA dog", "b.jpg A cat"], ("line 2", "'b.jpg A cat'")),
     ([PHOTO, "", '{"image": "b.jpg"'], ("line 3", "JSON", "column 17")),
     ([PHOTO, ["b.jpg"]], ("line 2", "['b.jpg']")),
-    ([{"image": "a.jpg", "caption": "a"}], ("line 1", "captions")),
+    ([{"image": "a.jpg", "title": "a"}], ("line 1", "captions")),
+    ([[{"image": "a.jpg", "title": "a"}]], ("'[{",)),
+    ([[{"image": "a.jpg", "caption": 3}]], ("0.caption", "3")),
+    ([{"a.jpg": 3}], ("line 1", "image")),
     ([PHOTO, {"image": 3, "captions": []}], ("line 2", "image", "3")),
     ([PHOTO, {"image": "", "captions": []}], ("line 2", "image")),
     ([{"image": "a.jpg", "captions": {"en": "a"}}], ("line 1", "captions", "{'en': 'a'}")),
@@ -213,7 +221,6 @@ BAD_FILES: list[tuple[list[object], tuple[str, ...]]] = [
     ([PHOTO | {"split": "dev"}, PHOTO | {"split": "train"}], ("line 2", "a.jpg", "'train'", "line 1", "'dev'")),
     ([PHOTO, PHOTO | {"image": "a.png"}], ("line 2", "a.png", "id 'a'", "line 1", "a.jpg")),
     (["{", ' "images": [', "  {"], ("JSON", "line 4")),
-    ([[PHOTO]], ("'[{",)),
     ([{"images": {}}], ("images", "{}")),
     ([{"images": [3]}], ("images.0", "3")),
     ([{"images": [{"file_name": "a.jpg"}], "annotations": []}], ("images.0.id",)),
@@ -235,7 +242,7 @@ def test_bad_files_are_explained(tmp_path: Path, lines: list[object], values: tu
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    for name, value in (("photo.jpg", "0xff"), ("none.jsonl", "No such file"), ("x" * 5000, "too long")):
+    for name, value in (("photo.jpg", "0xff"), ("none.jsonl", "No such file"), ("x" * 300, "too long")):
         with pytest.raises(DataError) as error:
             load_records(tmp_path / name)
         assert mentions(error, tmp_path / name, value)
@@ -268,6 +275,109 @@ def test_bad_split_lists(flickr: Path) -> None:
     assert refused("trainImages.txt", "'a.jpg'", "testImages.txt")
     write(flickr / "Flickr_8k.testImages.txt", "d.jpg", "e.jpg", "f.jpg")
     assert refused("testImages.txt", "2 of 3", "'e.jpg'")
+
+
+TABLES = {
+    "captions.txt": [
+        "image,caption",
+        "a.jpg,A dog runs .",
+        'b é.jpg,"Two cats, one mat"',
+        "a.jpg,A brown dog",
+    ],  # Kaggle's
+    "a.csv": ["a.jpg,A dog runs .", "a.jpg,A brown dog", "b é.jpg,Two cats, one mat"],
+    "b.csv": ["id;Caption;Image", "1;A dog runs .;a.jpg", "2;A brown dog;a.jpg", '3;"Two cats, one mat";b é.jpg'],
+    "c.tsv": ["file_name\ttext", "a.jpg\tA dog runs .", "a.jpg\tA brown dog", "b é.jpg\tTwo cats, one mat"],
+    "results.csv": [  # Flickr30k's
+        "image_name| comment_number| comment",
+        "a.jpg| 0| A dog runs .",
+        "a.jpg| 1| A brown dog",
+        "b é.jpg| 0| Two cats, one mat",
+    ],
+    "d.csv": ["filename,caption1,caption2", "a.jpg,A dog runs .,A brown dog", '"b é.jpg","Two cats, one mat",'],
+    "e.csv": [
+        "raw,filename",
+        '"[""A dog runs ."", ""A brown dog""]",a.jpg',
+        '"[""Two cats, one mat""]",b é.jpg',
+    ],
+    "metadata.jsonl": [
+        {"file_name": "a.jpg", "text": "A dog runs ."},
+        {"file_name": "a.jpg", "text": "A brown dog"},
+        {"file_name": "b é.jpg", "text": "Two cats, one mat"},
+    ],
+    "one.jsonl": [
+        {"image": "a.jpg", "caption": ["A dog runs .", "A brown dog"]},
+        {"image": "b é.jpg", "caption": "Two cats, one mat"},
+    ],
+    "list.json": [
+        [
+            {"image": "a.jpg", "captions": ["A dog runs .", "A brown dog"]},
+            {"image": "b é.jpg", "caption": "Two cats, one mat"},
+        ]
+    ],
+    "object.json": [{"a.jpg": ["A dog runs .", "A brown dog"], "b é.jpg": "Two cats, one mat"}],
+}
+EXPECTED = {"a": ("A dog runs .", "A brown dog"), "b é": ("Two cats, one mat",)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "crlf"])
+@pytest.mark.parametrize("name", TABLES)
+def test_captions_as_people_have_them(tmp_path: Path, name: str, encoding: str) -> None:
+    file = write(tmp_path / name, *TABLES[name])
+    text = file.read_text(encoding="utf-8")
+    if encoding == "crlf":
+        file.write_bytes(text.replace("\n", "\r\n").encode())
+    else:
+        file.write_text(text, encoding=encoding)
+    touch(tmp_path, "a.jpg", "b é.jpg")
+    assert captions(load_records(file)) == EXPECTED
+    if name != "object.json":
+        assert captions(load_records(tmp_path)) == EXPECTED
+
+
+def test_texts_beside_photos(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "deep/b.PNG", "c.jpg")
+    write(tmp_path / "a.txt", "A dog runs .", "", "A brown dog")
+    write(tmp_path / "deep" / "b.txt", "Two cats")
+    write(tmp_path / "notes.txt", "of no photo")
+    assert captions(load_records(tmp_path)) == {"a": ("A dog runs .", "A brown dog"), "deep/b": ("Two cats",)}
+
+
+def test_names_in_another_unicode_form(tmp_path: Path) -> None:
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        folder, name = tmp_path / form, unicodedata.normalize(form, "höfe/café 犬が.jpg")
+        touch(folder, name)
+        file = write(folder / "a.jsonl", {"image": unicodedata.normalize(other, name), "captions": ["a"]})
+        assert load_records(file)[0].image.is_file()
+
+
+def test_missing_photos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(
+        tmp_path / "a.jsonl", PHOTO, {"image": "B.jpg", "captions": ["b"]}, {"image": "c.jpg", "captions": ["c"]}
+    )
+    touch(tmp_path, "a.jpg", "b.jpg")
+    with pytest.raises(DataError) as error:
+        load_records(file)
+    assert mentions(error, "2 of 3", tmp_path / "B.jpg", "there is b.jpg", "--skip-missing")
+    assert [record.id for record in load_records(file, skip_missing=True)] == ["a"]
+    assert "2 of 3" in caplog.text
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(DataError):
+        load_records(file, skip_missing=True)
+
+
+def test_photos_in_two_folders_are_ambiguous(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", PHOTO)
+    touch(tmp_path, "old/a.jpg", "new/a.jpg")
+    with pytest.raises(DataError) as error:
+        load_records(file)
+    assert mentions(error, "old", "new", "--images")
+    assert load_records(file, images=tmp_path / "old")[0].image == tmp_path / "old" / "a.jpg"
+
+
+def test_the_wrong_photo_of_flickr8k(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.token", "a.jpg#0\ta", "2258277193_586949ec62.jpg.1#0\tPeople on a bench")
+    touch(tmp_path, "a.jpg")
+    assert captions(load_records(file, split=None)) == {"a": ("a",)}
 
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=1).map(str.strip)
@@ -331,6 +441,19 @@ def test_junk_is_refused_in_a_sentence(
     for source in (folder, folder / "captions.json"):
         with suppress(DataError):  # nothing else may come out
             assert all(record.captions for record in load_records(source, split=split, check_images=False))
+
+
+def test_identical_photos_are_on_one_side(tmp_path: Path) -> None:
+    records = []
+    for i in range(60):
+        path = tmp_path / f"{i}.jpg"
+        path.write_bytes(b"x" * 10 + bytes([i % 20]))
+        records.append(Record(path, ("a",), str(i)))
+    train, dev = split_records(records, 0.3, seed=0)
+    assert not {r.image.read_bytes() for r in train} & {r.image.read_bytes() for r in dev}
+    assert len(dev) % 3 == 0
+    (tmp_path / "0.jpg").unlink()
+    assert len(identical_photos([record.image for record in records])) == 60
 
 
 def numbered(count: int) -> list[Record]:

@@ -282,3 +282,15 @@ def test_bleu_of_words_of_the_coco_tokenizer_and_of_ours(shared_data: Path) -> N
     other = [(theirs[0][k][0].split(), [line.split() for line in theirs[1][k]]) for k in candidates]
     assert pairs == other
     assert bleu.bleu(pairs).scores().tolist() == bleu.bleu(other).scores().tolist()
+
+
+@pytest.mark.slow
+def test_meteor_in_a_folder_whose_name_has_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        source = find_program("meteor", "meteor-1.5.jar").parent
+        expected = meteor.meteor(PUBLISHED).scores()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    shutil.copytree(source, tmp_path / "my environment" / "meteor")
+    monkeypatch.setattr(java, "_package", lambda _name: tmp_path / "my environment")
+    np.testing.assert_array_equal(meteor.meteor(PUBLISHED).scores(), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,25 @@ def test_errors_name_the_image(candidates: dict[str, str], references: dict[str,
     with pytest.raises(ItuneError) as error:
         score(candidates, references)
     assert all(value in str(error.value) for value in values)
+
+
+def test_references_without_letters_count_as_in_the_coco_code() -> None:
+    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    coco_bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    candidates = {"1": "a dog runs on grass", "2": "a red cat", "3": "on grass", "4": "a cat"}
+    references = {
+        "1": ["a dog runs on the grass", ""],
+        "2": ["a red cat", "one cat"],
+        "3": [""],
+        "4": ["a dog", "", ""],
+    }
+    expected = {}
+    lines = {image: [caption] for image, caption in candidates.items()}
+    expected["cider"] = cider.Cider().compute_score(references, lines)[0]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints lengths
+        bleus = coco_bleu.Bleu(4).compute_score(references, lines)[0]
+    expected |= {f"bleu{order}": value for order, value in enumerate(bleus, 1)}
+    expected["rouge_l"] = rouge.Rouge().compute_score(references, lines)[0]
+    written = {image: [text or "." for text in texts] for image, texts in references.items()}
+    assert score(candidates, written) == pytest.approx(expected, rel=1e-9)

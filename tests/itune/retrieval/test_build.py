@@ -299,15 +299,15 @@ def test_refusals(tmp_path: Path, captions: Path, clip_folder: Path, full_clip_f
     with pytest.raises(ValidationError) as contradiction:
         build(captions, full_clip_folder, new, kind="text", pooling="mean")
     assert "--pooling mean" in str(contradiction.value)
-    refuses(DatastoreError, [image_store, "--force"], build, captions, clip_folder, image_store)
+    refuses(ItuneError, [image_store, "--force"], build, captions, clip_folder, image_store)
     other = tmp_path / "other"
     other.mkdir()
     for force in (True, False):
-        with pytest.raises(DatastoreError) as refused:
+        with pytest.raises(ItuneError) as refused:
             build(captions, clip_folder, other, force=force)
         assert str(other) in str(refused.value)
         assert "--force" not in str(refused.value)
-    refuses(ItuneError, [captions / "s"], build, captions, clip_folder, captions / "s")
+    refuses(ItuneError, [captions], build, captions, clip_folder, captions / "s")
     source = CaptionSource(captions=captions, cache_features=captions)
     refuses(ItuneError, [f"--cache-features {captions}"], build_datastore, source, str(clip_folder), new)
     store = shutil.copytree(image_store, tmp_path / "deep" / "store")
