@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import inspect
 import json
-import logging
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,34 +16,20 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, GPT2LMHeadModel
-from transformers.utils import logging as transformers_logging
 
-from .config_mismatch import config_mismatch
 from .files import hash_files
-from .json_files import read_json
+from .image_processor import preprocessor_file, read_image_settings
+from .pretrained import BackboneError, fetch, hash_weights, load_pretrained, read_config, weight_files
 from .runtime.engines.base import Float32, UInt8
-from .runtime.errors import ItuneError, reading
+from .runtime.errors import reading
 from .runtime.onnx_files import external_files
 from .runtime.settings import ImageSettings
 from .runtime.text import load_tokenizer, stateless
-from .weight_files import read_shapes, read_tensors
-
-# Otherwise transformers reports every weight of a CLIP checkpoint's text tower as unused.
-transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+from .weight_files import read_tensors
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 """Name of the key/value cache in GPT-2's forward pass; newer releases of transformers renamed it."""
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where transformers looks for weights, in this order."""
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-_STEPS = ("_preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
-"""Methods of transformers' image processors that `ImageSettings` reproduces as the base class has them."""
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "logit_scale")
-"""Endings of weights that a CLIP may lack: V comes before its last layer norm."""
 _PROJECTION = {
     "weight": "visual_projection.weight",
     "norm_weight": "post_layernorm.weight",
@@ -63,90 +46,9 @@ _CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """Fields of `config.json` that change a model's numbers without changing the shape of its weights."""
 
 
-class BackboneError(ItuneError):
-    """A language model or vision tower cannot be loaded."""
-
-
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The path of a backbone: an existing one, or the snapshot of a hub repository."""
-    path = Path(source)
-    if source and path.exists():
-        return path
-    if not source or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise BackboneError(f"{source!r} does not exist: give a folder with the model, or a hub id such as gpt2")
-    from huggingface_hub import snapshot_download
-
-    command = f"hf download {source} --local-dir FOLDER"
-    mend = f"check the name; without a network, run `{command}` on another machine and give that folder"
-    with reading(f"{source} (hub)", BackboneError, mend):
-        files = ["*.json", "*.txt", "*.safetensors", "*.onnx"]
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
-        graphs = list(folder.glob("*.onnx"))
-        more = [glob.escape(posixpath.normpath(name)) for graph in graphs for name in external_files(graph)]
-        if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in _WEIGHTS[:2]):
-            more.append("pytorch_model*.bin")
-        if more:  # of the same commit, which is the folder's name
-            snapshot_download(source, revision=folder.name, allow_patterns=more)
-    return folder
-
-
 def vision_kind(source: str) -> Literal["clip", "onnx"]:
     """The kind of vision tower at a source."""
     return "clip" if (fetch(source) / "config.json").is_file() else "onnx"
-
-
-def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
-    """A backbone's `config.json`, which must name one of the model types."""
-    path = folder / "config.json"
-    with reading(path, BackboneError, f"give the folder of a {model_types[0]} model"):
-        config: dict[str, Any] = read_json(path, BackboneError)
-        found = {name: config.get(name) for name in ("model_type", "add_cross_attention")}
-    if found["model_type"] not in model_types or found["add_cross_attention"]:
-        raise BackboneError(f"{path}: {found}; give the folder of a plain {model_types[0]} model")
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files from which transformers loads a folder's weights."""
-    with reading(folder, BackboneError, "copy the model again"):
-        named = read_json(folder / "config.json").get("transformers_weights")
-        for name in [named] if named else _WEIGHTS:
-            path = folder / name
-            if path.is_file() and name.endswith(".index.json"):
-                return sorted({folder / shard for shard in read_json(path)["weight_map"].values()})
-            if path.is_file():
-                return [path]
-    raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
-
-
-def _hash_weights(folder: Path) -> str:
-    files = weight_files(folder)
-    pattern = "*.safetensors" if files[0].suffix == ".safetensors" else "pytorch_model*.bin"
-    with reading(folder, BackboneError, "copy the model again"):
-        # Earlier versions hashed all files with such names.
-        return hash_files(list({*files, *folder.glob(pattern)}))
-
-
-def load_pretrained(model: Any, folder: Path, what: str) -> Any:
-    """Load a transformers class in float32 and evaluation mode; `what` names the right kind of checkpoint in errors."""
-    path, mend = folder / "config.json", f"give the folder of {what}"
-    if (folder / "adapter_config.json").exists():  # transformers applies it if peft is installed
-        raise BackboneError(
-            f"{folder / 'adapter_config.json'}: merge the adapter into the model, then delete this file"
-        )
-    with reading(folder, BackboneError, mend):
-        shapes = {name: shape for file in weight_files(folder) for name, shape in read_shapes(file).items()}
-    with reading(path, BackboneError, mend):
-        if problem := config_mismatch(model, model.config_class.from_pretrained(folder, local_files_only=True), shapes):
-            raise BackboneError(f"{path}: {problem}; put back the config.json of these weights")
-    with reading(folder, BackboneError, mend):
-        loaded, info = model.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    # transformers fills missing weights with random numbers.
-    if missing := sorted(name for name in info["missing_keys"] if not name.endswith(_UNUSED)):
-        raise BackboneError(f"{folder}: the weight files lack {missing[0]}: {mend}")
-    return loaded.train(False)
 
 
 @dataclass(frozen=True)
@@ -170,7 +72,7 @@ def load_language_model(source: str, revision: str | None = None) -> LanguageMod
     """Load a GPT-2-family checkpoint (hub id or folder) in float32, with its tokenizer."""
     folder = fetch(source, revision)
     read_config(folder, "gpt2")
-    sha256 = _hash_weights(folder)
+    sha256 = hash_weights(folder)
     model = load_pretrained(GPT2LMHeadModel, folder, "a GPT-2 language model")
     if model.config.activation_function == "gelu_new":
         # The same function in one kernel: a training step takes a fifth less time and activation memory.
@@ -209,7 +111,7 @@ class ClipTower:
         config = read_config(folder, "clip", "clip_vision_model")
         config = config.get("vision_config", config)
         self.folder = folder
-        self.sha256 = _hash_weights(folder)
+        self.sha256 = hash_weights(folder)
         self.model = load_pretrained(CLIPVisionModel, folder, "a CLIP vision model").requires_grad_(False)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
         if image is None and preprocessor_file(folder).is_file():
@@ -310,72 +212,6 @@ class OnnxTower:
         batches = np.split(x, len(x)) if self._one_at_a_time else [x]
         embedded = [self.session.run([self._output], {self._input: batch})[0] for batch in batches]
         return torch.from_numpy(np.concatenate(embedded))
-
-
-def preprocessor_file(folder: Path) -> Path:
-    """The file from which transformers builds the image processor; `preprocessor_config.json` if there is none."""
-    processor = folder / PROCESSOR
-    nested = read_json(processor, BackboneError) if processor.is_file() else None
-    return (
-        processor if isinstance(nested, dict) and nested.get("image_processor") is not None else folder / PREPROCESSOR
-    )
-
-
-def read_image_settings(folder: Path) -> ImageSettings:
-    """The settings of the image processor that transformers builds from the folder's files.
-
-    Raises BackboneError if the processor does something else than resize, crop, rescale by 1/255 and normalize.
-    """
-    from transformers import AutoImageProcessor, CLIPConfig
-    from transformers.image_processing_backends import PilBackend
-
-    path = preprocessor_file(folder)
-    with reading(path, BackboneError, "a vision tower needs an image processor's configuration"):
-        # Without a type it is CLIP's. The processor's class decides what missing fields mean.
-        processor: Any = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            folder, config=CLIPConfig(), backend="pil", trust_remote_code=False, local_files_only=True
-        )
-        written, _ = processor.get_image_processor_dict(folder, local_files_only=True)
-        kind = type(processor).__name__.removesuffix("Pil")
-        named = written.get("image_processor_type") or written.get("feature_extractor_type") or kind
-        plain = all(getattr(type(processor), step, None) is getattr(PilBackend, step) for step in _STEPS)
-        size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
-        edge = size.shortest_edge
-        supported = {
-            f"image_processor_type {named}": plain and kind == _kind(named),
-            "do_resize": processor.do_resize,
-            "do_center_crop": crop or not edge,
-            "do_normalize": processor.do_normalize,
-            "do_rescale": processor.do_rescale,
-            "do_pad": not processor.do_pad,
-            "rescale_factor": abs(255 * processor.rescale_factor - 1) < 1e-4,
-            "size.longest_edge": size.longest_edge is None,
-            "size": edge or (size.height and size.width),
-            f"resample {processor.resample}": processor.resample in _RESAMPLE,
-        }
-        if unsupported := [field for field, supports in supported.items() if not supports]:
-            raise BackboneError(
-                f"{path}: {unsupported[0]} is not supported: pixels are resized to a shorter edge and cropped, or "
-                "resized to height and width, then rescaled by 1/255 and normalized"
-            )
-        return ImageSettings(
-            size=(edge, edge) if edge else (size.height, size.width),
-            resize="shortest_edge" if edge else "squash",
-            crop=(crop.height, crop.width) if crop else None,
-            mean=_per_channel(processor.image_mean),
-            std=_per_channel(processor.image_std),
-            interpolation=_RESAMPLE[processor.resample],  # type: ignore[arg-type]
-        )
-
-
-def _kind(named: str) -> str:
-    """The class that transformers 5 has for the name of an image processor or an older feature extractor."""
-    return named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-
-
-def _per_channel(value: Any) -> Any:
-    """A mean or standard deviation; one number stands for all channels."""
-    return (value,) * 3 if isinstance(value, int | float) else value
 
 
 def normalize(pixels: UInt8, image: ImageSettings) -> Float32:

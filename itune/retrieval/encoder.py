@@ -18,19 +18,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..backbones import (
-    BackboneError,
-    ClipProjection,
-    ClipTower,
-    VisionTower,
-    fetch,
-    load_clip_projection,
-    load_pretrained,
-    load_vision_tower,
-)
+from ..backbones import ClipProjection, ClipTower, VisionTower, load_clip_projection, load_vision_tower
 from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import write_json
+from ..pretrained import BackboneError, fetch, load_pretrained
 from ..progress import OnProgress, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import reading
