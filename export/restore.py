@@ -87,7 +87,8 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
 def _preprocessor(image: ImageSettings) -> dict[str, Any]:
     """The same settings as a Hugging Face image processor's configuration."""
     height, width = image.size
-    crop = image.crop and {"height": image.crop[0], "width": image.crop[1]}
+    cropped = image.crop or (image.size if image.resize == "shortest_edge" else None)
+    crop = cropped and {"height": cropped[0], "width": cropped[1]}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
