@@ -22,6 +22,7 @@ from itune.backbones import (
     load_vision_tower,
 )
 from itune.retrieval.encoder import TextEncoder
+from itune.runtime.text import encode_text
 from tests.conftest import refused
 
 WEIGHTS = "model.safetensors"
@@ -121,6 +122,19 @@ def test_text_features_do_not_depend_on_a_tokenizers_state(clip: Path) -> None:
     found = TextEncoder(str(clip)).embed(captions)
     np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-6)
     assert not np.allclose(found[1], TextEncoder(str(clip)).embed([""])[0], atol=1e-3)
+
+
+def test_an_older_tokenizer_is_stateless_too(language_model: Path) -> None:
+    text = "<|endoftext|> A dog runs through the grass ."
+    expected = encode_text(load_language_model(str(language_model)).tokenizer, text)
+    model = json.loads((language_model / "tokenizer.json").read_text())["model"]
+    (language_model / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (language_model / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    (language_model / "tokenizer.json").unlink()
+    state = {"add_bos_token": True, "add_eos_token": True, "model_max_length": 3, "truncation_side": "left"}
+    (language_model / "tokenizer_config.json").write_text(json.dumps(state))
+    assert encode_text(load_language_model(str(language_model)).tokenizer, text) == expected
 
 
 def test_no_source_is_not_the_current_folder(language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
