@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from ..backbones import BackboneError, ClipTower, LanguageModel, VisionTower
+from ..backbones import ClipTower, LanguageModel, VisionTower
+from ..pretrained import BackboneError
 
 ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),

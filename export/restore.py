@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
-from ..backbones import PREPROCESSOR
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_config
 from ..files import hash_files, staged_folder, write_json
+from ..image_processor import PREPROCESSOR
 from ..license import LICENSE_FILE, find_license
 from ..methods.schemas import parse_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle
@@ -94,7 +94,8 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
 def _preprocessor(image: ImageSettings) -> dict[str, Any]:
     """The same settings as a Hugging Face image processor's configuration."""
     height, width = image.size
-    crop = image.crop and {"height": image.crop[0], "width": image.crop[1]}
+    cropped = image.crop or (image.size if image.resize == "shortest_edge" else None)
+    crop = cropped and {"height": cropped[0], "width": cropped[1]}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

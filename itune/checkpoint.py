@@ -33,11 +33,14 @@ class ModelSource(Settings):
     source: str
     revision: str | None = None
     sha256: str | None = None
+    settings: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """What decides its numbers besides the weights; checkpoints of earlier versions do not record it."""
 
     @staticmethod
     def of_language_model(language: LanguageModel, source: str, folder: Path) -> ModelSource:
         """The reference to the language model loaded from `source`, for a checkpoint in `folder`."""
-        return ModelSource(source=relative_source(source, folder), sha256=language.sha256)
+        settings = dict(language.settings)
+        return ModelSource(source=relative_source(source, folder), sha256=language.sha256, settings=settings)
 
 
 class VisionSource(ModelSource):
@@ -53,6 +56,7 @@ class VisionSource(ModelSource):
         return VisionSource(
             source=relative_source(source, folder),
             sha256=tower.sha256,
+            settings=dict(tower.settings),
             kind=tower.kind,
             tokens=tower.tokens,
             width=tower.width,

@@ -7,7 +7,8 @@ import onnx
 import onnxruntime as ort
 from onnx import compose, helper, inliner, version_converter
 
-from ...backbones import BackboneError, OnnxTower
+from ...backbones import OnnxTower
+from ...pretrained import BackboneError
 from ...runtime.engines.onnxruntime import session_options
 from ...runtime.errors import reading
 from .builder import OPSET, Graph
