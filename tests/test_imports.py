@@ -17,6 +17,7 @@ RUNTIME_LIBRARIES = {
     "numpy",
     "onnxruntime",
     "PIL",
+    "pillow_heif",
     "pydantic",
     "pydantic_core",
     "rich",

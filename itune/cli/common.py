@@ -69,7 +69,9 @@ def check_apart(outputs: Iterable[tuple[str, Path]], inputs: Iterable[tuple[str,
 def require(extra: str, *modules: str) -> None:
     """Raise ItuneError unless the modules of an optional part of itune are installed."""
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise ItuneError(f"{', '.join(missing)} not installed; this command needs: pip install 'itune[{extra}]'")
+        raise ItuneError(
+            f"{', '.join(missing)} not installed; this command needs: pip install 'itune-captioner[{extra}]'"
+        )
 
 
 @cache
