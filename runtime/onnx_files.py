@@ -1,0 +1,90 @@
+"""Find the files that an ONNX graph refers to, from protobuf's wire format alone (onnx.proto has the numbers)."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+_FIELDS = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"""Of each message, the fields that can contain a tensor, and their types."""
+_EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 13, 14, 1
+_FIXED = {1: 8, 5: 4}
+"""Bytes of a value by its wire type."""
+
+
+def external_files(graph: Path) -> list[str]:
+    """The locations, relative to the graph's folder, of its tensors' external data: sorted, each once.
+
+    Initializers, attributes, subgraphs, functions and sparse tensors are searched; weights are not read into memory.
+
+    Raises:
+        ValueError: the file is no protobuf, or is cut off.
+        OSError: the file cannot be read.
+    """
+    locations: set[str] = set()
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        waiting = [("model", 0, len(content))]
+        while waiting:
+            message, start, end = waiting.pop()
+            if message == "tensor":
+                locations |= _location(content, start, end)
+                continue
+            for number, value in _fields(content, start, end):
+                if (kind := _FIELDS[message].get(number)) and isinstance(value, range):
+                    waiting.append((kind, value.start, value.stop))
+    return sorted(locations)
+
+
+def _location(content: mmap.mmap, start: int, end: int) -> set[str]:
+    """The location of a tensor's data; none if the data is in the tensor."""
+    fields = list(_fields(content, start, end))
+    if (_DATA_LOCATION, _EXTERNAL) not in fields:
+        return set()
+    entries = []
+    for number, value in fields:
+        if number == _EXTERNAL_DATA and isinstance(value, range):
+            pair = {
+                key: content[text.start : text.stop]
+                for key, text in _fields(content, value.start, value.stop)
+                if isinstance(text, range)
+            }
+            entries.append((pair.get(1, b""), pair.get(2, b"").decode()))
+    return {location for key, location in entries if key == b"location"}
+
+
+def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int | range]]:
+    """The numbers and values of a message's fields; a value with a length is the range of its bytes."""
+    while start < end:
+        tag, start = _varint(content, start, end)
+        wire = tag & 7
+        value: int | range = 0
+        if wire == 0:
+            value, start = _varint(content, start, end)
+        elif wire == 2:
+            length, start = _varint(content, start, end)
+            value = range(start, start + length)
+            start += length
+        elif wire in _FIXED:
+            start += _FIXED[wire]
+        if start > end or wire not in (0, 2, *_FIXED):
+            raise ValueError(f"no ONNX graph: damaged protobuf at byte {start}")
+        yield tag >> 3, value
+
+
+def _varint(content: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+    """A variable-length integer, and where it ends."""
+    value = 0
+    for i, position in enumerate(range(start, min(start + 10, end))):
+        value |= (content[position] & 127) << 7 * i
+        if content[position] < 128:
+            return value, position + 1
+    raise ValueError(f"no ONNX graph: damaged protobuf at byte {start}")
