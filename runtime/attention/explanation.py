@@ -11,8 +11,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from ..bundle import MANIFEST, Bundle, Manifest
+from ..cpus import available_cpus
 from ..engines.base import Float32
-from ..engines.onnxruntime import NAME, OnnxRuntimeEngine, OnnxRuntimeState, available_cpus, open_session
+from ..engines.onnxruntime import NAME, OnnxRuntimeEngine, OnnxRuntimeState, open_session
 from ..errors import BundleError, EngineError, ItuneError, reading
 from ..graph_names import visual_attention
 from ..image import preprocess, seen_box

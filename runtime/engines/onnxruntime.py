@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import Bundle
+from ..cpus import available_cpus
 from ..errors import BundleError, EngineError, reading
 from ..graph_names import EMBEDDING, PAST, PRESENT, STEP
 from .base import Bool, Candidates, Float32, Int64, UInt8, mask_and_positions
@@ -237,11 +237,6 @@ def has_vnni() -> bool:
     except OSError:
         return False
     return "avx512_vnni" in flags or "avx_vnni" in flags
-
-
-def available_cpus() -> int:
-    """The number of CPUs this process may run on; respects CPU affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _value(array: Any, device: str = "cpu") -> ort.OrtValue:
