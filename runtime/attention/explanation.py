@@ -153,8 +153,10 @@ class Explainer:
                 f"{limits.max_positions - len(before) + 1}, and {limits.candidates} of the {limits.vocab_size} tokens "
                 "in its vocabulary (itune-export --vocabulary)"
             ) from error
-        weights = np.stack([outputs[visual_attention(each, self.manifest.method)].numpy() for each in layers])
-        by_head = weights.reshape(len(layers) * heads, read.size, -1).astype(np.float32)
+        with reading(f"{MANIFEST}: adapter_heads {heads}", BundleError, "export the bundle again"):
+            weights = np.stack([outputs[visual_attention(each, self.manifest.method)].numpy() for each in layers])
+            shape = len(layers) * heads, read.size, self.manifest.decoder.visual_tokens
+            by_head = weights.reshape(shape).astype(np.float32)
         return Explanation(
             caption=decode_text(self.tokenizer, tokens),
             token_ids=tuple(tokens),

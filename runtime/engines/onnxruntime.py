@@ -18,13 +18,22 @@ import onnxruntime as ort
 from ..bundle import Bundle
 from ..cpus import available_cpus
 from ..errors import BundleError, EngineError, reading
-from ..graph_names import EMBEDDING, PAST, PRESENT, STEP
+from ..graph_names import EMBEDDING, MASK, PARENTS, PAST, POSITIONS, PRESENT, STEP, TOKENS, K
 from .base import Bool, Candidates, Float32, Int64, UInt8, mask_and_positions
 
 NAME = "onnxruntime"
 CUDA = "CUDAExecutionProvider"
 CPUINFO = Path("/proc/cpuinfo")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    **dict.fromkeys((TOKENS, POSITIONS, "token_ids"), ("tensor(int64)", 2)),
+    **dict.fromkeys((PARENTS, K), ("tensor(int64)", 1)),
+    MASK: ("tensor(bool)", 2),
+    "logits": ("tensor(float)", 2),
+    "logsumexp": ("tensor(float)", 1),
+    EMBEDDING: ("tensor(float)", 2),
+}
+"""Element type and rank of the graphs' inputs and outputs; caches have rank 4 and any type of `_DTYPES`."""
 
 
 class OnnxRuntimeState:
@@ -55,10 +64,18 @@ class OnnxRuntimeEngine:
     device = "cpu"
 
     def __init__(
-        self, vision: ort.InferenceSession, decoder: ort.InferenceSession, most_candidates: int, least_rows: int = 1
+        self,
+        vision: ort.InferenceSession,
+        decoder: ort.InferenceSession,
+        most_candidates: int,
+        least_rows: int = 1,
+        vocab_size: int = 2**31,
     ) -> None:
-        """`least_rows`: 1 or 2; with 2, a single row runs beside a copy of itself."""
-        self.vision, self.decoder = vision, decoder
+        """`least_rows`: 1 or 2; with 2, a single row runs beside a copy of itself.
+
+        `vocab_size`: a graph that returns a token id from here on is refused.
+        """
+        self.vision, self.decoder, self.vocab_size = vision, decoder, vocab_size
         self.most_candidates, self.least_rows = most_candidates, least_rows
         self._pixels = vision.get_inputs()[0].name
         self._visual = [output.name for output in vision.get_outputs()]
@@ -84,18 +101,31 @@ class OnnxRuntimeEngine:
         # On AVX2, 4-bit products of a single row are summed in another order than those of several. Rounding to int8
         # in the layers above would turn that into a difference between an image alone and in a batch.
         least_rows = 2 if graphs[1].precision == "int4" else 1
-        return cls(vision, decoder, bundle.manifest.tokens.candidates, least_rows)
+        limits = bundle.manifest.tokens
+        return cls(vision, decoder, limits.candidates, least_rows, limits.vocab_size)
 
     def encode(self, pixels: UInt8) -> OnnxRuntimeState:
         """Encode images, uint8 [B, H, W, 3]."""
-        return OnnxRuntimeState(self._run(self.vision, self._visual, {self._pixels: _value(pixels)}), self.device)
+        visual = self._run(self.vision, self._visual, {self._pixels: _value(pixels)})
+        if found := {name: value.shape() for name, value in visual.items() if value.shape()[:1] != [len(pixels)]}:
+            raise EngineError(f"the vision graph returned {found} for {len(pixels)} images; export the bundle again")
+        return OnnxRuntimeState(visual, self.device)
 
     def step(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> Candidates:
         """Feed `tokens` [rows, T] to the decoder and return the k best continuations of each row."""
         named = self.forward(tokens, parents, state, k, mask=mask)
-        return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
+        found = Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
+        shape, ids = (len(tokens), min(k, self.most_candidates)), found.token_ids
+        shapes = [each.shape for each in found]
+        # ONNX Runtime does not insist on the shapes that a graph declares.
+        if shapes != [shape, shape, shape[:1]] or (ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size):
+            raise EngineError(
+                f"the decoder graph returned {shapes} with token ids up to {ids.max(initial=0)}, not {shape} and ids "
+                f"from 0 to {self.vocab_size - 1}; export the bundle again"
+            )
+        return found
 
     def forward(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
@@ -184,10 +214,30 @@ def _mismatch(vision: ort.InferenceSession, decoder: ort.InferenceSession, size:
     inputs, outputs = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
     caches = {name for name in inputs if name.startswith(PAST)}
     needed = {*STEP} | visual | caches
-    if inputs != needed:
+    if inputs != needed or not visual:
         return f"its decoder graph takes {sorted(inputs - needed)} and lacks the inputs {sorted(needed - inputs)}"
-    missing = {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs
-    return f"its decoder graph lacks the outputs {sorted(missing)}" if missing else None
+    if missing := {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs:
+        return f"its decoder graph lacks the outputs {sorted(missing)}"
+    return _wrong_tensor(vision, decoder)
+
+
+def _wrong_tensor(vision: ort.InferenceSession, decoder: ort.InferenceSession) -> str | None:
+    """The first input or output with another type or shape than the engine needs; None if all are right."""
+    pixels, given = vision.get_inputs()[0], {each.name: each for each in vision.get_outputs()}
+    if pixels.type != "tensor(uint8)":
+        return f"{pixels.name} of its vision graph is a {pixels.type}, not tensor(uint8)"
+    for each in (*given.values(), *decoder.get_inputs(), *decoder.get_outputs()):
+        is_cache = each.name.startswith((PAST, PRESENT))
+        kind, rank = _TYPES.get(each.name, (each.type, 4 if is_cache else len(each.shape)))
+        if each.name in given:
+            kind = _TYPES.get(each.name, (given[each.name].type, 0))[0]
+        wrong = each.type != kind or len(each.shape) != rank or (is_cache and each.type not in _DTYPES)
+        if each.name.startswith(PAST):
+            heads_and_width = each.shape[1::2]
+            wrong = wrong or not all(isinstance(n, int) and 0 < n < 2**20 for n in heads_and_width)
+        if wrong:
+            return f"{each.name} is a {each.type} of shape {each.shape}, not a {kind} with {rank} dimensions"
+    return None
 
 
 def session_options(threads: int) -> ort.SessionOptions:

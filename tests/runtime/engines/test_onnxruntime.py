@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.backbones import ClipTower
@@ -16,10 +20,11 @@ from itune.export.quantize.integer_matmul import Blocks, Rows
 from itune.export.quantize.rewrite import quantize_graph
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.runtime.bundle import MANIFEST, Bundle
+from itune.runtime.captioner import Captioner
 from itune.runtime.cpus import available_cpus
 from itune.runtime.engines import onnxruntime as onnxruntime_engine
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
-from itune.runtime.errors import BundleError
+from itune.runtime.errors import BundleError, EngineError
 from itune.runtime.manifest import FileHash
 
 VOCABULARY, WIDTH, TWINS = 60, 32, (11, 40)
@@ -256,3 +261,56 @@ def test_vnni_is_read_from_the_processors_flags(flags, expected, monkeypatch, tm
     assert onnxruntime_engine.has_vnni() == expected
     monkeypatch.setattr(onnxruntime_engine.platform, "machine", lambda: "aarch64")
     assert onnxruntime_engine.has_vnni()
+
+
+HOSTILE: dict[str, tuple[str, Callable[[onnx.GraphProto], object]]] = {
+    "pixels of another type": ("vision", lambda graph: _declare(graph.input[0], TensorProto.FLOAT)),
+    "tokens of another type": ("decoder", lambda graph: _declare(_named(graph.input, "tokens"), TensorProto.INT32)),
+    "k without a dimension": ("decoder", lambda graph: _declare(_named(graph.input, "k"), shape=[])),
+    "ids beyond the vocabulary": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(10**6))),
+    "negative ids": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(-(10**6)))),
+    "ids beyond 64 bits": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(2**63 - 1))),
+    "a row too few": ("decoder", lambda graph: _cut(graph, "logsumexp")),
+    "visual state of no image": ("vision", lambda graph: _cut(graph, "visual")),
+}
+
+
+def _named(values, name):
+    return next(value for value in values if value.name == name)
+
+
+def _declare(value, kind=None, shape=None):
+    tensor = value.type.tensor_type
+    tensor.elem_type = kind or tensor.elem_type
+    if shape is not None:
+        del tensor.shape.dim[:]
+
+
+def _after(graph, name, node, constants):
+    for each in graph.node:
+        each.output[:] = ["before" if output == name else output for output in each.output]
+    graph.node.append(node)
+    graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in constants.items())
+
+
+def _shift(graph, name, by):
+    _after(graph, name, helper.make_node("Add", ["before", "by"], [name]), {"by": by})
+
+
+def _cut(graph, name):
+    bounds = {"from": np.array([0]), "to": np.array([0]), "axis": np.array([0])}
+    _after(graph, name, helper.make_node("Slice", ["before", *bounds], [name]), bounds)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_graph_is_one_error(case, bundle, tmp_path):
+    role, change = HOSTILE[case]
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = onnx.load(folder / f"{role}.onnx")
+    change(model.graph)
+    onnx.save(model, folder / f"{role}.onnx")
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][f"{role}.onnx"] = FileHash.of(folder / f"{role}.onnx").model_dump()
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises((BundleError, EngineError)):
+        Captioner.load(folder, threads=1).caption(Image.new("RGB", (16, 16), "red"))
