@@ -266,7 +266,9 @@ def open_session(path: Path, threads: int, *, device: str = "cpu", graph: bytes 
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     providers = [*([CUDA] if device == "cuda" else []), "CPUExecutionProvider"]
     with reading(path, BundleError, f"ONNX Runtime {ort.__version__} cannot load it"):
-        return ort.InferenceSession(path if graph is None else graph, options, providers=providers)
+        # The fallback of a session on the CPU prints the error on stdout and tries the same again.
+        fallback = {"enable_fallback": int(device == "cuda")}
+        return ort.InferenceSession(path if graph is None else graph, options, providers=providers, **fallback)
 
 
 def has_cuda() -> bool:
