@@ -244,7 +244,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     """The options of every session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors come back as exceptions, and warnings do not help the user
+    options.log_severity_level = 4  # errors come back as exceptions; at 3 they would also go to stderr
     # Waiting threads spin within a run, which is a third faster than sleeping, but not after it: there they would
     # take the CPUs from the threads of other sessions and of PyTorch.
     options.add_session_config_entry("session.force_spinning_stop", "1")
