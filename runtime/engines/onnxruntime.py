@@ -96,8 +96,9 @@ class OnnxRuntimeEngine:
         count = threads or available_cpus()
         graphs = [bundle.graph(role, NAME) for role in ("vision", "decoder")]
         vision, decoder = (open_session(bundle.path(graph.file), count, device=cls.device) for graph in graphs)
-        if mismatch := _mismatch(vision, decoder, bundle.manifest.image.output_size):
-            raise BundleError(f"{bundle.folder}: {mismatch}; export the bundle again")
+        with reading(bundle.folder, BundleError, "export the bundle again"):  # names may not be UTF-8
+            if mismatch := _mismatch(vision, decoder, bundle.manifest.image.output_size):
+                raise ValueError(mismatch)
         # On AVX2, 4-bit products of a single row are summed in another order than those of several. Rounding to int8
         # in the layers above would turn that into a difference between an image alone and in a batch.
         least_rows = 2 if graphs[1].precision == "int4" else 1

@@ -24,7 +24,10 @@ from itune.runtime.captioner import Captioner
 from itune.runtime.errors import ItuneError
 from itune.runtime.image import decode
 from itune.runtime.manifest import FileHash
+from itune.runtime.retrieval.datastore import MANIFEST as STORE
+from itune.runtime.retrieval.datastore import Datastore
 from tests.fuzz.mutate import damage_bytes, damage_json
+from tests.runtime.retrieval.test_datastore import DIM, make_store
 
 Attempt = Callable[[Random, Path], object]
 START, END = map(int, os.environ.get("ITUNE_FUZZ_SEEDS", "0:60").split(":"))
@@ -87,6 +90,24 @@ def test_captions(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         damage = damage_json if name.endswith(".json") else damage_bytes
         (folder / name).write_bytes(damage(CAPTIONS[name], random))
         return read_entries(folder / name)
+
+    for seed in range(START, END):
+        survives(seed, attempt, tmp_path / "attempt", capfd)
+
+
+@pytest.mark.parametrize("name", [STORE, "embeddings.npy", "entries.npy", "captions.txt", "captions.npy"])
+def test_datastore(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def attempt(random: Random, folder: Path) -> object:
+        store = make_store(
+            folder / "store", "text", np.eye(DIM)[:3], [["a dog"], ["two men", "ein Loewe"], ["the sea"]]
+        )
+        damage = damage_json if name.endswith(".json") else damage_bytes
+        (store / name).write_bytes(damage((store / name).read_bytes(), random))
+        if name != STORE:
+            manifest = json.loads((store / STORE).read_text())
+            manifest["files"][name] = FileHash.of(store / name).model_dump()
+            (store / STORE).write_text(json.dumps(manifest))
+        return Datastore.load(store).search(np.eye(DIM, dtype=np.float32)[:2], 2)
 
     for seed in range(START, END):
         survives(seed, attempt, tmp_path / "attempt", capfd)

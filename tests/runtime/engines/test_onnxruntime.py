@@ -271,6 +271,10 @@ HOSTILE: dict[str, tuple[str, Callable[[onnx.GraphProto], object]]] = {
     "negative ids": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(-(10**6)))),
     "ids beyond 64 bits": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(2**63 - 1))),
     "a row too few": ("decoder", lambda graph: _cut(graph, "logsumexp")),
+    "a dimension that is not UTF-8": (
+        "vision",
+        lambda graph: setattr(graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "not UTF-8"),
+    ),
     "visual state of no image": ("vision", lambda graph: _cut(graph, "visual")),
 }
 
@@ -308,7 +312,8 @@ def test_a_hostile_graph_is_one_error(case, bundle, tmp_path):
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     model = onnx.load(folder / f"{role}.onnx")
     change(model.graph)
-    onnx.save(model, folder / f"{role}.onnx")
+    content = model.SerializeToString().replace(b"not UTF-8", b"\xff" * 9)
+    (folder / f"{role}.onnx").write_bytes(content)
     content = json.loads((folder / MANIFEST).read_text())
     content["files"][f"{role}.onnx"] = FileHash.of(folder / f"{role}.onnx").model_dump()
     (folder / MANIFEST).write_text(json.dumps(content))
