@@ -35,9 +35,9 @@ from itune.files import write_json
 from itune.methods.schemas import load_config
 from itune.runtime.bundle import TOKENIZER
 from itune.runtime.bundle import Bundle as BundleFolder
+from itune.runtime.cpus import available_cpus
 from itune.runtime.engines.base import UInt8
 from itune.runtime.engines.cuda import CudaDevice
-from itune.runtime.engines.onnxruntime import available_cpus
 from itune.runtime.image import SUFFIXES, decode, preprocess
 from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import ImageSettings

@@ -18,6 +18,7 @@ from contestants import ContestantProcess, Sample, Task
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from itune.runtime.cpus import available_cpus
 from itune.runtime.engines.base import UInt8
 
 PARTS = ("encode", "decode", "total")
@@ -92,7 +93,7 @@ def machine(threads: int) -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": available_cpus(),
         "threads": threads,
         "gpu": _gpu(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,

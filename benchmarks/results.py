@@ -37,7 +37,7 @@ from itune.data.records import load_records
 from itune.files import write_json
 from itune.methods.schemas import load_config
 from itune.runtime.bundle import MANIFEST
-from itune.runtime.engines.onnxruntime import available_cpus
+from itune.runtime.cpus import available_cpus
 
 NUM_BEAMS = 5
 PRECISION = "int8"

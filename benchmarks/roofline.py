@@ -34,7 +34,8 @@ from itune import Captioner, ItuneError
 from itune.cli.common import require
 from itune.files import write_json
 from itune.runtime.bundle import Bundle
-from itune.runtime.engines.onnxruntime import NAME, available_cpus
+from itune.runtime.cpus import available_cpus
+from itune.runtime.engines.onnxruntime import NAME
 
 _INTEGER = {
     "MatMulNBits",

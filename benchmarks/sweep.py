@@ -28,8 +28,8 @@ from itune.cli.common import require
 from itune.files import write_json
 from itune.methods.schemas import load_config
 from itune.runtime.bundle import Bundle as BundleFolder
+from itune.runtime.cpus import available_cpus
 from itune.runtime.engines.base import UInt8
-from itune.runtime.engines.onnxruntime import available_cpus
 
 
 @dataclass(frozen=True)

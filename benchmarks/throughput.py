@@ -26,7 +26,7 @@ from itune.cli.common import progress, require
 from itune.cli.photos import expand
 from itune.files import atomic_path, write_json
 from itune.runtime import Captioner, ImageError, ItuneError
-from itune.runtime.engines.onnxruntime import available_cpus
+from itune.runtime.cpus import available_cpus
 
 SYNTHETIC = 200
 SIZE = (500, 375)

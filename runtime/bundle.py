@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .errors import BundleError
+from .errors import BundleError, reading
 from .manifest import Count, FileHash, FileName, ManifestFolder, Positive
+from .onnx_files import check_external_files
 from .settings import (
     Finite,
     ImageSettings,
@@ -233,6 +234,10 @@ class Bundle:
         manifest = BUNDLE_FOLDER.read(folder)
         used = {TOKENIZER} | {name for graph in manifest.graphs for name in (graph.file, *graph.external_data)}
         BUNDLE_FOLDER.check(folder, manifest.files, used, hash_up_to=inf if verify else -1)
+        for graph in manifest.graphs:
+            with reading(folder / graph.file, BundleError, BUNDLE_FOLDER.mend):
+                if graph.plan is None:
+                    check_external_files(folder, graph.file, graph.external_data)
         return cls(folder, manifest)
 
     def path(self, name: str) -> Path:

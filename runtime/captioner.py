@@ -155,8 +155,8 @@ class Captioner:
             manifest.retrieval, manifest.text, tokenizer, model=bundle.folder, datastore=datastore, k=retrieve
         )
         # Slow to import: only once the bundle is good.
+        from .cpus import available_cpus
         from .engines.choice import load_engine
-        from .engines.onnxruntime import available_cpus
 
         chosen = load_engine(bundle, engine, threads)
         captioner = cls(chosen.engine, tokenizer, manifest.image, chosen.tokens, manifest.search)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
 
 _FIELDS = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -42,6 +42,18 @@ def external_files(graph: Path) -> list[str]:
                 if (kind := _FIELDS[message].get(number)) and isinstance(value, range):
                     waiting.append((kind, value.start, value.stop))
     return sorted(locations)
+
+
+def check_external_files(folder: Path, graph: str, listed: Collection[str]) -> None:
+    """Check that the tensors of `folder / graph` refer only to files that are `listed`, as paths relative to `folder`.
+
+    Raises:
+        ValueError: a tensor refers to another file, or the graph is damaged.
+        OSError: the graph cannot be read.
+    """
+    found = {str(PurePosixPath(graph).parent / location) for location in external_files(folder / graph)}
+    if unlisted := found - {str(PurePosixPath(name)) for name in listed}:
+        raise ValueError(f"it refers to {min(unlisted)!r}, which is not listed in its external_data")
 
 
 def _location(content: mmap.mmap, start: int, end: int) -> set[str]:

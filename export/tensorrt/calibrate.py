@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 
 from ...runtime.bundle import TOKENIZER, Manifest
 from ...runtime.captioner import Captioner
-from ...runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
+from ...runtime.cpus import available_cpus
+from ...runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from ...runtime.errors import ImageError, ItuneError
 from ...runtime.image import SUFFIXES
 from ...runtime.text import load_tokenizer

@@ -11,8 +11,9 @@ import numpy as np
 from ...backbones import VisionTower
 from ...retrieval.encoder import RetrievalHead
 from ...runtime.bundle import Bundle
+from ...runtime.cpus import available_cpus
 from ...runtime.engines.base import Float32, UInt8
-from ...runtime.engines.onnxruntime import available_cpus, open_session
+from ...runtime.engines.onnxruntime import open_session
 from ...runtime.graph_names import EMBEDDING
 from ..options import Precision
 from .limits import LIMITS

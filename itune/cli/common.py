@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ..runtime.cpus import available_cpus
 from ..runtime.errors import ItuneError, printable
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def check_apart(outputs: Iterable[tuple[str, Path]], inputs: Iterable[tuple[str,
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise ItuneError unless the modules of an optional part of itune are installed."""
+    """Raise ItuneError unless the modules of an optional part are installed; keep PyTorch within the CPU quota."""
+    if (cpus := available_cpus()) < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))  # PyTorch does not know a container's quota
     if missing := [module for module in modules if find_spec(module) is None]:
         raise ItuneError(
             f"{', '.join(missing)} not installed; this command needs: pip install 'itune-captioner[{extra}]'"

@@ -54,7 +54,7 @@ def compare(
     from ..export.compare.comparison import Comparison
     from ..export.compare.picture import draw
     from ..files import atomic_path
-    from ..runtime.engines.onnxruntime import available_cpus
+    from ..runtime.cpus import available_cpus
 
     output, split = task.output, options.split
     measured = Comparison(

@@ -11,8 +11,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from ..bundle import MANIFEST, Bundle, Manifest
+from ..cpus import available_cpus
 from ..engines.base import Float32
-from ..engines.onnxruntime import NAME, OnnxRuntimeEngine, OnnxRuntimeState, available_cpus, open_session
+from ..engines.onnxruntime import NAME, OnnxRuntimeEngine, OnnxRuntimeState, open_session
 from ..errors import BundleError, EngineError, ItuneError, reading
 from ..graph_names import visual_attention
 from ..image import preprocess, seen_box
@@ -152,8 +153,10 @@ class Explainer:
                 f"{limits.max_positions - len(before) + 1}, and {limits.candidates} of the {limits.vocab_size} tokens "
                 "in its vocabulary (itune-export --vocabulary)"
             ) from error
-        weights = np.stack([outputs[visual_attention(each, self.manifest.method)].numpy() for each in layers])
-        by_head = weights.reshape(len(layers) * heads, read.size, -1).astype(np.float32)
+        with reading(f"{MANIFEST}: adapter_heads {heads}", BundleError, "export the bundle again"):
+            weights = np.stack([outputs[visual_attention(each, self.manifest.method)].numpy() for each in layers])
+            shape = len(layers) * heads, read.size, self.manifest.decoder.visual_tokens
+            by_head = weights.reshape(shape).astype(np.float32)
         return Explanation(
             caption=decode_text(self.tokenizer, tokens),
             token_ids=tuple(tokens),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,24 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import Bundle
+from ..cpus import available_cpus
 from ..errors import BundleError, EngineError, reading
-from ..graph_names import EMBEDDING, PAST, PRESENT, STEP
+from ..graph_names import EMBEDDING, MASK, PARENTS, PAST, POSITIONS, PRESENT, STEP, TOKENS, K
 from .base import Bool, Candidates, Float32, Int64, UInt8, mask_and_positions
 
 NAME = "onnxruntime"
 CUDA = "CUDAExecutionProvider"
 CPUINFO = Path("/proc/cpuinfo")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    **dict.fromkeys((TOKENS, POSITIONS, "token_ids"), ("tensor(int64)", 2)),
+    **dict.fromkeys((PARENTS, K), ("tensor(int64)", 1)),
+    MASK: ("tensor(bool)", 2),
+    "logits": ("tensor(float)", 2),
+    "logsumexp": ("tensor(float)", 1),
+    EMBEDDING: ("tensor(float)", 2),
+}
+"""Element type and rank of the graphs' inputs and outputs; caches have rank 4 and any type of `_DTYPES`."""
 
 
 class OnnxRuntimeState:
@@ -55,10 +64,18 @@ class OnnxRuntimeEngine:
     device = "cpu"
 
     def __init__(
-        self, vision: ort.InferenceSession, decoder: ort.InferenceSession, most_candidates: int, least_rows: int = 1
+        self,
+        vision: ort.InferenceSession,
+        decoder: ort.InferenceSession,
+        most_candidates: int,
+        least_rows: int = 1,
+        vocab_size: int = 2**31,
     ) -> None:
-        """`least_rows`: 1 or 2; with 2, a single row runs beside a copy of itself."""
-        self.vision, self.decoder = vision, decoder
+        """`least_rows`: 1 or 2; with 2, a single row runs beside a copy of itself.
+
+        `vocab_size`: a graph that returns a token id from here on is refused.
+        """
+        self.vision, self.decoder, self.vocab_size = vision, decoder, vocab_size
         self.most_candidates, self.least_rows = most_candidates, least_rows
         self._pixels = vision.get_inputs()[0].name
         self._visual = [output.name for output in vision.get_outputs()]
@@ -79,23 +96,37 @@ class OnnxRuntimeEngine:
         count = threads or available_cpus()
         graphs = [bundle.graph(role, NAME) for role in ("vision", "decoder")]
         vision, decoder = (open_session(bundle.path(graph.file), count, device=cls.device) for graph in graphs)
-        if mismatch := _mismatch(vision, decoder, bundle.manifest.image.output_size):
-            raise BundleError(f"{bundle.folder}: {mismatch}; export the bundle again")
+        with reading(bundle.folder, BundleError, "export the bundle again"):  # names may not be UTF-8
+            if mismatch := _mismatch(vision, decoder, bundle.manifest.image.output_size):
+                raise ValueError(mismatch)
         # On AVX2, 4-bit products of a single row are summed in another order than those of several. Rounding to int8
         # in the layers above would turn that into a difference between an image alone and in a batch.
         least_rows = 2 if graphs[1].precision == "int4" else 1
-        return cls(vision, decoder, bundle.manifest.tokens.candidates, least_rows)
+        limits = bundle.manifest.tokens
+        return cls(vision, decoder, limits.candidates, least_rows, limits.vocab_size)
 
     def encode(self, pixels: UInt8) -> OnnxRuntimeState:
         """Encode images, uint8 [B, H, W, 3]."""
-        return OnnxRuntimeState(self._run(self.vision, self._visual, {self._pixels: _value(pixels)}), self.device)
+        visual = self._run(self.vision, self._visual, {self._pixels: _value(pixels)})
+        if found := {name: value.shape() for name, value in visual.items() if value.shape()[:1] != [len(pixels)]}:
+            raise EngineError(f"the vision graph returned {found} for {len(pixels)} images; export the bundle again")
+        return OnnxRuntimeState(visual, self.device)
 
     def step(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
     ) -> Candidates:
         """Feed `tokens` [rows, T] to the decoder and return the k best continuations of each row."""
         named = self.forward(tokens, parents, state, k, mask=mask)
-        return Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
+        found = Candidates(*(named[name].numpy()[: state.rows] for name in Candidates._fields))
+        shape, ids = (len(tokens), min(k, self.most_candidates)), found.token_ids
+        shapes = [each.shape for each in found]
+        # ONNX Runtime does not insist on the shapes that a graph declares.
+        if shapes != [shape, shape, shape[:1]] or (ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size):
+            raise EngineError(
+                f"the decoder graph returned {shapes} with token ids up to {ids.max(initial=0)}, not {shape} and ids "
+                f"from 0 to {self.vocab_size - 1}; export the bundle again"
+            )
+        return found
 
     def forward(
         self, tokens: Int64, parents: Int64, state: OnnxRuntimeState, k: int, *, mask: Bool | None = None
@@ -184,17 +215,37 @@ def _mismatch(vision: ort.InferenceSession, decoder: ort.InferenceSession, size:
     inputs, outputs = ({each.name for each in side} for side in (decoder.get_inputs(), decoder.get_outputs()))
     caches = {name for name in inputs if name.startswith(PAST)}
     needed = {*STEP} | visual | caches
-    if inputs != needed:
+    if inputs != needed or not visual:
         return f"its decoder graph takes {sorted(inputs - needed)} and lacks the inputs {sorted(needed - inputs)}"
-    missing = {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs
-    return f"its decoder graph lacks the outputs {sorted(missing)}" if missing else None
+    if missing := {*Candidates._fields, *(name.replace(PAST, PRESENT) for name in caches)} - outputs:
+        return f"its decoder graph lacks the outputs {sorted(missing)}"
+    return _wrong_tensor(vision, decoder)
+
+
+def _wrong_tensor(vision: ort.InferenceSession, decoder: ort.InferenceSession) -> str | None:
+    """The first input or output with another type or shape than the engine needs; None if all are right."""
+    pixels, given = vision.get_inputs()[0], {each.name: each for each in vision.get_outputs()}
+    if pixels.type != "tensor(uint8)":
+        return f"{pixels.name} of its vision graph is a {pixels.type}, not tensor(uint8)"
+    for each in (*given.values(), *decoder.get_inputs(), *decoder.get_outputs()):
+        is_cache = each.name.startswith((PAST, PRESENT))
+        kind, rank = _TYPES.get(each.name, (each.type, 4 if is_cache else len(each.shape)))
+        if each.name in given:
+            kind = _TYPES.get(each.name, (given[each.name].type, 0))[0]
+        wrong = each.type != kind or len(each.shape) != rank or (is_cache and each.type not in _DTYPES)
+        if each.name.startswith(PAST):
+            heads_and_width = each.shape[1::2]
+            wrong = wrong or not all(isinstance(n, int) and 0 < n < 2**20 for n in heads_and_width)
+        if wrong:
+            return f"{each.name} is a {each.type} of shape {each.shape}, not a {kind} with {rank} dimensions"
+    return None
 
 
 def session_options(threads: int) -> ort.SessionOptions:
     """The options of every session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors come back as exceptions, and warnings do not help the user
+    options.log_severity_level = 4  # errors come back as exceptions; at 3 they would also go to stderr
     # Waiting threads spin within a run, which is a third faster than sleeping, but not after it: there they would
     # take the CPUs from the threads of other sessions and of PyTorch.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -216,7 +267,9 @@ def open_session(path: Path, threads: int, *, device: str = "cpu", graph: bytes 
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     providers = [*([CUDA] if device == "cuda" else []), "CPUExecutionProvider"]
     with reading(path, BundleError, f"ONNX Runtime {ort.__version__} cannot load it"):
-        return ort.InferenceSession(path if graph is None else graph, options, providers=providers)
+        # The fallback of a session on the CPU prints the error on stdout and tries the same again.
+        fallback = {"enable_fallback": int(device == "cuda")}
+        return ort.InferenceSession(path if graph is None else graph, options, providers=providers, **fallback)
 
 
 def has_cuda() -> bool:
@@ -237,11 +290,6 @@ def has_vnni() -> bool:
     except OSError:
         return False
     return "avx512_vnni" in flags or "avx_vnni" in flags
-
-
-def available_cpus() -> int:
-    """The number of CPUs this process may run on; respects CPU affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _value(array: Any, device: str = "cpu") -> ort.OrtValue:

@@ -25,7 +25,7 @@ class SearchConfig(SearchDefaults):
     """When sampling: below 1 favours likely tokens."""
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
     """When sampling: draw from the best tokens only, this many; 0 is all of them, which is slower."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     """When sampling: draw from the smallest set of best tokens whose probabilities reach this sum."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """When sampling: the same seed draws the same captions for an image, whatever else is in its batch."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from itune.runtime import bundle as bundle_module
 from itune.runtime.bundle import DEFAULT, MANIFEST, SCHEMA_VERSION, Bundle
 from itune.runtime.errors import BundleError
+from itune.runtime.manifest import FileHash
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -265,3 +267,24 @@ def test_any_changed_value_is_accepted_or_refused_in_a_sentence(bundle: Path, co
         place = place[key]
     place[key] = data.draw(json_values)
     load_or_refuse(copy, json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("location", ["../secret", "{secret}", "link", "unlisted.data"])
+def test_a_graph_reads_only_the_files_that_are_listed(location: str, copy: Path) -> None:
+    secret = copy.parent / "secret"
+    secret.write_bytes(bytes(2**16))
+    (copy / "link").symlink_to(secret)
+    shutil.copy(secret, copy / "unlisted.data")
+    location = location.format(secret=secret)
+    model = onnx.load(copy / "vision.onnx")
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    onnx.save(model, copy / "vision.onnx")
+    rewrite(
+        copy, lambda content: content["files"].update({"vision.onnx": FileHash.of(copy / "vision.onnx").model_dump()})
+    )
+    message = refusal(copy)
+    assert str(copy / "vision.onnx") in message
+    assert location in message

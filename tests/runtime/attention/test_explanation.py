@@ -202,6 +202,17 @@ def test_bundles_without_attention(clip_bundle, onnx_bundle, clip_checkpoint, ph
         load_captioner(clip_checkpoint).explain(photos[0])
 
 
+@pytest.mark.parametrize("heads", [3, 8, 2**31 - 1])
+def test_a_wrong_number_of_heads_is_refused(heads, clip_bundle, photos, tmp_path):
+    manifest = json.loads((clip_bundle / MANIFEST).read_text())
+    assert manifest["decoder"]["adapter_heads"] != heads
+    wrong = replaced(clip_bundle, tmp_path / "wrong", decoder=manifest["decoder"] | {"adapter_heads": heads})
+    with pytest.raises(BundleError) as error:
+        explain(wrong, photos[0])
+    assert "adapter_heads" in str(error.value)
+    assert str(heads) in str(error.value)
+
+
 def test_captions_that_cannot_be_written(clip_bundle, photos, tmp_path, clip_checkpoint):
     captioner = Captioner.load(clip_bundle)
     with pytest.raises(ItuneError) as error:

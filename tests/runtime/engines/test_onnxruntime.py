@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itune.backbones import ClipTower
@@ -19,9 +20,11 @@ from itune.export.quantize.integer_matmul import Blocks, Rows
 from itune.export.quantize.rewrite import quantize_graph
 from itune.methods.ituning.model import AdapterConfig, ITuningModel
 from itune.runtime.bundle import MANIFEST, Bundle
+from itune.runtime.captioner import Captioner
+from itune.runtime.cpus import available_cpus
 from itune.runtime.engines import onnxruntime as onnxruntime_engine
-from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, available_cpus, open_session
-from itune.runtime.errors import BundleError
+from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
+from itune.runtime.errors import BundleError, EngineError
 from itune.runtime.manifest import FileHash
 
 VOCABULARY, WIDTH, TWINS = 60, 32, (11, 40)
@@ -246,15 +249,6 @@ def test_graphs_that_do_not_fit_are_one_sentence(bundle, tmp_path):
     refused(lambda manifest, _graphs: manifest["image"].update(crop=[17, 17]), "vision", "17 x 17")
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that pins processes to CPUs")
-def test_available_cpus_are_those_of_the_process():
-    script = (
-        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
-        "from itune.runtime.engines.onnxruntime import available_cpus; print(available_cpus())"
-    )
-    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "1"
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"), [("fpu avx2", False), ("avx2 avx512_vnni", True), ("avx2 avx_vnni", True), (None, False)]
 )
@@ -267,3 +261,61 @@ def test_vnni_is_read_from_the_processors_flags(flags, expected, monkeypatch, tm
     assert onnxruntime_engine.has_vnni() == expected
     monkeypatch.setattr(onnxruntime_engine.platform, "machine", lambda: "aarch64")
     assert onnxruntime_engine.has_vnni()
+
+
+HOSTILE: dict[str, tuple[str, Callable[[onnx.GraphProto], object]]] = {
+    "pixels of another type": ("vision", lambda graph: _declare(graph.input[0], TensorProto.FLOAT)),
+    "tokens of another type": ("decoder", lambda graph: _declare(_named(graph.input, "tokens"), TensorProto.INT32)),
+    "k without a dimension": ("decoder", lambda graph: _declare(_named(graph.input, "k"), shape=[])),
+    "ids beyond the vocabulary": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(10**6))),
+    "negative ids": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(-(10**6)))),
+    "ids beyond 64 bits": ("decoder", lambda graph: _shift(graph, "token_ids", np.array(2**63 - 1))),
+    "a row too few": ("decoder", lambda graph: _cut(graph, "logsumexp")),
+    "a dimension that is not UTF-8": (
+        "vision",
+        lambda graph: setattr(graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "not UTF-8"),
+    ),
+    "visual state of no image": ("vision", lambda graph: _cut(graph, "visual")),
+}
+
+
+def _named(values, name):
+    return next(value for value in values if value.name == name)
+
+
+def _declare(value, kind=None, shape=None):
+    tensor = value.type.tensor_type
+    tensor.elem_type = kind or tensor.elem_type
+    if shape is not None:
+        del tensor.shape.dim[:]
+
+
+def _after(graph, name, node, constants):
+    for each in graph.node:
+        each.output[:] = ["before" if output == name else output for output in each.output]
+    graph.node.append(node)
+    graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in constants.items())
+
+
+def _shift(graph, name, by):
+    _after(graph, name, helper.make_node("Add", ["before", "by"], [name]), {"by": by})
+
+
+def _cut(graph, name):
+    bounds = {"from": np.array([0]), "to": np.array([0]), "axis": np.array([0])}
+    _after(graph, name, helper.make_node("Slice", ["before", *bounds], [name]), bounds)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_graph_is_one_error(case, bundle, tmp_path):
+    role, change = HOSTILE[case]
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    model = onnx.load(folder / f"{role}.onnx")
+    change(model.graph)
+    content = model.SerializeToString().replace(b"not UTF-8", b"\xff" * 9)
+    (folder / f"{role}.onnx").write_bytes(content)
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][f"{role}.onnx"] = FileHash.of(folder / f"{role}.onnx").model_dump()
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises((BundleError, EngineError)):
+        Captioner.load(folder, threads=1).caption(Image.new("RGB", (16, 16), "red"))

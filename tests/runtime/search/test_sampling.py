@@ -190,3 +190,11 @@ def test_refuses_a_bad_option_by_name(options: dict[str, Any], field: str, value
         sampling(**options)
     assert field in reason(error.value)
     assert str(value) in reason(error.value)
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "length_penalty", "repetition_penalty"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_refused_as_such(field: str, value: float) -> None:
+    with pytest.raises(ValidationError) as error:
+        sampling(**{field: value})
+    assert [(each["loc"], each["type"]) for each in error.value.errors()] == [((field,), "finite_number")]
