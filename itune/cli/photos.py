@@ -6,6 +6,7 @@ import glob
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from mimetypes import guess_type
 from pathlib import Path
 
 STDIN = "-"
@@ -22,13 +23,16 @@ class Found:
 
     place: str
     sources: list[str]
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Number of files by kind."""
+    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Number of files by what they are, and by what the user can do about them."""
 
     @property
     def summary(self) -> str:
-        """What was skipped, such as "3 .heic files, 1 sub-folder"."""
-        return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in sorted(self.skipped.items()))
+        """What was skipped, such as "3 .psd files, 1 sub-folder (add --recursive)"."""
+        return ", ".join(
+            f"{count} {kind}{'s' * (count > 1)}{mend and f' ({mend})'}"
+            for (kind, mend), count in sorted(self.skipped.items())
+        )
 
     @classmethod
     def at(cls, argument: str, *, recursive: bool = False) -> Found:
@@ -51,19 +55,19 @@ class Found:
     def _in_folder(cls, folder: Path, recursive: bool) -> Found:
         from ..runtime.image import HEIF_SUFFIXES, SUFFIXES
 
-        sources, skipped = [], Counter[str]()
+        sources, skipped = [], Counter[tuple[str, str]]()
         for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
             inside = path.relative_to(folder).parts
             if any(part.startswith(".") for part in inside):
                 continue
             if path.is_dir():
-                skipped["sub-folder, which --recursive captions"] += not recursive
+                skipped["sub-folder", "add --recursive"] += not recursive
             elif path.suffix.lower() in SUFFIXES and not _blocks(path):
                 sources.append(str(path))
             elif path.suffix.lower() in HEIF_SUFFIXES:
-                skipped[f"{path.suffix} file, which needs pip install 'itune-captioner[heif]'"] += 1
-            else:
-                skipped[f"{path.suffix} file" if path.suffix else "other file"] += 1
+                skipped[f"{path.suffix} file", "pip install 'itune-captioner[heif]'"] += 1
+            elif (guess_type(path.name)[0] or "").partition("/")[0] not in ("text", "application"):
+                skipped[f"{path.suffix} file" if path.suffix else "other file", ""] += 1
         return cls(str(folder), sources or [str(folder)], +skipped)
 
 

@@ -335,14 +335,14 @@ def test_what_else_a_folder_holds_is_counted(run: Callable[..., Result], paint: 
     folder = tmp_path / "folder"
     for name in ("a.png", "deep/b.png", "album.jpg/c.png"):
         paint("red", f"folder/{name}")
-    for name in ("x.heif2", "notes.txt", "more.txt", ".hidden"):
+    for name in ("x.psd", "y.psd", "notes.txt", "captions.json", ".hidden"):
         (folder / name).touch()
     result = run(folder)
     assert result.status == 0
     assert result.out == f"{folder}/a.png\t{RED}\n"
-    assert "2 .txt files" in result.err
-    assert "2 sub-folder" in result.err
-    assert "--recursive" in result.err
+    assert "2 .psd files" in result.err
+    assert ".txt" not in result.err
+    assert "2 sub-folders (add --recursive)" in result.err
     result = run(folder, "--recursive")
     assert [line.split("\t")[0] for line in result.out.splitlines()] == [
         f"{folder}/{name}" for name in ("a.png", "album.jpg/c.png", "deep/b.png")
