@@ -71,7 +71,7 @@ class Entry:
             return "needs a CLIP tower, but this checkpoint's tower is an ONNX graph"
         missing = [module for module in self.requires if find_spec(module) is None]
         if missing:
-            return f"needs {', '.join(missing)}: pip install 'itune[benchmark]'"
+            return f"needs {', '.join(missing)}: pip install 'itune-captioner[benchmark]'"
         if self.options.get("device") == "cuda":
             import torch
 

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from itune.cli.common import progress, require
-from itune.cli.run import expand
+from itune.cli.photos import expand
 from itune.files import atomic_path, write_json
 from itune.runtime import Captioner, ImageError, ItuneError
 from itune.runtime.cpus import available_cpus

@@ -20,6 +20,7 @@ from ..backbones import ClipTower, VisionTower
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data.records import Record
 from ..files import hash_files, listed_files, staged_folder
+from ..license import LICENSE_FILE, find_license
 from ..loading import LoadedCheckpoint, eager_captioner
 from ..methods.schemas import load_config
 from ..retrieval.encoder import RetrievalHead, load_head
@@ -31,6 +32,7 @@ from ..runtime.manifest import FileHash
 from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults, Size
 from .card import MODEL_CARD, default_license, model_card
+from .exportable import check_exportable
 from .graph.builder import Graph
 from .methods.registry import METHODS, build_decoder, build_vision
 from .options import ExportOptions, Precision
@@ -80,6 +82,7 @@ def export_bundle(
     with staged_folder(output, force=options.force, own=listed_files(output / MANIFEST)) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
+        check_exportable(loaded.language, loaded.tower)
         plan = plan.for_model(loaded, search)
         fields = {"name": output.absolute().name} | _describe(loaded, checkpoint, plan, search)
         embeddings = None
@@ -87,6 +90,8 @@ def export_bundle(
             photos = pick_images(loaded.config.image, options.images)
             embeddings = EmbeddingReference.record(loaded.tower, plan.head, photos)
         loaded.language.tokenizer.save(str(folder / TOKENIZER))
+        if license := find_license(checkpoint, options.license or loaded.config.license):
+            (folder / LICENSE_FILE).write_text(license.text, encoding="utf-8")
         fields["graphs"] = _write_graphs(loaded, plan, fields, folder, progress)
         manifest = _write_manifest(fields, folder, plan.card)
         if options.verify:
@@ -189,7 +194,9 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             "checkpoint": {file: hash_files([checkpoint / file]) for file in (WEIGHTS_FILE, CONFIG_FILE)},
             "training": config.training,
         },
-        "license": options.license or default_license(config.language_model.source, config.vision.source),
+        "license": options.license
+        or config.license
+        or default_license(config.language_model.source, config.vision.source),
     }
     if options.name:
         fields["name"] = options.name

@@ -14,9 +14,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
-from ..backbones import PREPROCESSOR
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_config
 from ..files import hash_files, staged_folder, write_json
+from ..image_processor import PREPROCESSOR
+from ..license import LICENSE_FILE, find_license
 from ..methods.schemas import parse_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle
 from ..runtime.errors import BundleError
@@ -30,9 +31,9 @@ from .methods.registry import METHODS
 from .quantize.rewrite import float_graph, read_weights
 
 _FILES = (
-    *(f"language-model/{name}" for name in ("config.json", "model.safetensors", TOKENIZER)),
+    *(f"language-model/{name}" for name in ("config.json", "model.safetensors", TOKENIZER, LICENSE_FILE)),
     *(f"vision/{name}" for name in ("config.json", "model.safetensors", "model.onnx", "model.onnx.data", PREPROCESSOR)),
-    *(f"checkpoint/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    *(f"checkpoint/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE, LICENSE_FILE)),
 )
 """What a restore may write."""
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
@@ -75,6 +76,9 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         write_json(folder / "vision" / PREPROCESSOR, _preprocessor(manifest.image))
         _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
         content = parse_config(settings.checkpoint).model_dump(mode="json", by_alias=True)
+        license = find_license(bundle.folder)
+        if license is not None:
+            content["license"] = manifest.license
         content["search"] = manifest.search.model_dump(mode="json")
         for field, name in (("language_model", "language-model"), ("vision", "vision")):
             weights = hash_files([path for path in (folder / name).iterdir() if path.suffix != ".json"])
@@ -82,12 +86,16 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         if content.get("retrieval"):  # a datastore of the original tower does not fit this one
             content["retrieval"]["encoder"] |= {name: content["vision"][name] for name in ("source", "sha256")}
         save_config(parse_config(content), folder / "checkpoint")
+        if license is not None:  # after the weights were hashed
+            for part in ("language-model", "checkpoint"):
+                (folder / part / LICENSE_FILE).write_text(license.text, encoding="utf-8")
 
 
 def _preprocessor(image: ImageSettings) -> dict[str, Any]:
     """The same settings as a Hugging Face image processor's configuration."""
     height, width = image.size
-    crop = image.crop and {"height": image.crop[0], "width": image.crop[1]}
+    cropped = image.crop or (image.size if image.resize == "shortest_edge" else None)
+    crop = cropped and {"height": cropped[0], "width": cropped[1]}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, GPT2LMHeadModel
-from transformers.utils import logging as transformers_logging
 
 from .files import hash_files
+from .image_processor import preprocessor_file, read_image_settings
+from .pretrained import BackboneError, fetch, hash_weights, load_pretrained, read_config, weight_files
 from .runtime.engines.base import Float32, UInt8
-from .runtime.errors import ItuneError, reading
+from .runtime.errors import reading
+from .runtime.onnx_files import external_files
 from .runtime.settings import ImageSettings
 from .runtime.text import load_tokenizer, stateless
-
-# Otherwise transformers reports every weight of a CLIP checkpoint's text tower as unused.
-transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+from .weight_files import read_tensors
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 """Name of the key/value cache in GPT-2's forward pass; newer releases of transformers renamed it."""
-PREPROCESSOR = "preprocessor_config.json"
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_UNUSED = ("post_layernorm.weight", "post_layernorm.bias", "logit_scale")
-"""Endings of weights that a CLIP may lack: V comes before its last layer norm."""
 _PROJECTION = {
     "weight": "visual_projection.weight",
     "norm_weight": "post_layernorm.weight",
@@ -43,61 +37,18 @@ _PROJECTION = {
 }
 
 
-class BackboneError(ItuneError):
-    """A language model or vision tower cannot be loaded."""
-
-
-def fetch(source: str, revision: str | None = None) -> Path:
-    """The path of a backbone: an existing one, or the snapshot of a hub repository."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise BackboneError(f"{source} does not exist: give a folder with the model, or a hub id such as gpt2")
-    from huggingface_hub import snapshot_download
-
-    files = ["*.json", "*.txt", "*.safetensors", "*.onnx", "*.onnx.data"]
-    with reading(f"{source} (hub)", BackboneError, "check the name, or download it elsewhere and give its folder"):
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns="*/*"))
-        if not list(folder.glob("*.safetensors")) and not list(folder.glob("*.onnx")):
-            snapshot_download(source, revision=revision, allow_patterns="pytorch_model*.bin")
-    return folder
+ModelSettings = dict[str, str | int | float]
+_GPT2_SETTINGS = (
+    *("n_head", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+)
+_CLIP_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+"""Fields of `config.json` that change a model's numbers without changing the shape of its weights."""
 
 
 def vision_kind(source: str) -> Literal["clip", "onnx"]:
     """The kind of vision tower at a source."""
     return "clip" if (fetch(source) / "config.json").is_file() else "onnx"
-
-
-def read_config(folder: Path, *model_types: str) -> dict[str, Any]:
-    """A backbone's `config.json`, which must name one of the model types."""
-    path = folder / "config.json"
-    with reading(path, BackboneError, f"give the folder of a {model_types[0]} model"):
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: config.get(name) for name in ("model_type", "add_cross_attention")}
-    if found["model_type"] not in model_types or found["add_cross_attention"]:
-        raise BackboneError(f"{path}: {found}; give the folder of a plain {model_types[0]} model")
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with a backbone's weights."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not weights:
-        raise BackboneError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin")
-    return weights
-
-
-def load_pretrained(model: Any, folder: Path, what: str) -> Any:
-    """Load a transformers class in float32 and evaluation mode; `what` names the right kind of checkpoint in errors."""
-    with reading(folder, BackboneError, f"give the folder of {what}"):
-        loaded, info = model.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    # transformers fills missing weights with random numbers.
-    if missing := sorted(name for name in info["missing_keys"] if not name.endswith(_UNUSED)):
-        raise BackboneError(f"{folder}: the weight files lack {missing[0]}: give the folder of {what}")
-    return loaded.train(False)
 
 
 @dataclass(frozen=True)
@@ -109,12 +60,19 @@ class LanguageModel:
     folder: Path
     sha256: str
 
+    @property
+    def settings(self) -> ModelSettings:
+        """What else decides its numbers: fields of `config.json`, and the hash of the tokens in the order of ids."""
+        vocabulary = sorted((i, token) for token, i in self.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+        return _settings(self.model.config, _GPT2_SETTINGS) | {"vocabulary": digest}
+
 
 def load_language_model(source: str, revision: str | None = None) -> LanguageModel:
     """Load a GPT-2-family checkpoint (hub id or folder) in float32, with its tokenizer."""
     folder = fetch(source, revision)
     read_config(folder, "gpt2")
-    sha256 = hash_files(weight_files(folder))
+    sha256 = hash_weights(folder)
     model = load_pretrained(GPT2LMHeadModel, folder, "a GPT-2 language model")
     if model.config.activation_function == "gelu_new":
         # The same function in one kernel: a training step takes a fifth less time and activation memory.
@@ -138,6 +96,12 @@ def _tokenizer_in(folder: Path) -> Tokenizer:
         return stateless(GPT2Tokenizer.from_pretrained(folder).backend_tokenizer)
 
 
+def _settings(config: Any, fields: Sequence[str]) -> ModelSettings:
+    return {
+        field: getattr(config, field) for field in fields if isinstance(getattr(config, field, None), str | int | float)
+    }
+
+
 class ClipTower:
     """CLIP's vision transformer; V = its `last_hidden_state` (CLS and patches, no post-layernorm)."""
 
@@ -147,18 +111,20 @@ class ClipTower:
         config = read_config(folder, "clip", "clip_vision_model")
         config = config.get("vision_config", config)
         self.folder = folder
-        self.sha256 = hash_files(weight_files(folder))
+        self.sha256 = hash_weights(folder)
         self.model = load_pretrained(CLIPVisionModel, folder, "a CLIP vision model").requires_grad_(False)
         side, patch = int(config.get("image_size", 224)), int(config.get("patch_size", 32))
-        if image is None and (folder / PREPROCESSOR).is_file():
+        if image is None and preprocessor_file(folder).is_file():
             image = read_image_settings(folder)
         self.image = image or ImageSettings(size=(side, side), crop=(side, side), mean=_MEAN, std=_STD)
         if self.image.output_size != (side, side):
             raise BackboneError(
-                f"{folder}: {PREPROCESSOR} makes pixels of {self.image.output_size}, config.json wants {side} x {side}"
+                f"{preprocessor_file(folder)}: makes pixels of {self.image.output_size}, config.json wants "
+                f"{side} x {side}: change one of them"
             )
         self.tokens = (side // patch) ** 2 + 1
         self.width = self.model.config.hidden_size
+        self.settings = _settings(self.model.config, _CLIP_SETTINGS)
 
     @torch.no_grad()  # not inference_mode: in training, later layers need gradients
     def embed(self, pixels: UInt8) -> Tensor:
@@ -200,12 +166,7 @@ def load_clip_projection(source: str) -> ClipProjection | None:
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with reading(path, BackboneError, "copy the model again"):
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as file:
-                    ends = tuple(_PROJECTION.values())
-                    found |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(ends)}  # noqa: SIM118
-            else:
-                found |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            found |= read_tensors(path, lambda name: name.endswith(tuple(_PROJECTION.values())))
     tensors = {ours: t.float() for ours, end in _PROJECTION.items() for name, t in found.items() if name.endswith(end)}
     if tensors.keys() != _PROJECTION.keys():
         return None
@@ -220,6 +181,7 @@ class OnnxTower:
     """An ONNX graph from normalized pixels, float32 [B, 3, H, W], to embeddings [B, N, d_v]."""
 
     kind: Literal["clip", "onnx"] = "onnx"
+    settings: ModelSettings = {}  # noqa: RUF012
 
     def __init__(self, file: Path, image: ImageSettings | None = None) -> None:
         import onnxruntime as ort
@@ -241,7 +203,8 @@ class OnnxTower:
         if probe.ndim != 3:
             raise BackboneError(f"{file}: {self._output} has shape {list(probe.shape)}; embeddings are [B, N, width]")
         self.tokens, self.width = probe.shape[1:]
-        self.sha256 = hash_files([file, *self.folder.glob(f"{file.name}.data*")])
+        with reading(file, BackboneError, "copy the tower again"):
+            self.sha256 = hash_files(list({file, *(self.folder / name for name in external_files(file))}))
 
     def embed(self, pixels: UInt8) -> Tensor:
         """Visual embeddings float32 [B, tokens, width] of uint8 pixels [B, H, W, 3]."""
@@ -249,38 +212,6 @@ class OnnxTower:
         batches = np.split(x, len(x)) if self._one_at_a_time else [x]
         embedded = [self.session.run([self._output], {self._input: batch})[0] for batch in batches]
         return torch.from_numpy(np.concatenate(embedded))
-
-
-def read_image_settings(folder: Path) -> ImageSettings:
-    """Convert a Hugging Face `preprocessor_config.json`; raises BackboneError if we cannot reproduce it."""
-    path = folder / PREPROCESSOR
-    with reading(path, BackboneError, "a vision tower needs an image preprocessor's configuration"):
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
-        supported = {
-            "do_resize": config.get("do_resize", True),
-            "do_normalize": config.get("do_normalize", True),
-            "do_rescale": config.get("do_rescale", True),
-            "rescale_factor": abs(255 * config.get("rescale_factor", 1 / 255) - 1) < 1e-4,
-            "size.longest_edge": "longest_edge" not in size,
-        }
-        if unsupported := [field for field, supports in supported.items() if not supports]:
-            raise BackboneError(
-                f"{path}: {unsupported[0]} is not supported: pixels are resized to a shorter edge or to height and "
-                "width, rescaled by 1/255 and normalized"
-            )
-        edge = size.get("shortest_edge")
-        crop = config.get("crop_size") if config.get("do_center_crop", True) else None
-        if isinstance(crop, int):
-            crop = {"height": crop, "width": crop}
-        return ImageSettings(
-            size=(edge, edge) if edge else (size["height"], size["width"]),
-            resize="shortest_edge" if edge else "squash",
-            crop=(crop["height"], crop["width"]) if crop else None,
-            mean=config["image_mean"],
-            std=config["image_std"],
-            interpolation=_RESAMPLE[config.get("resample", 3)],  # type: ignore[arg-type]
-        )
 
 
 def normalize(pixels: UInt8, image: ImageSettings) -> Float32:

@@ -33,11 +33,14 @@ class ModelSource(Settings):
     source: str
     revision: str | None = None
     sha256: str | None = None
+    settings: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """What decides its numbers besides the weights; checkpoints of earlier versions do not record it."""
 
     @staticmethod
     def of_language_model(language: LanguageModel, source: str, folder: Path) -> ModelSource:
         """The reference to the language model loaded from `source`, for a checkpoint in `folder`."""
-        return ModelSource(source=relative_source(source, folder), sha256=language.sha256)
+        settings = dict(language.settings)
+        return ModelSource(source=relative_source(source, folder), sha256=language.sha256, settings=settings)
 
 
 class VisionSource(ModelSource):
@@ -53,6 +56,7 @@ class VisionSource(ModelSource):
         return VisionSource(
             source=relative_source(source, folder),
             sha256=tower.sha256,
+            settings=dict(tower.settings),
             kind=tower.kind,
             tokens=tower.tokens,
             width=tower.width,
@@ -73,6 +77,8 @@ class CheckpointConfig(Settings):
     search: SearchDefaults = SearchDefaults()
     """The default search options, here and in bundles: those of the training's dev evaluation."""
     training: dict[str, Any] = Field(default_factory=dict)
+    license: str | None = None
+    """The terms of the weights that training started from, in a sentence; None if they have none."""
     dropout: ClassVar[float] = 0.0  # a loaded model is not trained
 
     @model_validator(mode="before")
@@ -93,7 +99,8 @@ def find_checkpoint(folder: Path) -> Path:
 
 def save_config(config: CheckpointConfig, folder: Path) -> None:
     """Write `itune.json` atomically."""
-    write_json(folder / CONFIG_FILE, config.model_dump(mode="json", by_alias=True))
+    without = {"license"} if config.license is None else set()  # earlier versions do not know it
+    write_json(folder / CONFIG_FILE, config.model_dump(mode="json", by_alias=True, exclude=without))
 
 
 def resolve_source(source: str, folder: Path) -> str:

@@ -138,7 +138,9 @@ def recover_folder(folder: Path) -> None:
 def foreign_files(folder: Path, own: Collection[str]) -> list[Path]:
     """The files in a folder and below it whose paths, relative to it, are not in `own`."""
     return sorted(
-        path for path in folder.rglob("*") if not path.is_dir() and path.relative_to(folder).as_posix() not in own
+        path
+        for path in folder.rglob("*")
+        if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in own
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointConfig, CheckpointError, find_checkpoint, resolve_source
 from .eager import EagerEngine
@@ -28,13 +30,16 @@ def check_hashes(
     """Refuse a language model or tower that the adapters were not trained with; None is not checked."""
     parts = (("language_model", language, ("sha256",)), ("vision", tower, ("sha256", "tokens", "width")))
     for part, model, fields in parts:
+        if model is None:
+            continue
         source = getattr(config, part)
-        for field in fields if model is not None else ():
-            trained, found = getattr(source, field), getattr(model, field)
-            if trained not in (None, found):
+        trained = {field: getattr(source, field) for field in fields} | source.settings
+        found = {field: getattr(model, field) for field in fields} | model.settings
+        for field, value in trained.items():
+            if value is not None and value != found.get(field, value):
                 raise CheckpointError(
-                    f"{folder / CONFIG_FILE}: {part}.{field} is {trained}, but that of {source.source} is {found}: "
-                    "put back the model that the adapters were trained with"
+                    f"{folder / CONFIG_FILE}: {part}.{field} is {value}, but that of {source.source} is "
+                    f"{found[field]}: put back the model that the adapters were trained with"
                 )
 
 
@@ -56,7 +61,9 @@ class LoadedCheckpoint:
         language = load_language_model(resolve_source(lm.source, folder), lm.revision)
         tower = load_vision_tower(resolve_source(vision.source, folder), vision.revision, image=config.image)
         check_hashes(folder, config, language, tower)
-        model = MODELS[config.method].create(config, language.model, (tower.tokens, tower.width))
+        # Only the weights file takes memory, whatever sizes itune.json names.
+        with torch.device("meta"), reading(folder / CONFIG_FILE, CheckpointError, "copy the checkpoint again"):
+            model = MODELS[config.method].create(config, language.model, (tower.tokens, tower.width))
         model.load_adapters(folder / WEIGHTS_FILE)
         return cls(config, model, language, tower)
 

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .errors import ImageError, reading
-from .image_files import check_scans, declared_size, max_pixels, without_metadata
+from .image_files import check_scans, declared_size, is_heif, max_pixels, without_metadata
 from .settings import ImageSettings
 
 Source: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | NDArray[Any]
@@ -35,7 +36,9 @@ _BAND = 1_000_000
 
 # Not every format that Pillow knows: opening an EPS file would start Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
-SUFFIXES = frozenset(
+HEIF_SUFFIXES = frozenset({".heic", ".heif"})
+_HEIF = find_spec("pillow_heif") is not None
+SUFFIXES = (HEIF_SUFFIXES if _HEIF else frozenset()) | frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".webp"}
     | {".tif", ".tiff", ".jp2", ".ico", ".avif"}
 )
@@ -157,7 +160,7 @@ def _open(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[Binar
     if hasattr(source, "read"):
         return nullcontext(cast(BinaryIO, source))  # the caller closes it
     if Path(source).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder: name its photos, or let itune-run find them")
+        raise IsADirectoryError(errno.EISDIR, "is a folder: name the photos in it")
     return Path(source).open("rb")
 
 
@@ -165,8 +168,16 @@ def _read(file: BinaryIO) -> Image.Image:
     if declared := declared_size(file):
         _check_size(*declared)
     file.seek(0)
+    formats: tuple[str, ...] = _FORMATS
+    if is_heif(file):
+        if not _HEIF:
+            raise ValueError("is HEIC, which needs pip install 'itune-captioner[heif]'")
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        formats = ("HEIF",)
     try:
-        image = Image.open(file, formats=_FORMATS)
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError as error:
         empty = not file.seek(0, io.SEEK_END)
         raise ValueError("is empty" if empty else f"no image in a supported format ({', '.join(_FORMATS)})") from error

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 MAX_PIXELS = 89_478_485
 """Pillow's limit for decompression bombs, at which it only warns. Decoding takes at most 9 bytes for each pixel."""
-_HALF = ("WEBP", "JPEG2000")
+_HALF = ("WEBP", "JPEG2000", "HEIF")
 """Formats whose decoders take up to 20 bytes for each pixel; half as many pixels are allowed."""
 _MAX_SCANNED = 2_000_000_000
 """Pixels of a JPEG, times its scans: each scan passes over all pixels. A progressive JPEG has about 10."""
@@ -26,6 +26,15 @@ _EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 def max_pixels(format: str | None) -> int:
     """The most pixels that an image in a format of Pillow's may have: decoding takes at most about 900 MB."""
     return MAX_PIXELS // 2 if format in _HALF else MAX_PIXELS
+
+
+def is_heif(file: BinaryIO) -> bool:
+    """Whether a file is HEIC or HEIF, the photos of recent phones."""
+    file.seek(0)
+    head = file.read(64)
+    file.seek(0)
+    heif = head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+    return head[4:8] == b"ftyp" and heif and b"avif" not in head
 
 
 def declared_size(file: BinaryIO) -> tuple[str, int, int] | None:

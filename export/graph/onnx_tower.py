@@ -7,7 +7,8 @@ import onnx
 import onnxruntime as ort
 from onnx import compose, helper, inliner, version_converter
 
-from ...backbones import BackboneError, OnnxTower
+from ...backbones import OnnxTower
+from ...pretrained import BackboneError
 from ...runtime.engines.onnxruntime import session_options
 from ...runtime.errors import reading
 from .builder import OPSET, Graph
@@ -20,9 +21,6 @@ def append_onnx(graph: Graph, pixels: str, tower: OnnxTower) -> str:
     """Append the tower; returns its embeddings [images, N, d_v] for pixels uint8 [images, H, W, 3].
 
     All its names get the prefix `tower/`, by which a restore finds them.
-
-    Raises:
-        BackboneError: the tower's operators cannot be converted to opset 20, or it takes one image at a time.
     """
     with graph.scope("normalize"):
         x = graph.op("Transpose", pixels, perm=[0, 3, 1, 2])
@@ -32,15 +30,19 @@ def append_onnx(graph: Graph, pixels: str, tower: OnnxTower) -> str:
         scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
         x = graph.op("Mul", x, graph.initializer("normalize.scale", scale[:, None, None]))
         graph.op("Add", x, graph.initializer("normalize.shift", shift[:, None, None]), name=_INPUT)
-    spliced = Graph.from_model(_prefixed(_load(tower)), tower.folder)
+    spliced = Graph.from_model(_prefixed(load_graph(tower)), tower.folder)
     graph.nodes += spliced.nodes
     graph.weights |= spliced.weights
     graph.opsets = spliced.opsets | graph.opsets
     return _OUTPUT
 
 
-def _load(tower: OnnxTower) -> onnx.ModelProto:
-    """The tower's graph in opset 20, for any number of images."""
+def load_graph(tower: OnnxTower) -> onnx.ModelProto:
+    """The tower's graph in opset 20, for any number of images.
+
+    Raises:
+        BackboneError: the operators cannot be converted to opset 20, or the graph takes one image at a time.
+    """
     model = inliner.inline_local_functions(onnx.load(tower.file))
     version = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     if version != OPSET:

@@ -10,6 +10,7 @@ import torch
 
 from ...runtime.errors import ItuneError
 from ...runtime.graph_names import RESIDUAL
+from ..exportable import ACTIVATIONS
 from .builder import Array, Graph
 
 Config = Any
@@ -89,21 +90,16 @@ def normalize(graph: Graph, x: str, name: str | None = None) -> str:
 
 
 def activation(graph: Graph, x: str, name: str) -> str:
-    """An activation function by the name that transformers gives it.
-
-    Raises:
-        ItuneError: no operator computes this function.
-    """
-    match name:
-        case "gelu" | "gelu_python":
+    """An activation function of `exportable.ACTIVATIONS`, by the name that transformers gives it."""
+    match ACTIVATIONS[name]:
+        case "gelu":
             return graph.op("Gelu", x)
-        case "gelu_new" | "gelu_accurate" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_python_tanh":
+        case "gelu_tanh":
             return graph.op("Gelu", x, approximate="tanh")
         case "quick_gelu":
             gate = graph.op("Sigmoid", graph.op("Mul", x, graph.constant(1.702, np.float32)))
             return graph.op("Mul", x, gate)
-        case "silu" | "swish":
+        case "silu":
             return graph.op("Mul", x, graph.op("Sigmoid", x))
-        case "relu":
+        case _:
             return graph.op("Relu", x)
-    raise ItuneError(f"config.json: the activation function {name!r} cannot be exported; GELU, ReLU and SiLU can")

@@ -11,6 +11,7 @@ from ...files import hash_files, staged_folder
 from ...methods.base import write_tensors
 from ...methods.schemas import CHECKPOINTS
 from ...runtime.bundle import TOKENIZER
+from ...runtime.errors import reading
 from ..options import ImportOptions
 from .clipcap import import_clipcap
 from .smallcap import import_smallcap
@@ -49,7 +50,10 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
     with staged_folder(output, force=force, own=own) as folder:
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)
-        imported = importer(file, state, language, tower, options)
+        with reading(
+            f"--import {file}", CheckpointError, "name the models it was trained with: --language-model, --vision"
+        ):
+            imported = importer(file, state, language, tower, options)
         source = ModelSource.of_language_model(language, options.language_model, output)
         if imported.fine_tuned:
             language.model.save_pretrained(folder / _FINE_TUNED)

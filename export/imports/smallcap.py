@@ -7,7 +7,6 @@ decoder.*, encoder.*                                                            
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -15,8 +14,10 @@ import torch
 
 from ...backbones import ClipTower, LanguageModel, VisionTower
 from ...checkpoint import CheckpointError
+from ...json_files import read_json
 from ...methods.smallcap.model import CrossAttentionConfig, SmallCapModel
 from ...retrieval.encoder import load_head
+from ...runtime.errors import ItuneError
 from ...runtime.settings import RetrievalSettings, SearchDefaults, TextSettings
 from ..options import ImportOptions
 from .state_dict import Imported, State, fitted, load_gpt2
@@ -85,8 +86,8 @@ def _source(name: str) -> tuple[str, int, int]:
 def _retrieved_captions(file: Path) -> int:
     """How many retrieved captions a prompt has, according to the config.json beside the file."""
     try:
-        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(file.parent / "config.json")
+    except ItuneError:
         return _CAPTIONS
     k = config.get("k", _CAPTIONS) if isinstance(config, dict) and config.get("rag", True) else 0
     return k if isinstance(k, int) and k >= 0 else _CAPTIONS

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...backbones import LanguageModel
@@ -16,6 +14,7 @@ from ...checkpoint import CheckpointError
 from ...methods.base import CaptionModel
 from ...runtime.errors import reading
 from ...runtime.settings import RetrievalSettings, SearchDefaults, TextSettings
+from ...weight_files import Shapes, misfit, read_tensors
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old releases of transformers saved with the weights."""
@@ -39,41 +38,22 @@ class Imported:
 def read_state(file: Path) -> State:
     """The tensors of a .pt, .bin or .safetensors file, without scalars, which are buffers of old releases."""
     with reading(file, CheckpointError, mend="give --import the model's state_dict() alone; code is never loaded"):
-        if file.suffix == ".safetensors":
-            content = load_file(file)
-        else:
-            with warnings.catch_warnings(action="ignore"):  # about pickles that torch did not write
-                content = torch.load(file, map_location="cpu", weights_only=True)
-        return {
-            name: tensor
-            for name, tensor in content.items()
-            if isinstance(name, str) and isinstance(tensor, Tensor) and tensor.ndim
-        }
+        state = {name: tensor for name, tensor in read_tensors(file).items() if tensor.ndim}
+        for name, tensor in state.items():
+            if tensor.layout is torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, but fewer values")
+        return state
 
 
-def fitted(file: Path, found: State, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def fitted(file: Path, found: State, shapes: Shapes) -> dict[str, Tensor]:
     """`found` in float32, with exactly the names and shapes of `shapes`; both use the file's names.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, misshapen, not floating-point or not finite.
     """
-    for name in (*sorted(found.keys() ^ shapes.keys()), *sorted(found)):
-        tensor = found.get(name)
-        if tensor is None:
-            problem = "is missing"
-        elif name not in shapes:
-            problem = "is unknown"
-        elif list(tensor.shape) != list(shapes[name]):
-            problem = f"has shape {list(tensor.shape)}, expected {list(shapes[name])}"
-        elif tensor.layout is not torch.strided or not tensor.is_floating_point():
-            problem = f"has type {tensor.dtype}, {tensor.layout}"
-        elif not tensor.isfinite().all():
-            problem = "has values that are not finite"
-        else:
-            continue
-        raise CheckpointError(
-            f"--import {file}: tensor {name} {problem}; name the models it was trained with: --language-model, --vision"
-        )
+    if problem := misfit(found, shapes):
+        mend = "name the models it was trained with: --language-model, --vision"
+        raise CheckpointError(f"--import {file}: {problem}; {mend}")
     return {name: tensor.float() for name, tensor in found.items()}
 
 

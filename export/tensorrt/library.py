@@ -79,7 +79,7 @@ class Library:
             if name != "tensorrt" or tuple(map(int, module.__version__.split(".")[:2])) >= _OLDEST:
                 return cls(module, LIBRARIES[name])
             problem = f"tensorrt {module.__version__} is too old"
-        raise TensorRTError(f"{problem}; --target tensorrt needs: pip install 'itune[tensorrt]'")
+        raise TensorRTError(f"{problem}; --target tensorrt needs: pip install 'itune-captioner[tensorrt]'")
 
     @property
     def version(self) -> str:

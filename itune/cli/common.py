@@ -72,7 +72,9 @@ def require(extra: str, *modules: str) -> None:
     if (cpus := available_cpus()) < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cpus))  # PyTorch does not know a container's quota
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise ItuneError(f"{', '.join(missing)} not installed; this command needs: pip install 'itune[{extra}]'")
+        raise ItuneError(
+            f"{', '.join(missing)} not installed; this command needs: pip install 'itune-captioner[{extra}]'"
+        )
 
 
 @cache

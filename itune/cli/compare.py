@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from .. import __version__
 from ..export.options import CompareOptions
 from ..runtime.errors import ItuneError
 from . import common
@@ -49,8 +50,7 @@ def compare(
     """
     options = CompareOptions(**chosen(comparison))
     common.require("export", "torch", "transformers", "safetensors", "onnx")
-    common.require("benchmark", "matplotlib")
-    common.exit_when_asked()
+    common.require("plot", "matplotlib")
     from ..export.compare.comparison import Comparison
     from ..export.compare.picture import draw
     from ..files import atomic_path
@@ -73,7 +73,7 @@ def compare(
         "search": measured.search,
         "threads": options.threads or available_cpus(),
         "latency_photos": min(options.latency_photos, len(measured.records)),
-        "versions": {name: version(name) for name in ("itune", "onnxruntime")},
+        "versions": {"itune": __version__, "onnxruntime": version("onnxruntime")},
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -139,7 +139,7 @@ def search(
     from ..data.features import Features
     from ..retrieval.build import encoder_of
     from ..runtime.retrieval.datastore import Datastore
-    from .run import expand
+    from .photos import expand
 
     datastore = Datastore.load(store)
     tower, head = encoder_of(datastore, options.encoder)

@@ -66,6 +66,14 @@ class TrainingDisplay:
                 f"{epoch}, step {progress.step}/{self.trainer.total_steps}: {status}", highlight=False, soft_wrap=True
             )
 
+    def untrained(self, metrics: dict[str, float]) -> None:
+        """Print the score before the first step."""
+        self.console.print(f"before the first step: dev CIDEr-D {100 * metrics['cider']:.2f}", highlight=False)
+
+    def warn(self, message: str) -> None:
+        """Print a warning."""
+        common.warn(message)
+
     def evaluating(self, done: int, images: int) -> None:
         """Show how far the dev split is captioned."""
         self._last = time.monotonic()

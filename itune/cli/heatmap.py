@@ -69,8 +69,10 @@ class Heatmaps:
             self._lines = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.__exit__(*error)  # type: ignore[arg-type]
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # A run that was asked to stop keeps the lines that it has written.
+        asked = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self._stack.__exit__(*((None, None, None) if asked else (kind, *error)))  # type: ignore[arg-type]
 
     def add(
         self, captioner: Captioner, number: int, name: str, image: Source, caption: Caption, **options: Any

@@ -6,7 +6,7 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,18 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from .. import __version__
 from ..flags import flag, refusal
-from ..runtime.errors import ItuneError
+from ..runtime.errors import ItuneError, printable
 from ..runtime.search.config import SearchConfig
 from ..runtime.settings import Settings, describe
 from . import common
 
 Switch = Annotated[bool, Parameter(show_default=False)]
 """A flag without a value, off by default."""
+_OTHER_NAMES = {"model": "bundle", "o": "output", "out": "output"}
 group = cache(Group.create_ordered)
 """The group of this name in `--help`; groups appear in the order in which they are first named."""
 
@@ -142,6 +143,8 @@ def run(name: str, *commands: Callable[..., int | None], help: str | None = None
     A command's docstring is its help; what follows "Examples:" comes last. The exit status is what the command returns,
     2 after an error of the user's and 130 after Ctrl-C.
     """
+    _open_standard_streams()
+    common.exit_when_asked()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the locale may lack characters of a file name or a caption
             stream.reconfigure(errors="backslashreplace")
@@ -175,23 +178,71 @@ def run(name: str, *commands: Callable[..., int | None], help: str | None = None
     arguments = [_Dash(each) if each == "-" else each for each in sys.argv[1:]]
     error: Exception
     try:
+        if (empty := _empty_argument(sys.argv[1:])) is not None:
+            raise ItuneError(f"argument {empty} is empty, as from an unset shell variable: name a file or folder")
         if arguments or len(commands) == 1:
-            sys.exit(app(arguments, exit_on_error=False, print_error=False, verbose=False))
+            status = app(arguments, exit_on_error=False, print_error=False, verbose=False)
+            sys.stdout.flush()  # here, where a full disk is an error
+            sys.exit(status)
         error = ItuneError(f"COMMAND is missing: choose one of {', '.join(each.__name__ for each in commands)}")
     except KeyboardInterrupt:
         sys.exit(common.INTERRUPTED)
     except BrokenPipeError:  # the reader of stdout left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
     except (CycloptsError, ValidationError, ItuneError, OSError) as caught:
         error = caught
+        _discard_output()
     print(f"{name}: error: {_sentence(error, name)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _open_standard_streams() -> None:
+    """Open what the shell has closed: else the first file that is opened would get the terminal's output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # takes the lowest free descriptor; what is written there is an error
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+def _discard_output() -> None:
+    """Drop what is left in the buffer of stdout, which would fail again at exit."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _empty_argument(arguments: Sequence[str]) -> int | None:
+    """The number, from 1, of an argument that is empty, unless it is the value of an option."""
+    for number, (before, argument) in enumerate(zip(("", *arguments), arguments, strict=False), 1):
+        if not argument.strip() and not before.startswith("-"):
+            return number
+    return None
+
+
+def _suggestion(error: CycloptsError) -> str:
+    """A flag for an unknown one that abbreviates it, is a part of it, or is another tool's name for it."""
+    if not isinstance(error, UnknownOptionError) or "Did you mean" in str(error):
+        return ""
+    typed = (error.token.keyword or error.token.value).partition("=")[0].strip("-")
+    for name in (name for argument in error.argument_collection for name in argument.names):
+        words = name.strip("-").split("-")
+        if typed == "".join(word[0] for word in words) or {typed, _OTHER_NAMES.get(typed)} & set(words):
+            return f" Did you mean {name}?"
+    return ""
 
 
 def _sentence(error: Exception, name: str) -> str:
     cause = error.__cause__ if isinstance(error, CycloptsError) else error
     if isinstance(cause, ValidationError):
         return refusal(cause)
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
+    if isinstance(error, CycloptsError):
+        text += _suggestion(error)
     return f"{text.rstrip('.')}; see {name} --help" if isinstance(error, CycloptsError) else text

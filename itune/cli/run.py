@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from pydantic import Field
 
+from ..runtime.errors import ImageError, ItuneError, printable
 from ..runtime.search.config import SearchConfig
 from . import common, program
 from .heatmap import HeatmapOptions
+from .photos import STDIN, Found
 from .program import Flags, Options, Switch, chosen
-
-STDIN = "-"
 
 
 class _Model(Options, title="Model"):
@@ -26,18 +25,20 @@ class _Model(Options, title="Model"):
     """Folder that itune-export wrote. Default: the model inside the package."""
     datastore: Path | None = None
     """Folder of itune-datastore, for a bundle that retrieves. Default: datastore/ in the bundle."""
-    retrieve: int | None = None
+    retrieve: Annotated[int, Field(ge=0)] | None = None
     """Captions of similar images in the prompt; 0 is none. Default: the bundle's."""
     engine: str = "auto"
     """auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU)."""
-    threads: int | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads. Default: the engine's choice."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Field(ge=1)] = 8
     """Images at once through the model."""
-    workers: int | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
     """Threads that read images ahead. Default: threads less one, at most 4."""
     json_: Switch = False
     """One JSON object per line instead of text."""
+    recursive: Switch = False
+    """Caption the photos in sub-folders, too."""
 
 
 def run(
@@ -71,12 +72,17 @@ def run(
         itune-run photo.jpg --heatmap heatmap.png
 
     """
-    sources = expand(images)
+    found = [Found.at(argument, recursive=model.recursive) for argument in images]
+    for each in found:
+        if each.skipped:
+            print(f"itune-run: {printable(each.place)}: skipped {each.summary}", file=sys.stderr)
+    sources = [source for each in found for source in each.sources]
+    if STDIN in sources and sys.stdin is None:
+        raise ItuneError("-: standard input is closed")
     from .heatmap import FigureError, Heatmaps
 
     heatmaps = Heatmaps(heatmap, sources)
     from ..runtime.captioner import Captioner
-    from ..runtime.errors import ImageError
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # ImageErrors carry what matters of its complaints
     captioner = Captioner.load(
@@ -98,7 +104,10 @@ def run(
     failures = 0
     with heatmaps, common.progress("images", enabled=several) as update:
         for done, (name, (image, result)) in enumerate(zip(sources, results, strict=True), 1):
-            failures += isinstance(result, ImageError)
+            if isinstance(result, ImageError):
+                failures += 1
+                if name != STDIN and Path(name).is_dir():
+                    result = ImageError(f"{name}: there are no photos in this folder")
             if model.json_:
                 record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
                 if record.get("retrieved") is None:
@@ -107,7 +116,8 @@ def run(
             elif isinstance(result, ImageError):
                 print(f"itune-run: {result}", file=sys.stderr)
             else:
-                common.emit(f"{name}\t{result.caption}" if named else result.caption, beside_progress=several)
+                caption = printable(result.caption)
+                common.emit(f"{printable(name)}\t{caption}" if named else caption, beside_progress=several)
             if heatmaps and not isinstance(result, ImageError):
                 try:
                     heatmaps.add(captioner, done - 1, name, image, result, **options)
@@ -116,35 +126,6 @@ def run(
                     print(f"itune-run: no heatmap: {error}", file=sys.stderr)
             update(done, len(sources))
     return 1 if failures else 0
-
-
-def expand(arguments: Iterable[str]) -> list[str]:
-    """Replace folders by the images directly inside, sorted by name, and globs by the files that match.
-
-    An argument that is neither, or that matches nothing, stays, so that its error names it.
-    """
-    return [source for argument in arguments for source in _inside(argument) or [argument]]
-
-
-def _inside(argument: str) -> list[str]:
-    from ..runtime.image import SUFFIXES
-
-    path = Path(argument)
-    try:
-        if argument == STDIN or path.is_file():
-            return []
-        if path.is_dir():
-            visible = (child for child in path.iterdir() if not child.name.startswith("."))
-            return sorted(str(child) for child in visible if child.suffix.lower() in SUFFIXES and not _blocks(child))
-        matches = glob.glob(argument, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        return sorted(match for match in matches if Path(match).is_file())
-    except OSError:
-        return []  # opening it reports the error
-
-
-def _blocks(path: Path) -> bool:
-    """Whether reading it may wait forever, as from a named pipe."""
-    return path.is_fifo() or path.is_socket() or path.is_char_device() or path.is_block_device()
 
 
 def main() -> None:

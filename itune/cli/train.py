@@ -96,6 +96,8 @@ def train(
     """
     common.require("train", "torch", "transformers", "safetensors", "tensorboard")
     overrides = chosen(settings)
+    if run.resume and run.init_from:
+        common.say("--init-from is not used: --resume goes on from the adapters in --output")
     init_from = None if run.resume else run.init_from
     config = _configuration(run, overrides, init_from)
     from ..loading import check_hashes
@@ -105,7 +107,7 @@ def train(
         last = run.output / LAST
         base = find_checkpoint(init_from) if init_from else last if run.resume and last.exists() else None
         found = load_config(base) if base else None
-        trainer = _prepare(config, data, run.output, found)
+        trainer = _prepare(config, data, run, found, keeps_batch="batch_size" in overrides)
         if base and found:
             # A backbone that --init-from replaces need not match the checkpoint.
             language = None if init_from and "language_model" in overrides else trainer.language
@@ -121,7 +123,8 @@ def _configuration(run: _Run, overrides: dict[str, Any], init_from: Path | None)
     from ..training.run_folder import holds_run
 
     if run.resume:
-        return _saved_configuration(run.output, overrides)
+        preset = {"preset": run.preset} if "preset" in run.model_fields_set else {}
+        return _saved_configuration(run.output, overrides | preset)
     if holds_run(run.output):
         raise ItuneError(f"{run.output} already has a run: --resume it, or choose another --output")
     return resolve(run.preset, **(_inherit(overrides, find_checkpoint(init_from)) if init_from else overrides))
@@ -131,22 +134,23 @@ def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig
     path = output / "config.json"
     with reading(path, mend="--resume needs the folder of an earlier run"):
         config = from_json(json.loads(path.read_text(encoding="utf-8")))
-    _check_kept(overrides, config.to_json(), "the run that --resume continues")
+    new_run = f"leave it out, or start a new run with --init-from {output}"
+    _check_kept(overrides, config.to_json(), "the run that --resume continues", new_run)
     return config
 
 
-def _check_kept(overrides: dict[str, Any], kept: dict[str, Any], origin: str) -> None:
+def _check_kept(overrides: dict[str, Any], kept: dict[str, Any], origin: str, mend: str) -> None:
     """Raise ItuneError if an override contradicts a value that `origin` keeps."""
     for name, value in overrides.items():
         if value != kept.get(name, value):
-            raise ItuneError(f"{flag(name)} {value} contradicts {origin}, which has {kept[name]}")
+            raise ItuneError(f"{flag(name)} {value} contradicts {origin}, which has {kept[name]}: {mend}")
 
 
 def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """The overrides with what `--init-from` decides: the adapters' shape always, backbones and text unless set."""
     found = load_config(checkpoint)
     shape = {name: getattr(found, name) for name in ("method", *SETTINGS[found.method].model_fields)}
-    _check_kept(overrides, shape, f"--init-from {checkpoint}")
+    _check_kept(overrides, shape, f"--init-from {checkpoint}", "leave it out")
     defaults = {
         "language_model": resolve_source(found.language_model.source, checkpoint),
         "vision": resolve_source(found.vision.source, checkpoint),
@@ -166,18 +170,28 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return defaults | overrides | shape
 
 
-def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointConfig | None) -> Trainer:
-    """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps."""
+def _prepare(
+    config: TrainConfig, splits: _Data, run: _Run, base: CheckpointConfig | None, keeps_batch: bool
+) -> Trainer:
+    """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps.
+
+    The batch size is reduced for little data, unless the user or an earlier run has chosen it (`keeps_batch`).
+    """
     from ..backbones import load_language_model, load_vision_tower
     from ..data.features import FeatureCache, Features
+    from ..export.exportable import check_exportable
+    from ..license import find_license
     from ..methods.registry import MODELS
+    from ..training.advice import STEPS_PER_EPOCH, data_advice, fitting_batch_size
+    from ..training.batches import special_token
     from ..training.loop import Trainer
     from ..training.prompting import TrainingData, prepare_prompts
+    from ..training.run_folder import LAST
 
-    common.console().print_json(data=config.to_json())
     train, dev = splits.load(config.seed)
     language = load_language_model(config.language_model)
     tower = load_vision_tower(config.vision)
+    check_exportable(language, tower)
     cache = splits.cache_features
     features = FeatureCache(cache, tower) if cache else Features(tower)
     with common.progress("photos") as update:
@@ -190,6 +204,13 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
         if split and not left:
             raise ItuneError(f"{file}: none of the {len(split)} photos can be read")
     train, dev = readable
+    batch_size = config.batch_size if keeps_batch or run.resume else fitting_batch_size(config, train)
+    if batch_size < config.batch_size:
+        common.say(
+            f"--batch-size {batch_size}, not {config.batch_size}: an epoch then has about {STEPS_PER_EPOCH} steps"
+        )
+        config = config.model_copy(update={"batch_size": batch_size})
+    common.console().print_json(data=config.to_json())
     data = TrainingData(train, dev, features)
     if config.datastore is not None:
         with common.progress("photos") as update:
@@ -210,7 +231,12 @@ def _prepare(config: TrainConfig, splits: _Data, output: Path, base: CheckpointC
             f"longest takes {longest} of the language model's {language.model.config.n_positions} positions"
         )
     search = None if base is None else base.search
-    trainer = Trainer(config, language, tower, data, output, search=search)
+    checkpoint = find_checkpoint(run.output / LAST if run.resume else run.init_from or run.output)
+    license = find_license(checkpoint, None if base is None else base.license) or find_license(language.folder)
+    trainer = Trainer(config, language, tower, data, run.output, search=search, license=license)
+    end = special_token(language.tokenizer, trainer.text.end, "end")
+    for advice in data_advice(train, trainer.records, language.tokenizer, end):
+        common.warn(advice)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     common.say(
         f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from ..checkpoint import CheckpointConfig, CheckpointError
+from ..checkpoint import CONFIG_FILE, CheckpointConfig, CheckpointError
 from ..files import atomic_path
 from ..runtime.errors import reading
 from ..runtime.settings import Method, TextSettings
 from ..training.batches import Packing
 from ..training.config import TrainConfig
+from ..weight_files import misfit, read_tensors
 
 ModelConfig = TrainConfig | CheckpointConfig
 """What describes a model: the settings of a training run, or a checkpoint."""
@@ -156,16 +157,18 @@ class CaptionModel(nn.Module, ABC):
         write_tensors({name: tensor.detach().float() for name, tensor in self.adapter_state().items()}, path)
 
     def load_adapters(self, path: Path) -> None:
-        """Read the adapters from a safetensors file; names and shapes must match."""
+        """Read the adapters from a safetensors file; names and shapes must match, values must be finite floats.
+
+        Adapters that were created on the `meta` device take up the file's tensors.
+        """
+        state = self.adapter_state()
         with reading(path, CheckpointError, "copy the checkpoint again"):
-            tensors = load_file(path)
-        expected = {name: list(tensor.shape) for name, tensor in self.adapter_state().items()}
-        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                shapes = f"has shape {found.get(name, 'none')}, itune.json asks for {expected.get(name, 'none')}"
-                raise CheckpointError(f"{path}: tensor {name} {shapes}")
-        self.adapters.load_state_dict({name.removeprefix(self.weights_prefix): t for name, t in tensors.items()})
+            tensors = read_tensors(path)
+            if problem := misfit(tensors, {name: tensor.shape for name, tensor in state.items()}):
+                raise CheckpointError(f"{path}: {problem}; {CONFIG_FILE} and the frozen models say what is expected")
+        # Copied, because the file is mapped.
+        loaded = {n.removeprefix(self.weights_prefix): t.to(torch.float32, copy=True) for n, t in tensors.items()}
+        self.adapters.load_state_dict(loaded, assign=any(tensor.is_meta for tensor in state.values()))
 
 
 def _sources(mask: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:

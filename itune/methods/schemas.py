@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_FILE, CheckpointConfig, CheckpointError
+from ..json_files import read_json
 from ..runtime.errors import reading
 from ..runtime.settings import Method
 from .clipcap.settings import ClipCapCheckpoint, ClipCapSettings
@@ -36,5 +36,6 @@ def parse_config(content: dict[str, Any]) -> CheckpointConfig:
 def load_config(folder: Path) -> CheckpointConfig:
     """Read and validate `itune.json`."""
     path = folder / CONFIG_FILE
-    with reading(path, CheckpointError, "give the folder of an adapter checkpoint"):
-        return parse_config(json.loads(path.read_bytes()))
+    mend = "give the folder of an adapter checkpoint"
+    with reading(path, CheckpointError, mend):
+        return parse_config(read_json(path, CheckpointError, mend))

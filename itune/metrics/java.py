@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..runtime.errors import ItuneError
 
-_INSTALL = "pip install 'itune[metrics]'"
+_INSTALL = "pip install 'itune-captioner[metrics]'"
 
 
 class UnavailableError(ItuneError):

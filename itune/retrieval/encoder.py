@@ -18,24 +18,17 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..backbones import (
-    BackboneError,
-    ClipProjection,
-    ClipTower,
-    VisionTower,
-    fetch,
-    load_clip_projection,
-    load_pretrained,
-    load_vision_tower,
-)
+from ..backbones import ClipProjection, ClipTower, VisionTower, load_clip_projection, load_vision_tower
 from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import write_json
+from ..pretrained import BackboneError, fetch, load_pretrained
 from ..progress import OnProgress, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import reading
 from ..runtime.retrieval.datastore import Datastore
 from ..runtime.settings import EncoderIdentity
+from ..runtime.text import stateless
 from .options import Pooling
 
 EPSILON = 1e-12
@@ -96,6 +89,8 @@ class TextEncoder:
         model = load_pretrained(CLIPModel, folder, "a full CLIP checkpoint, or build with --kind image")
         with reading(f"{folder}: tokenizer", BackboneError, "copy the model again"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer.padding_side = self._tokenizer.truncation_side = "right"  # as CLIP was trained
+            stateless(self._tokenizer.backend_tokenizer)
             self._tokenizer("a")  # some damage is only found on use
         self.model, self._project = model.text_model.train(False), model.text_projection
 
@@ -107,7 +102,7 @@ class TextEncoder:
             padding=True,
             truncation=True,
             max_length=self.model.config.max_position_embeddings,
-            split_special_tokens=True,  # the spelling of a special token in a caption is text
+            split_special_tokens=True,
             return_tensors="pt",
         )
         pooled = self.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output

@@ -50,7 +50,9 @@ def write_texts(folder: Path, name: str, texts: Iterable[str]) -> None:
 
 def require_faiss() -> Any:
     """Return the module. Raises DatastoreError if it is not installed."""
-    with reading("more than 100,000 entries need faiss", DatastoreError, mend="pip install 'itune[retrieval]'"):
+    with reading(
+        "more than 100,000 entries need faiss", DatastoreError, mend="pip install 'itune-captioner[retrieval]'"
+    ):
         import faiss
     return faiss
 

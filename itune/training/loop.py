@@ -40,6 +40,7 @@ from ..checkpoint import (
 from ..eager import EagerEngine
 from ..evaluate import caption_features
 from ..files import atomic_folder, write_json
+from ..license import LICENSE_FILE, License
 from ..methods.base import write_tensors
 from ..methods.registry import MODELS
 from ..methods.schemas import CHECKPOINTS
@@ -47,6 +48,7 @@ from ..metrics import CiderD, split_words
 from ..runtime.errors import reading
 from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults
+from .advice import caption_advice
 from .batches import Batch, TokenizedRecord, epoch_steps, prompt_tokens, steps_per_epoch, tokenize
 from .config import ConfigError, TrainConfig
 from .prompting import TrainingData
@@ -54,7 +56,7 @@ from .run_folder import BEST, LAST, fingerprint, holds_run, log_epoch
 
 _Count = Annotated[int, Field(ge=0)]
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, _STATE, _PROGRESS)
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, LICENSE_FILE, _STATE, _PROGRESS)
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
 
 
@@ -82,6 +84,12 @@ class Reporter(Protocol):
     def evaluating(self, done: int, images: int) -> None:
         """So many images of the dev split have been captioned."""
 
+    def untrained(self, metrics: dict[str, float]) -> None:
+        """The dev split was captioned before the first step."""
+
+    def warn(self, message: str) -> None:
+        """There is something about the dev captions that the user should know."""
+
     def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
         """An epoch is done and evaluated."""
 
@@ -98,10 +106,15 @@ class Trainer:
         output: Path,
         *,
         search: SearchDefaults | None = None,
+        license: License | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """`search`: the options of the checkpoint that the run starts from; `config` overrides beams and length."""
+        """`search`: the options of the checkpoint that the run starts from; `config` overrides beams and length.
+
+        `license`: the terms of the weights that the run starts from.
+        """
         self.config, self.language, self.tower, self.data, self.output = config, language, tower, data, output
+        self.license = license
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.text = MODELS[config.method].text(config)
         self.prompts = None if data.prompting is None else data.prompting.prompts
@@ -171,6 +184,9 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step) as board:
+            if self.progress.step == 0 and self.cider is not None:
+                self.save_last()  # in case it is interrupted
+                reporter.untrained(self.evaluate(reporter))
             while self.progress.epoch < self.config.epochs:
                 self._epoch(reporter, board)
                 self.save_last()
@@ -228,8 +244,8 @@ class Trainer:
             last = self.output / LAST
             again = f"start again from {last} with --init-from" if last.exists() else "start again"
             raise CheckpointError(
-                f"the loss at step {self.progress.step} is not a finite number: lower --learning-rate or --lambda and "
-                f"{again}"
+                f"the {'gradient' if math.isfinite(metrics['loss']) else 'loss'} at step {self.progress.step} is not a "
+                f"finite number: lower --learning-rate or --lambda and {again}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -272,6 +288,8 @@ class Trainer:
             captions = caption_features(
                 engine, self.data.features, images, *settings, prompts=self.prompts, progress=report
             )
+        if advice := caption_advice(captions):
+            reporter.warn(advice)
         return {"cider": self.cider.score(list(map(split_words, captions)))}
 
     def _end_epoch(self, metrics: dict[str, float], reporter: Reporter, board: Any) -> None:
@@ -315,19 +333,21 @@ class Trainer:
                 f"{folder} is missing, so the run cannot be resumed: "
                 + (instead if holds_run(self.output) else "start again without --resume, since nothing was saved")
             )
-        with reading(folder, CheckpointError, instead):
-            state = load_file(folder / _STATE)
+        with reading(folder / _PROGRESS, CheckpointError, instead):
             saved = json.loads((folder / _PROGRESS).read_bytes())
             same_data = saved.pop("data", self._fingerprint) == self._fingerprint
             self.progress = Progress(**saved)
+        with reading(folder / _STATE, CheckpointError, instead):
+            state = load_file(folder / _STATE)
             averages = self.average.module.state_dict()
             for name, weight in self.weights.items():
                 weight.data.copy_(state[f"weight.{name}"])
                 averages[name].copy_(state[f"average.{name}"])
-                self.optimizer.state[weight] = {
-                    key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                if self.progress.step:  # before the first step, the optimizer has no state
+                    self.optimizer.state[weight] = {
+                        key: state[f"{key}.{name}"].to(weight.device if key != "step" else "cpu")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
         if not same_data:
             raise CheckpointError(
                 f"{folder}: the training or dev photos or captions changed: resume with the same data, or {instead}"
@@ -337,6 +357,8 @@ class Trainer:
 
     def _write_checkpoint(self, folder: Path, home: Path, metrics: dict[str, float]) -> None:
         """Write the averaged weights to `folder`, which will take the place of `home`."""
+        if self.license is not None:
+            (folder / LICENSE_FILE).write_text(self.license.text, encoding="utf-8")
         with self._averaged():
             self.model.save_adapters(folder / WEIGHTS_FILE)
         config, prompting = self.config, self.data.prompting
@@ -361,6 +383,7 @@ class Trainer:
                 retrieval=retrieval,
                 search=self.search,
                 training=training,
+                license=None if self.license is None else self.license.terms,
                 **self.model.describe(),
             ),
             folder,

@@ -51,7 +51,8 @@ class CudaDevice:
         except ImportError as error:
             if _has_driver():  # else installing it would not help
                 raise EngineError(
-                    f"TensorRT needs {_MODULE}, which cannot be imported ({error}): pip install 'itune[tensorrt]'"
+                    f"TensorRT needs {_MODULE}, which cannot be imported ({error}): pip install "
+                    "'itune-captioner[tensorrt]'"
                 ) from None
             count, problem = 0, f"{_DRIVER} is missing"
         except (EngineError, RuntimeError) as error:  # RuntimeError: the driver's library cannot be loaded

@@ -132,7 +132,7 @@ class Datastore:
             self.mean = _load_array(folder / MEAN, (np.float32,), (dim,))
         self._index: Any = None
         if manifest.index == "ivf":
-            mend = f"install faiss with pip install 'itune[retrieval]', or {DATASTORE_FOLDER.mend}"
+            mend = f"install faiss with pip install 'itune-captioner[retrieval]', or {DATASTORE_FOLDER.mend}"
             with reading(folder / INDEX, DatastoreError, mend):
                 self._index = load_ivf(folder / INDEX, (manifest.entries, dim), manifest.nprobe)
 

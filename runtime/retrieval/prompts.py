@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
-from ..errors import BundleError, SearchError
+from ..errors import BundleError, DatastoreError, SearchError
 from ..settings import RetrievalSettings, TextSettings
 from ..text import clean_caption, encode_text
 from .datastore import Datastore
@@ -109,7 +109,12 @@ class Retriever:
         writer = PromptWriter(tokenizer, text, settings)
         if k == 0:
             return cls(writer, None, 0) if settings.k else None
-        return cls(writer, Datastore.load(datastore or model / DEFAULT_DATASTORE, encoder=settings.encoder), k)
+        folder = Path(datastore or model / DEFAULT_DATASTORE)
+        if not folder.exists():
+            raise DatastoreError(
+                f"{folder}: no such datastore; name one with --datastore, or take none with --retrieve 0"
+            )
+        return cls(writer, Datastore.load(folder, encoder=settings.encoder), k)
 
     def prompts(self, state: Any, room: int) -> tuple[list[list[int]], list[tuple[str, ...]]]:
         """For each image of an engine's `state`, its prompt (at most `room` token ids, without begin) and its captions.

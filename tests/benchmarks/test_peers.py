@@ -62,7 +62,7 @@ def test_what_cannot_run_is_named(artifacts: ModuleType, monkeypatch: pytest.Mon
     with pytest.raises(ItuneError) as error:
         artifacts.choose_peers("absent")
     assert "there_is_no_such_module" in str(error.value)
-    assert "itune[benchmark]" in str(error.value)
+    assert "itune-captioner[benchmark]" in str(error.value)
     chosen = artifacts.choose_peers("all")
     assert chosen[0] == "eager"
     assert "absent" not in chosen

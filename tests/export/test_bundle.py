@@ -156,6 +156,7 @@ def test_existing_output_is_kept_unless_forced(clip_checkpoint, tmp_path):
         export_bundle(clip_checkpoint, output, ExportOptions(verify=False, force=True))
     Bundle.load(output)
     (output / "datastore").mkdir()
+    (output / "datastore" / "datastore.json").touch()
     with pytest.raises(ItuneError) as error:
         export_bundle(clip_checkpoint, output, ExportOptions(verify=False, force=True))
     assert "datastore" in str(error.value)

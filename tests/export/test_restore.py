@@ -74,11 +74,11 @@ def test_force_replaces_what_was_restored_and_nothing_else(clip_checkpoint, tmp_
     assert mine.read_text() == "precious"
     for force in (False, True):
         restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=force)
-    (tmp_path / "restored" / "run").mkdir()
+    (tmp_path / "restored" / "vision" / "run").write_text("precious")
     with pytest.raises(ItuneError) as error:
         restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=True)
     assert "restored" in str(error.value)
-    assert "run" in str(error.value)
+    assert "vision/run" in str(error.value)
 
 
 def test_the_search_defaults_are_restored(clip_checkpoint, tmp_path):

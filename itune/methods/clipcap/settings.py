@@ -40,12 +40,12 @@ class ClipCapCheckpoint(CheckpointConfig):
 
     method: Literal["clipcap"] = "clipcap"
     mapper: Literal["transformer", "mlp"]
-    prefix_length: int = Field(gt=0)
-    clip_length: int | None = Field(default=None, gt=0)
-    mapper_layers: int | None = Field(default=None, gt=0)
-    mapper_heads: int | None = Field(default=None, gt=0)
+    prefix_length: Count
+    clip_length: Count | None = None
+    mapper_layers: int | None = Field(default=None, gt=0, le=1024)
+    mapper_heads: Count | None = None
     pooling: Literal["projected", "cls", "mean"]
-    projected_width: int | None = Field(default=None, gt=0)
+    projected_width: Count | None = None
     """Width of CLIP's projected embedding; only with `pooling` projected."""
     layer_norm_eps: float = Field(default=1e-5, gt=0)
     """Epsilon of the layer norm before CLIP's projection."""

@@ -32,14 +32,16 @@ class ITuningCheckpoint(CheckpointConfig):
     """`itune.json` of an I-Tuning checkpoint."""
 
     method: Literal["i-tuning"] = "i-tuning"
-    bottleneck: int = Field(gt=0)
-    heads: int = Field(default=1, gt=0)
+    bottleneck: Count
+    heads: Count = 1
     lambda_: Positive = Field(default=1.0, validation_alias="lambda", serialization_alias="lambda")
     score_scale: Positive
     first_adapter_layer: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _begins(self) -> Self:
+    def _consistent(self) -> Self:
         if self.text.begin is None:
             raise ValueError("text.begin is null, but a caption needs a first token")
+        if self.bottleneck % self.heads:
+            raise ValueError(f"bottleneck {self.bottleneck} is not a multiple of heads {self.heads}")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from ...checkpoint import CheckpointConfig
 from ..settings import Count, MethodSettings
@@ -27,6 +27,6 @@ class SmallCapCheckpoint(CheckpointConfig):
     """`itune.json` of SmallCap; its tensors are `layers.{i}.{norm,query,key,value,output}.{weight,bias}`."""
 
     method: Literal["smallcap"] = "smallcap"
-    heads: int = Field(gt=0)
-    attention_width: int = Field(gt=0)
+    heads: Count
+    attention_width: Count
     """Width of each head's queries, keys and values."""

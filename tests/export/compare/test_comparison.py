@@ -187,7 +187,7 @@ def test_matplotlib_is_named_before_anything_is_done(run, monkeypatch, tmp_path)
     status, _, said = run("c", "-o", tmp_path / "c")
     assert status == 2
     assert "matplotlib" in said
-    assert "itune[benchmark]" in said
+    assert "itune-captioner[plot]" in said
 
 
 def test_a_bundle_that_cannot_be_loaded_is_named(tmp_path, photos):

@@ -14,11 +14,9 @@ from itune.backbones import BackboneError, ClipTower, OnnxTower
 from itune.export.graph.builder import Graph
 from itune.export.graph.clip import append_clip, fold_clip, unfold_clip
 from itune.export.graph.onnx_tower import append_onnx
-from itune.export.graph.ops import activation
 from itune.export.methods.registry import METHODS, build_vision
 from itune.loading import LoadedCheckpoint
 from itune.runtime.bundle import DecoderSettings
-from itune.runtime.errors import ItuneError
 
 
 def eager_visual(checkpoint: LoadedCheckpoint, pixels) -> dict[str, np.ndarray]:
@@ -105,12 +103,6 @@ def test_clip_variants_match_transformers(hidden_act, side, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
     (found,) = run(tmp_path / "tower.onnx", pixels).values()
     np.testing.assert_allclose(found, tower.embed(pixels).numpy(), atol=2e-5)
-
-
-def test_unknown_activation_is_refused():
-    with pytest.raises(ItuneError) as error:
-        activation(Graph("g"), "x", "mish")
-    assert "'mish'" in str(error.value)
 
 
 def test_clip_unfolds_again(clip_tower):

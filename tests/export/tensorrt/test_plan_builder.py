@@ -86,7 +86,7 @@ def test_without_tensorrt(monkeypatch):
     monkeypatch.setattr(tensorrt, "find_spec", lambda _name: None)
     with pytest.raises(TensorRTError) as error:
         Library.find()
-    assert "pip install 'itune[tensorrt]'" in str(error.value)
+    assert "pip install 'itune-captioner[tensorrt]'" in str(error.value)
 
 
 def test_a_tensorrt_that_cannot_be_imported(monkeypatch):

@@ -130,7 +130,7 @@ def test_missing_libraries_are_named(run, monkeypatch):
     status, said = run("c", "-o", "b")
     assert status == 2
     assert "onnx not installed" in said
-    assert "itune[export]" in said
+    assert "itune-captioner[export]" in said
 
 
 def test_sigterm_leaves_nothing(clip_checkpoint, tmp_path, run, monkeypatch):

@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from itune import __version__
 from itune.cli import run as command
-from itune.cli.run import expand
+from itune.cli.photos import expand
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.search.loop import NATIVE
 
@@ -79,7 +80,7 @@ def test_json(run: Callable[..., Result], paint: Paint) -> None:
     assert caption["candidates"][0] == {"caption": RED, "score": caption["score"]}
     assert len(caption["candidates"]) == 2
     assert list(caption["ms"]) == ["decode_image", "encode", "search"]
-    assert error == {"image": missing, "error": f"{missing}: No such file or directory"}
+    assert error == {"image": missing, "error": "missing \\udce9.jpg: No such file or directory"}
 
 
 def test_unreadable_images_do_not_stop_the_others(run: Callable[..., Result], paint: Paint) -> None:
@@ -177,9 +178,12 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
         (["a.jpg", "--heatmap-json", "-"], ["--heatmap-json -"]),
         (["a.jpg", "--max-new-tokens", "99"], ["max_new_tokens", "40"]),
         (["a.jpg", "--engine", "cuda"], ["engine", "onnxruntime-cuda", "'cuda'"]),
-        (["a.jpg", "--batch-size", "0"], ["batch_size", "0"]),
-        (["a.jpg", "--threads", "0"], ["threads", "0"]),
-        (["a.jpg", "--workers", "-1"], ["workers", "-1"]),
+        (["a.jpg", "--batch-size", "0"], ["--batch-size", "0"]),
+        (["a.jpg", "--threads", "0"], ["--threads", "0"]),
+        (["a.jpg", "--workers", "-1"], ["--workers", "-1"]),
+        ([""], ["argument 1", "empty"]),
+        (["a.jpg", " "], ["argument 2", "empty"]),
+        (["a.jpg", "--model", "x"], ["--model", "--bundle"]),
     ],
 )
 def test_usage_errors(run: Callable[..., Result], arguments: list[str], named: list[str]) -> None:
@@ -325,3 +329,85 @@ def test_captions_and_progress_share_a_terminal(bundle: Path, paint: Paint) -> N
     terminal = read_terminal(ours)
     assert terminal.count(RED) == 3
     assert "3/3" in terminal
+
+
+def test_what_else_a_folder_holds_is_counted(run: Callable[..., Result], paint: Paint, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for name in ("a.png", "deep/b.png", "album.jpg/c.png"):
+        paint("red", f"folder/{name}")
+    for name in ("x.heif2", "notes.txt", "more.txt", ".hidden"):
+        (folder / name).touch()
+    result = run(folder)
+    assert result.status == 0
+    assert result.out == f"{folder}/a.png\t{RED}\n"
+    assert "2 .txt files" in result.err
+    assert "2 sub-folder" in result.err
+    assert "--recursive" in result.err
+    result = run(folder, "--recursive")
+    assert [line.split("\t")[0] for line in result.out.splitlines()] == [
+        f"{folder}/{name}" for name in ("a.png", "album.jpg/c.png", "deep/b.png")
+    ]
+    (tmp_path / "empty").mkdir()
+    assert "no photos" in run(tmp_path / "empty").err
+
+
+def test_heic_photos(run: Callable[..., Result], paint: Paint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    photo = tmp_path / "photo.heic"
+    heif.from_pillow(Image.open(paint("red")).convert("RGB").resize((64, 64))).save(photo)
+    assert run(photo).out == f"{RED}\n"
+    monkeypatch.setattr("itune.runtime.image._HEIF", False)
+    monkeypatch.setattr("itune.runtime.image.SUFFIXES", frozenset({".png"}))
+    assert "itune-captioner[heif]" in run(photo).err
+    (tmp_path / "folder").mkdir()
+    photo.rename(tmp_path / "folder" / "photo.heic")
+    assert "1 .heic file" in run(tmp_path / "folder").err
+
+
+def test_names_can_neither_forge_rows_nor_reach_the_terminal(
+    run: Callable[..., Result], paint: Paint, tmp_path: Path
+) -> None:
+    paint("red", "folder/a\nb\tc\x1b[2J.png")
+    paint("red", "folder/d.png")
+    out = run(tmp_path / "folder").out
+    assert len(out.splitlines()) == 2
+    assert "\x1b" not in out
+    assert all(line.count("\t") == 1 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("program", ["run", "train", "evaluate", "export", "datastore"])
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_a_full_or_closed_standard_output_is_an_error(program: str, argument: str) -> None:
+    for redirection in (">/dev/full", ">&-"):
+        line = [sys.executable, "-m", f"itune.cli.{program}", argument]
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {redirection}', "sh", *line], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, (redirection, done.stderr)
+        assert done.stderr.startswith("itune-")
+        assert done.stderr.count("\n") == 1
+
+
+def test_errors_never_reach_standard_output(bundle: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "itune.cli.run", str(tmp_path / "missing.jpg"), "--bundle", str(bundle)]
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *line[:3], "-"], capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\n") == 1
+
+
+def test_sigterm_keeps_the_heatmaps_that_are_done(paint: Paint, tmp_path: Path) -> None:
+    paths = [str(paint("red", f"many/{i}.png")) for i in range(100)]
+    target = tmp_path / "out" / "heat.jsonl"
+    target.parent.mkdir()
+    line = [sys.executable, "-m", "itune.cli.run", *paths, "--heatmap-json", str(target)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(5):
+            process.stdout.readline()
+        process.terminate()
+        _, stderr = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert [path.name for path in target.parent.iterdir()] == ["heat.jsonl"]
+    assert all(json.loads(each)["image"] for each in target.read_text().splitlines())

@@ -171,7 +171,7 @@ SAYS_17 = 'test "$1" = -version && echo \'openjdk version "17.0.1"\' >&2 && exit
 @pytest.mark.parametrize(
     ("script", "values"),
     [
-        (None, ["itune[metrics]"]),
+        (None, ["itune-captioner[metrics]"]),
         ("exit 1", ["bin/java"]),
         ("echo 'no runtime present'", ["bin/java"]),
         (f"{SAYS_17}; echo 'Error: no memory' >&2; exit 3", ["meteor-1.5.jar", "bin/java", "3: Error: no memory"]),
@@ -216,7 +216,7 @@ def test_the_other_scores_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     found = evaluate(captions, {image: [text] for image, text in captions.items()})
     assert list(found.scores()) == ["cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"]
     assert found.missing.keys() == {"meteor", "spice"}
-    assert all("pycocoevalcap" in reason and "itune[metrics]" in reason for reason in found.missing.values())
+    assert all("pycocoevalcap" in reason and "itune-captioner[metrics]" in reason for reason in found.missing.values())
     left_out = evaluate(captions, {image: [text] for image, text in captions.items()}, java=False)
     assert left_out.scores() == found.scores()
     assert left_out.missing.keys() == {"meteor", "spice"}

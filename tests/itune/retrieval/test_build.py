@@ -276,7 +276,7 @@ def test_faiss_is_missed_before_anything_is_embedded(
     source = CaptionSource(captions=captions)
     with pytest.raises(DatastoreError) as error:
         build_datastore(source, str(clip_folder), tmp_path / "s", progress=lambda what, *_: stages.append(what))
-    assert "itune[retrieval]" in str(error.value)
+    assert "itune-captioner[retrieval]" in str(error.value)
     assert stages == []
 
 

@@ -26,11 +26,12 @@ from itune.data.records import Record
 from itune.loading import LoadedCheckpoint
 from itune.methods.schemas import load_config
 from itune.runtime.settings import SearchDefaults, TextSettings
-from itune.training.batches import epoch_steps, tokenize
+from itune.training.advice import caption_advice, data_advice, fitting_batch_size
+from itune.training.batches import TokenizedRecord, epoch_steps, steps_per_epoch, tokenize
 from itune.training.config import PRESETS, ConfigError, TrainConfig, flag, resolve
 from itune.training.loop import Interrupted, Progress, Trainer, moving_average
 from itune.training.prompting import TrainingData
-from tests.conftest import CAPTIONS, refused
+from tests.conftest import CAPTIONS, make_clip, make_language_model, refused
 
 
 class Quiet:
@@ -47,6 +48,12 @@ class Quiet:
             self.stop.stop_requested = True
 
     def evaluating(self, done: int, images: int) -> None:
+        pass
+
+    def untrained(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
         pass
 
     def epoch(self, progress: Progress, metrics: dict[str, float], is_best: bool) -> None:
@@ -363,3 +370,78 @@ def test_conflicts_and_missing_things_are_one_sentence(arguments: list[object], 
     fraction = arguments.index("--dev-fraction")
     arguments = [*arguments[:fraction], *arguments[fraction + 2 :]]
     expect("dev.jsonl: ", "--dev-data", tmp_path / "dev.jsonl")  # or the last epoch would count as the best
+
+
+def test_the_mends_that_messages_name_exist(arguments: list[object], tmp_path: Path) -> None:
+    fraction = arguments.index("--dev-fraction")
+    without_dev = [*arguments[:fraction], *arguments[fraction + 2 :]]
+    refused = itune_train(*without_dev, "-o", tmp_path / "run")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1, "no configuration comes before an error in the data"
+    assert "--dev-fraction 0.1" in refused.stderr
+    done = itune_train(*without_dev, "--dev-fraction", "0.3", "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "before the first step: dev CIDEr-D" in done.stderr
+    assert "training photos are few" in done.stderr
+    more = itune_train(*arguments, "--epochs", "9", "--resume", "-o", tmp_path / "run")
+    assert more.returncode == 2
+    assert f"--init-from {tmp_path / 'run'}" in more.stderr
+    again = itune_train(*arguments, "--epochs", "9", "--init-from", tmp_path / "run", "-o", tmp_path / "more")
+    assert again.returncode == 0, again.stderr
+    other = itune_train(*arguments, "--resume", "--preset", "medium", "-o", tmp_path / "run")
+    assert other.returncode == 2
+    assert "--preset medium" in other.stderr
+    (tmp_path / "run" / "last" / "trainer.json").unlink()
+    lost = itune_train(*arguments, "--resume", "-o", tmp_path / "run")
+    assert lost.returncode == 2
+    assert str(tmp_path / "run" / "last" / "trainer.json") in lost.stderr
+
+
+def test_what_cannot_be_exported_is_not_trained(arguments: list[object], tmp_path: Path) -> None:
+    for option, folder, field in (
+        ("--language-model", make_language_model(tmp_path / "lm", activation_function="tanh"), "activation_function"),
+        ("--vision", make_clip(tmp_path / "clip", hidden_act="tanh"), "hidden_act"),
+    ):
+        done = itune_train(*arguments, option, folder, "-o", tmp_path / "run")
+        assert done.returncode == 2
+        assert f"{folder / 'config.json'}: {field} 'tanh'" in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_license_of_the_weights_that_a_run_starts_from(arguments: list[object], tmp_path: Path) -> None:
+    model = Path(str(arguments[arguments.index("--language-model") + 1]))
+    licensed = shutil.copytree(model, tmp_path / "licensed")
+    (licensed / "LICENSE.md").write_text("For research only.")
+    done = itune_train(*arguments, "--language-model", licensed, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for part in ("best", "last"):
+        assert load_config(tmp_path / "run" / part).license is not None
+        assert (tmp_path / "run" / part / "LICENSE.md").read_text() == "For research only."
+    done = itune_train(*arguments, "--init-from", tmp_path / "run", "-o", tmp_path / "next")
+    assert done.returncode == 0, done.stderr
+    assert load_config(tmp_path / "next" / "best").license == load_config(tmp_path / "run" / "best").license
+
+
+def test_batches_follow_the_size_of_the_data() -> None:
+    config = PRESETS["small-data"]
+    for photos in (3, 60, 1280, 6000):
+        train = [Record(Path(f"{i}.jpg"), ("a", "b", "c", "d", "e"), str(i)) for i in range(photos)]
+        tokenized = [TokenizedRecord(record.image, (0,), ((1, 0),) * 5, True) for record in train]
+        fitting = config.model_copy(update={"batch_size": fitting_batch_size(config, train)})
+        assert steps_per_epoch(tokenized, fitting) >= min(20, photos)
+        assert fitting.batch_size == config.batch_size or photos < 1280
+
+
+def test_advice_about_captions(language_model_folder: Path) -> None:
+    tokenizer = load_language_model(str(language_model_folder)).tokenizer
+
+    def advice(caption: str, longest: int) -> str:
+        train = [Record(Path("a.jpg"), (caption,), "a")] * 1000
+        records = tokenize(train, tokenizer, TextSettings(), longest)
+        return " ".join(data_advice(train, records, tokenizer, tokenizer.token_to_id("<|endoftext|>")))
+
+    assert advice("a", 64) == ""
+    assert "1000 of 1000" in advice("dogs on grass", 2)
+    assert "tokens a word" in advice("犬が草の上を走る", 64)
+    assert caption_advice(["a dog", "a cat"] * 10) is not None
+    assert caption_advice([f"{i} dogs" for i in range(20)]) is None

@@ -138,7 +138,7 @@ def test_no_bindings(monkeypatch):
     with pytest.raises(EngineError) as error:
         CudaDevice()
     assert MODULE in str(error.value)
-    assert "itune[tensorrt]" in str(error.value)
+    assert "itune-captioner[tensorrt]" in str(error.value)
 
 
 def test_the_fake_has_nothing_that_the_bindings_lack():

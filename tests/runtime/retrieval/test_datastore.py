@@ -270,7 +270,7 @@ def test_a_large_datastore_without_faiss_says_what_to_install(words: Path) -> No
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'itune[retrieval]'" in done.stdout
+    assert "pip install 'itune-captioner[retrieval]'" in done.stdout
     pytest.importorskip("faiss")
     with pytest.raises(DatastoreError) as error:
         Datastore.load(words)

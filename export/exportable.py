@@ -1,0 +1,37 @@
+"""What a captioner must be so that it can be exported; training asks before its first step."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from ..backbones import ClipTower, LanguageModel, VisionTower
+from ..pretrained import BackboneError
+
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
+    "quick_gelu": "quick_gelu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "relu": "relu",
+}
+"""The function that each of transformers' names stands for, of those that have an operator."""
+
+
+def check_exportable(language: LanguageModel, tower: VisionTower) -> None:
+    """Raise BackboneError, naming file and field, if a captioner with these frozen parts cannot be exported.
+
+    The graph of an ONNX tower is only asked where `onnx`, which training does not need, is installed.
+    """
+    parts = [(language.folder, "activation_function", language.model.config.activation_function)]
+    if isinstance(tower, ClipTower):
+        parts.append((tower.folder, "hidden_act", tower.model.config.hidden_act))
+    elif find_spec("onnx"):
+        from .graph.onnx_tower import load_graph
+
+        load_graph(tower)
+    for folder, field, value in parts:
+        if value not in ACTIVATIONS:
+            raise BackboneError(
+                f"{folder / 'config.json'}: {field} {value!r} cannot be exported: use a model with one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
