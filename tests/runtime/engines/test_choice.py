@@ -44,9 +44,9 @@ def onnxruntime_gpu(monkeypatch):
     """What is installed looks like onnxruntime-gpu, which falls back to the CPU silently."""
     real = ort.InferenceSession
 
-    def session(path, options, providers):
+    def session(path, options, providers, **options_of_python):
         assert providers[0] == CUDA or providers == ["CPUExecutionProvider"]
-        return real(path, options, providers=["CPUExecutionProvider"])
+        return real(path, options, providers=["CPUExecutionProvider"], **options_of_python)
 
     monkeypatch.setattr(ort, "InferenceSession", session)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
