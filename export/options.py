@@ -129,6 +129,8 @@ class CompareOptions(Settings):
     """Folder of the photos. Default: beside the captions."""
     split: str = "dev"
     """Split to caption: train, dev, test, or all. Default: dev."""
+    dev_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this fraction of the train split as dev split, as itune-train does with seed 0."""
     limit: _Count | None = None
     """Use only the first N photos."""
     batch_size: _Count = 16

@@ -189,13 +189,13 @@ class OnnxTower:
         self.file, self.folder = file, file.parent
         self.image = image or read_image_settings(self.folder)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors come back as exceptions
         options.intra_op_num_threads = torch.get_num_threads()
         # Otherwise its idle threads spin for 50 ms after a run and slow PyTorch down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         height, width = self.image.output_size
         with reading(file, BackboneError, f"a vision tower has one input, float32 pixels [B, 3, {height}, {width}]"):
-            self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(file, options, ["CPUExecutionProvider"], enable_fallback=0)
             pixels, outputs = self.session.get_inputs()[0], self.session.get_outputs()
             self._input, self._one_at_a_time = pixels.name, isinstance(pixels.shape[0], int)
             self._output = next((o for o in outputs if o.name == "last_hidden_state"), outputs[0]).name

@@ -10,13 +10,13 @@ _LONGEST = 1000
 """Characters of a message; the middle of a longer one is left out."""
 
 
-_JOINERS = "\u200c\u200d"
-"""Part of words in some scripts, and of emoji."""
+_KEPT = "\u00a0\u202f\u3000\u200c\u200d"
+"""Spaces of file names and of Japanese, and the joiners in the words of some scripts and in emoji."""
 
 
 def printable(text: str) -> str:
     """Escape what would break a line or reach the terminal as a command: names and captions come from anywhere."""
-    return "".join(c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in _KEPT else c.encode("unicode_escape").decode() for c in text)
 
 
 class ItuneError(Exception):

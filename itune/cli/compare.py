@@ -100,10 +100,12 @@ def _stage(description: str) -> Iterator[Callable[[int, int], None]]:
 
 def _records(options: CompareOptions) -> list[Record]:
     """The photos of a split with their captions, or those of a folder without any."""
-    from ..data.records import Record, load_records
+    from ..data.records import Record, load_records, split_records
     from ..runtime.image import SUFFIXES
 
     data, images = options.data, options.images
+    if data is not None and options.dev_fraction is not None:
+        return split_records(load_records(data, images=images), options.dev_fraction, seed=0)[1]
     if data is not None:
         return load_records(data, images=images, split=None if options.split == "all" else options.split)
     found = sorted(path for path in images.glob("*") if path.suffix.lower() in SUFFIXES) if images else []

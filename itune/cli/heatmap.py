@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-class FigureError(ItuneError):
-    """A figure cannot be written."""
-
-
 class HeatmapOptions(Options, title="Heatmap"):
     """Where the heatmaps go."""
 
@@ -83,7 +79,7 @@ class Heatmaps:
 
         Raises:
             ImageError: the image can no longer be read.
-            FigureError: its figure cannot be written.
+            ItuneError: its figure cannot be written.
         """
         from ..runtime.attention.heatmap import draw_heatmap
 
@@ -93,7 +89,7 @@ class Heatmaps:
         if self.figures is not None:
             path = self._paths[number]
             figure = draw_heatmap(explanation)
-            with reading(path, FigureError), atomic_path(path) as temporary:
+            with atomic_path(path) as temporary:
                 figure.save(temporary, FORMATS[path.suffix.lower()], quality=92)
 
 

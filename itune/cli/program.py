@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import os
@@ -40,7 +41,8 @@ class Options(Settings):
     @classmethod
     def _path_is_not_empty(cls, value: Any, info: ValidationInfo) -> Any:
         # As from a shell variable without a value; Path("") would be the current folder.
-        is_empty = value == "" or (isinstance(value, list) and "" in value)
+        values = value if isinstance(value, list) else [value]
+        is_empty = any(isinstance(each, str) and not each.strip() for each in values)
         if is_empty and _takes_path(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("the path is empty")
         return value
@@ -242,7 +244,9 @@ def _sentence(error: Exception, name: str) -> str:
     cause = error.__cause__ if isinstance(error, CycloptsError) else error
     if isinstance(cause, ValidationError):
         return refusal(cause)
-    text = printable(" ".join(str(error).split()))
+    text = printable(str(error))
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
+        return f"standard output: {error.strerror}"
     if isinstance(error, CycloptsError):
         text += _suggestion(error)
     return f"{text.rstrip('.')}; see {name} --help" if isinstance(error, CycloptsError) else text

@@ -79,7 +79,7 @@ def run(
     sources = [source for each in found for source in each.sources]
     if STDIN in sources and sys.stdin is None:
         raise ItuneError("-: standard input is closed")
-    from .heatmap import FigureError, Heatmaps
+    from .heatmap import Heatmaps
 
     heatmaps = Heatmaps(heatmap, sources)
     from ..runtime.captioner import Captioner
@@ -106,7 +106,9 @@ def run(
         for done, (name, (image, result)) in enumerate(zip(sources, results, strict=True), 1):
             if isinstance(result, ImageError):
                 failures += 1
-                if name != STDIN and Path(name).is_dir():
+                if name == STDIN:
+                    result = ImageError(str(result).replace("the image:", "standard input:", 1))
+                elif Path(name).is_dir():
                     result = ImageError(f"{name}: there are no photos in this folder")
             if model.json_:
                 record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
@@ -121,7 +123,7 @@ def run(
             if heatmaps and not isinstance(result, ImageError):
                 try:
                     heatmaps.add(captioner, done - 1, name, image, result, **options)
-                except (ImageError, FigureError) as error:  # the image has changed since, or the disk is full
+                except ItuneError as error:  # the image has changed since, or the disk is full
                     failures += 1
                     print(f"itune-run: no heatmap: {error}", file=sys.stderr)
             update(done, len(sources))

@@ -118,6 +118,9 @@ class Datastore:
         dim = manifest.encoder.dim
         floats = (np.float16, np.float32)
         self.embeddings: NDArray[Any] = _load_array(folder / EMBEDDINGS, floats, (manifest.entries, dim))
+        with reading(folder / EMBEDDINGS, DatastoreError, DATASTORE_FOLDER.mend):
+            if self.embeddings.nbytes <= _HASHED_BYTES and not np.isfinite(self.embeddings).all():
+                raise ValueError("contains values that are not finite")
         self.entries = _load_array(folder / ENTRIES, (np.int64,), (manifest.entries, 3))
         """[entries, 3]: image, first caption, and the one after the last."""
         photos, starts, ends = self.entries.T

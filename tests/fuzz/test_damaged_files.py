@@ -95,8 +95,7 @@ def test_captions(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         survives(seed, attempt, tmp_path / "attempt", capfd)
 
 
-# Not yet embeddings.npy: NumPy warns of values that are not finite.
-@pytest.mark.parametrize("name", [STORE, "entries.npy", "captions.txt", "captions.npy"])
+@pytest.mark.parametrize("name", [STORE, "embeddings.npy", "entries.npy", "captions.txt", "captions.npy"])
 def test_datastore(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def attempt(random: Random, folder: Path) -> object:
         store = make_store(

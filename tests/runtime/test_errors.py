@@ -19,7 +19,7 @@ def test_long_messages_are_cut() -> None:
 
 
 def test_words_of_every_script_stay() -> None:
-    text = "Straße, दो कुत्ते, 犬 👩‍👩‍👧 e\u0301.jpg"
+    text = "Straße, दो कुत्ते, 犬 👩‍👩‍👧 e\u0301 Bildschirmfoto\u202f3\u3000.jpg"
     assert printable(text) == text
 
 

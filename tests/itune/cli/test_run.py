@@ -140,7 +140,7 @@ def test_stdin(run: Callable[..., Result], paint: Paint, monkeypatch: pytest.Mon
     feed(b"")
     result = run("-")
     assert (result.status, result.out) == (1, "")
-    assert result.err.startswith("itune-run: the image: ")
+    assert result.err.startswith("itune-run: standard input: ")
 
 
 def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
