@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from tempfile import TemporaryFile
 
 from ..runtime.errors import ItuneError
+
+_PR_SET_PDEATHSIG = 1  # of Linux
+
+
+def _die_with_parent() -> None:
+    """Have the system kill this process when the one that started it is killed: it would go on for hours alone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_DIE_WITH_PARENT = _die_with_parent if sys.platform == "linux" else None
 
 
 def run_module(
@@ -24,7 +36,9 @@ def run_module(
     command = [sys.executable, "-m", module, *map(str, arguments)]
     with (
         TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=_DIE_WITH_PARENT
+        ) as process,
     ):
         try:
             for line in process.stdout or ():

@@ -54,7 +54,7 @@ class Graph:
         """Take a model of any opset apart; the files of its external weights are in `folder`."""
         graph = cls(model.graph.name)
         graph.nodes = list(model.graph.node)
-        graph.weights = {t.name: _read_tensor(t, folder) for t in model.graph.initializer}
+        graph.weights = {t.name: read_tensor(t, folder) for t in model.graph.initializer}
         graph.inputs = [i for i in model.graph.input if i.name not in graph.weights]
         graph.outputs = list(model.graph.output)
         graph.opsets = {opset.domain: opset.version for opset in model.opset_import}
@@ -176,12 +176,13 @@ def value_info(name: str, dtype: DTypeLike, shape: Sequence[int | str]) -> onnx.
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
 
-def _read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
+def read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """A tensor of a graph in `folder`. Unlike onnx itself, takes external data behind a link, as in a hub's cache."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     where = {entry.key: entry.value for entry in tensor.external_data}
     path, offset = folder / where["location"], int(where.get("offset", 0))
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
         raise ItuneError(f"{path}: external weights must be in the graph's folder; put them there")
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     with reading(path, mend=f"copy the file again, which contains weight {tensor.name}"):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import compose, helper, inliner, version_converter
+from onnx import compose, helper, inliner, numpy_helper, version_converter
 
 from ...backbones import OnnxTower
 from ...pretrained import BackboneError
 from ...runtime.engines.onnxruntime import session_options
 from ...runtime.errors import reading
-from .builder import OPSET, Graph
+from .builder import OPSET, Graph, read_tensor
 
 PREFIX = "tower/"
 _INPUT, _OUTPUT = f"{PREFIX}pixel_values", f"{PREFIX}last_hidden_state"
@@ -43,7 +45,10 @@ def load_graph(tower: OnnxTower) -> onnx.ModelProto:
     Raises:
         BackboneError: the operators cannot be converted to opset 20, or the graph takes one image at a time.
     """
-    model = inliner.inline_local_functions(onnx.load(tower.file))
+    model = inliner.inline_local_functions(onnx.load(tower.file, load_external_data=False))
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.CopyFrom(numpy_helper.from_array(read_tensor(tensor, tower.folder), tensor.name))
     version = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     if version != OPSET:
         mend = f"export the tower with opset {OPSET} instead of {version}"
@@ -63,6 +68,14 @@ def load_graph(tower: OnnxTower) -> onnx.ModelProto:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             session.run(None, {_source(model).name: images})
     return model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _source(model: onnx.ModelProto) -> onnx.ValueInfoProto:

@@ -46,7 +46,7 @@ def verify_bundle(
     Raises:
         VerificationError: one side cannot run, or an output has the wrong shape or is not finite.
     """
-    with TemporaryDirectory(prefix="itune-verify-") as folder:
+    with TemporaryDirectory(prefix=".verify-", dir=bundle) as folder:  # swept with a bundle that was never finished
         if vocabulary is not None:
             np.save(Path(folder) / _SHORTLIST, vocabulary)
         if dev:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from itune.export.process import run_module
@@ -47,3 +54,20 @@ def test_a_failure_is_one_sentence(program, text, value):
     assert str(error.value).startswith("plan.onnx: ")
     assert value in str(error.value)
     assert "first" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_part_dies_with_its_export(program, tmp_path):
+    name = program("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    call = f"run_module({name!r}, about='it', error=ValueError, receive=print)"
+    start = f"from itune.export.process import run_module; {call}"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, env=environment) as export:
+        part = int(export.stdout.readline())
+        export.send_signal(signal.SIGKILL)
+    for _ in range(100):
+        if not Path(f"/proc/{part}").exists() or "Z" in Path(f"/proc/{part}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    os.kill(part, signal.SIGKILL)
+    pytest.fail("it went on alone")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from itune.export.graph.onnx_tower import append_onnx
 from itune.export.methods.registry import METHODS, build_vision
 from itune.loading import LoadedCheckpoint
 from itune.runtime.bundle import DecoderSettings
+from tests.export.fixtures import SIDE
 
 
 def eager_visual(checkpoint: LoadedCheckpoint, pixels) -> dict[str, np.ndarray]:
@@ -165,3 +168,25 @@ def test_tower_keeps_its_names_when_they_are_canonical(onnx_tower, tmp_path):
     append_onnx(graph, "pixels", OnnxTower(tmp_path / "model.onnx", OnnxTower(onnx_tower / "model.onnx").image))
     assert [node.op_type for node in graph.nodes].count("Identity") == 0
     assert len({node.name for node in graph.nodes}) == len(graph.nodes)
+
+
+@pytest.mark.parametrize("location", ["model.onnx_data", "weights/part.bin", "[a] b"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_external_data_of_a_tower_under_any_name_and_behind_links(onnx_tower, tmp_path, location, linked, pixels):
+    folder = tmp_path / "tower"
+    (folder / location).parent.mkdir(parents=True)
+    for file in onnx_tower.iterdir():
+        shutil.copy(file, folder)
+    model = onnx.load(folder / "model.onnx")
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location=location, size_threshold=512)
+    if linked:  # as in a hub's cache
+        (tmp_path / "blobs").mkdir()
+        for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+            blob = file.rename(tmp_path / "blobs" / str(number))
+            file.symlink_to(os.path.relpath(blob, file.parent))
+    plain, external = Graph("plain"), Graph("external")
+    for graph, place in ((plain, onnx_tower), (external, folder)):
+        append_onnx(graph, graph.input("pixels", np.uint8, ("images", SIDE, SIDE, 3)), OnnxTower(place / "model.onnx"))
+    assert plain.weights.keys() == external.weights.keys()
+    for name, weight in plain.weights.items():
+        np.testing.assert_array_equal(weight, external.weights[name])
