@@ -297,9 +297,13 @@ def _read_table(text: str, file: Path) -> list[Entry]:
         where = f"line {row.line}"
         with reading(f"{file}, {where}", DataError):
             photo = _JsonLine(image=row.image, captions=list(row.captions), split=row.split)
-        # Flickr30k's id is the caption's in some tables, so only the photo's name identifies it.
         entries.append(photo.entry(where))
     return _all_or_none(entries, file)
+
+
+def caption_files(source: Path) -> list[Path]:
+    """The files that `read_entries` reads: the caption file, or the texts beside photos."""
+    return [text for _, text in _texts_beside_photos(source)] if source.is_dir() else [source]
 
 
 def _texts_beside_photos(folder: Path) -> Iterable[tuple[Path, Path]]:

@@ -23,14 +23,13 @@ _LIST = TypeAdapter(list[str])
 
 @dataclass(frozen=True)
 class Table:
-    """The layout of a table: the columns of the photo's name, of its captions, and of its split and id, if any."""
+    """The layout of a table: the columns of the photo's name, of its captions, and of its split, if it has one."""
 
     delimiter: str
     header: bool
     image: int
     captions: tuple[int, ...]
     split: int | None = None
-    id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Row:
     image: str
     captions: tuple[str, ...]
     split: str | None
-    id: str | None
 
 
 def table_layout(text: str) -> Table | None:
@@ -56,8 +54,8 @@ def table_layout(text: str) -> Table | None:
         captions = [i for i, name in enumerate(names) if name in CAPTION_NAMES or _NUMBERED.fullmatch(name)]
         image = next((names.index(name) for name in IMAGE_NAMES if name in names), None)
         if captions and image is not None:
-            places = [names.index(name) if name in names else None for name in ("split", "id")]
-            return Table(delimiter, True, image, tuple(captions), *places)
+            split = names.index("split") if "split" in names else None
+            return Table(delimiter, True, image, tuple(captions), split)
         photos = [name.endswith(tuple(SUFFIXES)) for name in names[:2]]
         if photos == [True, False]:
             return Table(delimiter, False, 0, (1,))
@@ -67,7 +65,7 @@ def table_layout(text: str) -> Table | None:
 def read_table(text: str, table: Table) -> Iterator[Row]:
     """Yield the rows of a table that are not blank. Raises ValueError for a row with too few columns."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter, skipinitialspace=True, strict=True)
-    wanted = max(table.image, *table.captions)
+    wanted = max(table.image, table.split or 0, *table.captions)
     width: int | None = None
     for cells in reader:
         if not any(cell.strip() for cell in cells):
@@ -80,9 +78,9 @@ def read_table(text: str, table: Table) -> Iterator[Row]:
             raise ValueError(f"line {reader.line_num} has {len(cells)} of {width} columns")
         if len(cells) > width and table.captions[-1] == width - 1:  # a caption with an unquoted delimiter
             cells[width - 1 :] = [f"{table.delimiter} ".join(cells[width - 1 :])]
-        split, own = (None if place is None else cells[place].strip() for place in (table.split, table.id))
         captions = tuple(caption for place in table.captions for caption in _captions(cells[place]))
-        yield Row(reader.line_num, cells[table.image], captions, split or None, own or None)
+        split = None if table.split is None else cells[table.split].strip() or None
+        yield Row(reader.line_num, cells[table.image], captions, split)
 
 
 def _captions(cell: str) -> Sequence[str]:

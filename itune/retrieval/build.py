@@ -22,7 +22,7 @@ from .. import __version__
 from ..backbones import VisionTower
 from ..checkpoint import relative_source
 from ..data.features import FeatureCache, Features
-from ..data.formats import find_caption_file
+from ..data.formats import caption_files, find_caption_file
 from ..data.records import Record, load_records
 from ..files import atomic_folder, hash_files, listed_files, only_writer, refuse_foreign, staged_folder
 from ..progress import OnStage, silent
@@ -240,7 +240,7 @@ def _write(
     nprobe = write_index(folder, base, embedder.progress) if approximate else 0
     added = {
         "file": captions_file.name,
-        "sha256": hash_files([captions_file]),
+        "sha256": hash_files(caption_files(captions_file)),
         "split": split,
         "photos": len(photos),
         "captions": len(captions),
