@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ..backbones import ClipTower, LanguageModel, VisionTower
-from ..pretrained import BackboneError
+from ..backbones.pretrained import BackboneError
 
 ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),

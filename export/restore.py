@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import CLIPVisionConfig
 
+from ..backbones.image_processor import PREPROCESSOR
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_config
 from ..files import hash_files, staged_folder, write_json
-from ..image_processor import PREPROCESSOR
 from ..license import LICENSE_FILE, find_license
 from ..methods.schemas import parse_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle

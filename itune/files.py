@@ -125,6 +125,12 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
         temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, error: type[ItuneError] = ItuneError, mend: str = "copy it again") -> Any:
+    """The content of a UTF-8 JSON file; anything that cannot be parsed, however deeply nested, raises `error`."""
+    with reading(path, error, mend):
+        return json.loads(path.read_bytes())
+
+
 def recover_folder(folder: Path) -> None:
     """Restore `folder` if a writer was killed between two renames, where folders cannot be exchanged in one step."""
     if folder.exists():

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from onnx import compose, helper, inliner, numpy_helper, version_converter
 
 from ...backbones import OnnxTower
-from ...pretrained import BackboneError
+from ...backbones.pretrained import BackboneError
 from ...runtime.engines.onnxruntime import session_options
 from ...runtime.errors import reading
 from .builder import OPSET, Graph, read_tensor

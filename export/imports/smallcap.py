@@ -14,7 +14,7 @@ import torch
 
 from ...backbones import ClipTower, LanguageModel, VisionTower
 from ...checkpoint import CheckpointError
-from ...json_files import read_json
+from ...files import read_json
 from ...methods.smallcap.model import CrossAttentionConfig, SmallCapModel
 from ...retrieval.encoder import load_head
 from ...runtime.errors import ItuneError

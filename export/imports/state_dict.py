@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...backbones import LanguageModel
+from ...backbones.weight_files import Shapes, misfit, read_tensors
 from ...checkpoint import CheckpointError
 from ...methods.base import CaptionModel
 from ...runtime.errors import reading
 from ...runtime.settings import RetrievalSettings, SearchDefaults, TextSettings
-from ...weight_files import Shapes, misfit, read_tensors
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old releases of transformers saved with the weights."""

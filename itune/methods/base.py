@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
+from ..backbones.weight_files import misfit, read_tensors
 from ..checkpoint import CONFIG_FILE, CheckpointConfig, CheckpointError
 from ..files import atomic_path
 from ..runtime.errors import reading
 from ..runtime.settings import Method, TextSettings
 from ..training.batches import Packing
 from ..training.config import TrainConfig
-from ..weight_files import misfit, read_tensors
 
 ModelConfig = TrainConfig | CheckpointConfig
 """What describes a model: the settings of a training run, or a checkpoint."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CONFIG_FILE, CheckpointConfig, CheckpointError
-from ..json_files import read_json
+from ..files import read_json
 from ..runtime.errors import reading
 from ..runtime.settings import Method
 from .clipcap.settings import ClipCapCheckpoint, ClipCapSettings

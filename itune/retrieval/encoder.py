@@ -19,10 +19,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from ..backbones import ClipProjection, ClipTower, VisionTower, load_clip_projection, load_vision_tower
+from ..backbones.pretrained import BackboneError, fetch, load_pretrained
 from ..data.features import Features, identity
 from ..data.records import Record
 from ..files import write_json
-from ..pretrained import BackboneError, fetch, load_pretrained
 from ..progress import OnProgress, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import reading

@@ -53,7 +53,7 @@ def log_epoch(output: Path, epoch: int, values: Mapping[str, Any]) -> None:
 def _epoch(line: str) -> object:
     try:
         return json.loads(line).get("epoch")
-    except (ValueError, AttributeError):  # cut off
+    except (ValueError, AttributeError, RecursionError):  # cut off
         return None
 
 

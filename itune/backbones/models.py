@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, GPT2LMHeadModel
 
-from .files import hash_files
+from ..files import hash_files
+from ..runtime.engines.base import Float32, UInt8
+from ..runtime.errors import reading
+from ..runtime.onnx_files import external_files
+from ..runtime.settings import ImageSettings
+from ..runtime.text import load_tokenizer, stateless
 from .image_processor import preprocessor_file, read_image_settings
 from .pretrained import BackboneError, fetch, hash_weights, load_pretrained, read_config, weight_files
-from .runtime.engines.base import Float32, UInt8
-from .runtime.errors import reading
-from .runtime.onnx_files import external_files
-from .runtime.settings import ImageSettings
-from .runtime.text import load_tokenizer, stateless
 from .weight_files import read_tensors
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"

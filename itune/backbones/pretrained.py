@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ..files import hash_files, read_json
+from ..runtime.errors import ItuneError, reading
+from ..runtime.onnx_files import external_files
 from .config_mismatch import config_mismatch
-from .files import hash_files
-from .json_files import read_json
-from .runtime.errors import ItuneError, reading
-from .runtime.onnx_files import external_files
 from .weight_files import read_shapes
 
 # Otherwise transformers reports every weight of a CLIP checkpoint's text tower as unused.

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, CLIPConfig
 
 from itune.backbones import load_vision_tower, normalize
+from itune.backbones.image_processor import read_image_settings
+from itune.backbones.pretrained import BackboneError
 from itune.export.restore import _preprocessor
-from itune.image_processor import read_image_settings
-from itune.pretrained import BackboneError
 from itune.runtime.image import preprocess
 from itune.runtime.settings import ImageSettings
 from tests.conftest import make_clip, refused

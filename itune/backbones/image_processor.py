@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .json_files import read_json
+from ..files import read_json
+from ..runtime.errors import reading
+from ..runtime.settings import ImageSettings
 from .pretrained import BackboneError
-from .runtime.errors import reading
-from .runtime.settings import ImageSettings
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _STEPS = ("_preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
