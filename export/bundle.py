@@ -83,14 +83,18 @@ def export_bundle(
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         check_exportable(loaded.language, loaded.tower)
+        if options.license and loaded.config.license:
+            terms = f"{checkpoint / CONFIG_FILE}, whose weights have terms of their own: {loaded.config.license}"
+            raise ItuneError(f"--license contradicts {terms}")
         plan = plan.for_model(loaded, search)
         fields = {"name": output.absolute().name} | _describe(loaded, checkpoint, plan, search)
         embeddings = None
         if plan.head is not None:
             photos = pick_images(loaded.config.image, options.images)
             embeddings = EmbeddingReference.record(loaded.tower, plan.head, photos)
-        loaded.language.tokenizer.save(str(folder / TOKENIZER))
-        if license := find_license(checkpoint, options.license or loaded.config.license):
+        with reading(output / TOKENIZER, ItuneError, mend="make room, or choose another --output"):
+            loaded.language.tokenizer.save(str(folder / TOKENIZER))
+        if license := find_license(checkpoint, loaded.config.license):
             (folder / LICENSE_FILE).write_text(license.text, encoding="utf-8")
         fields["graphs"] = _write_graphs(loaded, plan, fields, folder, progress)
         manifest = _write_manifest(fields, folder, plan.card)
@@ -194,8 +198,8 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
             "checkpoint": {file: hash_files([checkpoint / file]) for file in (WEIGHTS_FILE, CONFIG_FILE)},
             "training": config.training,
         },
-        "license": options.license
-        or config.license
+        "license": config.license
+        or options.license
         or default_license(config.language_model.source, config.vision.source),
     }
     if options.name:

@@ -20,7 +20,7 @@ from ..files import hash_files, staged_folder, write_json
 from ..license import LICENSE_FILE, find_license
 from ..methods.schemas import parse_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle
-from ..runtime.errors import BundleError
+from ..runtime.errors import BundleError, ItuneError, reading
 from ..runtime.settings import ImageSettings
 from .graph.builder import Weights
 from .graph.clip import PREFIX as CLIP_PREFIX
@@ -59,7 +59,10 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
     graphs = [bundle.path(bundle.graph(role, "onnxruntime").file) for role in ("vision", "decoder")]
     method = METHODS[manifest.method]
     own = _FILES if (output / "checkpoint" / CONFIG_FILE).is_file() else ()
-    with staged_folder(output, force=force, own=own) as folder:
+    with (
+        staged_folder(output, force=force, own=own) as folder,
+        reading(source, BundleError, mend="export or copy it again"),
+    ):
         vision, decoder = map(read_weights, graphs)
         language_model, adapters = method.split_decoder(manifest.decoder, decoder)
         adapters |= method.split_vision(manifest.decoder, vision)
@@ -120,4 +123,5 @@ def _save_part(folder: Path, tensors: Weights, config: dict[str, Any]) -> None:
 def _save_tensors(tensors: Weights, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     floats = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
-    save_file(floats, path, metadata={"format": "pt"})
+    with reading(path, ItuneError, mend="make room, or choose another --output"):
+        save_file(floats, path, metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from itune.export.restore import restore_bundle
 from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime.bundle import MANIFEST
 from itune.runtime.errors import BundleError, ItuneError
+from itune.runtime.manifest import FileHash
 from tests.conftest import assert_same_weights
 from tests.export.fixtures import int8_codes
 
@@ -115,4 +116,38 @@ def test_taken_outputs_and_bundles_without_restore_settings_are_named(clip_check
         restore_bundle(tmp_path / "bundle", tmp_path / "restored")
     assert str(tmp_path / "bundle" / MANIFEST) in str(error.value)
     assert "restore" in str(error.value)
+    assert not (tmp_path / "restored").exists()
+
+
+def damaged(bundle, change):
+    """Change a bundle's manifest and graphs, and bring the hashes up to date."""
+    content = json.loads((bundle / MANIFEST).read_text())
+    change(bundle, content)
+    for name, entry in content["files"].items():
+        entry |= FileHash.of(bundle / name).model_dump()
+    (bundle / MANIFEST).write_text(json.dumps(content))
+
+
+def drop_weights(bundle, _content):
+    graph = onnx.load(bundle / "decoder.onnx")
+    del graph.graph.initializer[:]
+    onnx.save(graph, bundle / "decoder.onnx")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop_weights,
+        lambda _bundle, content: content["restore"]["checkpoint"].update(method=3),
+        lambda _bundle, content: content["restore"]["checkpoint"].pop("vision"),
+        lambda _bundle, content: content["restore"]["vision"].update(patch_size="x"),
+        lambda _bundle, content: content["restore"]["vision"].update(hidden_size=7),
+    ],
+)
+def test_damaged_bundles_are_refused_in_a_sentence(clip_checkpoint, tmp_path, change):
+    export_bundle(clip_checkpoint, tmp_path / "bundle", ExportOptions(verify=False))
+    damaged(tmp_path / "bundle", change)
+    with pytest.raises(ItuneError) as error:
+        restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    assert str(tmp_path / "bundle") in str(error.value)
     assert not (tmp_path / "restored").exists()
