@@ -147,7 +147,8 @@ class Captioner:
                 f"{', '.join(ENGINES)}, threads 1 to {MOST}, retrieve at least 0"
             )
         bundle = Bundle.load(DEFAULT if folder is None else Path(folder))
-        options: dict[str, Any] = {"engine": engine, "threads": threads, "datastore": datastore, "retrieve": retrieve}
+        options: dict[str, Any] = {"engine": engine, "threads": threads, "retrieve": retrieve}
+        options["datastore"] = None if datastore is None else Path(datastore).resolve()
         with reading(bundle.path(TOKENIZER), BundleError, BUNDLE_FOLDER.mend):
             tokenizer = load_tokenizer(bundle.path(TOKENIZER))
         manifest = bundle.manifest
@@ -208,6 +209,8 @@ class Captioner:
         batch_size, are held in memory at once. An exception of the iterable `images` is raised after the captions of
         the images before it.
         """
+        if is_one(images):
+            raise SearchError("stream takes several images: give a list, or call caption for one")
         workers = self.workers if workers is None else workers
         own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
         return self._stream(images, own.batch_size, own.workers, config)

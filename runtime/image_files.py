@@ -24,7 +24,7 @@ _EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 
 
 def max_pixels(format: str | None) -> int:
-    """The most pixels that an image in a format of Pillow's may have: decoding takes at most about 900 MB."""
+    """The most pixels that an image in a format of Pillow's may have: decoding takes at most about 1 GB."""
     return MAX_PIXELS // 2 if format in _HALF else MAX_PIXELS
 
 

@@ -62,6 +62,7 @@ class Found:
                 continue
             if path.is_dir():
                 skipped["sub-folder", "add --recursive"] += not recursive
+                skipped["linked folder", "name it"] += recursive and path.is_symlink()
             elif path.suffix.lower() in SUFFIXES and not _blocks(path):
                 sources.append(str(path))
             elif path.suffix.lower() in HEIF_SUFFIXES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import glob
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -129,13 +130,16 @@ def find_caption_file(source: Path) -> Path:
     A folder with a text file beside each photo stands for itself.
     """
     with reading(source, DataError):
-        if not source.is_dir() or any(_texts_beside_photos(source)):
+        if not source.is_dir():
             return source
         names = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
         # Flickr8k.lemma.token.txt lies beside the captions and contains dictionary forms.
         found = [path for path in names if ".lemma." not in path.name and _looks_like_captions(path)]
+        photos_with_texts = not found and any(_texts_beside_photos(source))
     if len(found) == 1:
         return found[0]
+    if photos_with_texts:
+        return source
     listing = ", ".join(path.name for path in (found or names)[:8])
     mend = "name the one to read" if found else _EXPECTED
     raise DataError(f"{source}: contains {len(found)} caption files, not 1 (text files: {listing or 'none'}); {mend}")
@@ -220,6 +224,8 @@ def _read_split_lists(token_file: Path, known: set[str]) -> dict[str, str]:
             continue
         with reading(path, DataError):
             names = [line.strip() for _, line in _lines(path.read_text(encoding="utf-8-sig"))]
+            spelled = {unicodedata.normalize("NFC", name): name for name in known}
+            names = [spelled.get(unicodedata.normalize("NFC", name), name) for name in names]
         if known.isdisjoint(names):
             continue  # some other text
         if unknown := [name for name in names if name not in known]:
@@ -309,6 +315,8 @@ def caption_files(source: Path) -> list[Path]:
 def _texts_beside_photos(folder: Path) -> Iterable[tuple[Path, Path]]:
     """Yield (photo, text) for the photos in a folder, or below it, that have a text file of their name."""
     for text in sorted(folder.rglob("*.txt")):
+        if any(part.startswith(".") for part in text.relative_to(folder).parts):
+            continue
         for photo in sorted(text.parent.glob(f"{glob.escape(text.stem)}.*")):
             if photo.stem == text.stem and photo.suffix.lower() in SUFFIXES:
                 yield photo, text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
@@ -13,11 +15,10 @@ from pydantic import TypeAdapter
 from ..runtime.image import SUFFIXES
 
 DELIMITERS = (",", "\t", ";", "|")
-IMAGE_NAMES = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "image_id", "path", "photo")
+IMAGE_NAMES = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "photo", "image_id")
 """Fields with the photo's name, the most specific first."""
 CAPTION_NAMES = ("captions", "caption", "text", "raw", "comment", "description", "sentence")
 """Fields with a caption, or a list of captions."""
-_NUMBERED = re.compile(rf"(?:{'|'.join(CAPTION_NAMES)})[ _-]?\d+")
 _LIST = TypeAdapter(list[str])
 
 
@@ -51,7 +52,7 @@ def table_layout(text: str) -> Table | None:
     for delimiter in DELIMITERS:
         cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])]
         names = [cell.lower() for cell in cells]
-        captions = [i for i, name in enumerate(names) if name in CAPTION_NAMES or _NUMBERED.fullmatch(name)]
+        captions = _caption_columns(names)
         image = next((names.index(name) for name in IMAGE_NAMES if name in names), None)
         if captions and image is not None:
             split = names.index("split") if "split" in names else None
@@ -62,10 +63,20 @@ def table_layout(text: str) -> Table | None:
     return None
 
 
+def _caption_columns(names: Sequence[str]) -> list[int]:
+    """The columns with the first of CAPTION_NAMES that is there, numbered ones included, such as caption1."""
+    for wanted in CAPTION_NAMES:
+        numbered = re.compile(rf"{wanted}(?:[ _-]?\d+)?")
+        if found := [i for i, name in enumerate(names) if numbered.fullmatch(name)]:
+            return found
+    return []
+
+
 def read_table(text: str, table: Table) -> Iterator[Row]:
     """Yield the rows of a table that are not blank. Raises ValueError for a row with too few columns."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter, skipinitialspace=True, strict=True)
-    wanted = max(table.image, table.split or 0, *table.captions)
+    wanted = max(table.image, table.split or 0, table.captions[0])  # a photo may have fewer captions than others
+    several = len(table.captions) > 1
     width: int | None = None
     for cells in reader:
         if not any(cell.strip() for cell in cells):
@@ -76,18 +87,21 @@ def read_table(text: str, table: Table) -> Iterator[Row]:
                 continue
         if len(cells) <= wanted:
             raise ValueError(f"line {reader.line_num} has {len(cells)} of {width} columns")
-        if len(cells) > width and table.captions[-1] == width - 1:  # a caption with an unquoted delimiter
-            cells[width - 1 :] = [f"{table.delimiter} ".join(cells[width - 1 :])]
-        captions = tuple(caption for place in table.captions for caption in _captions(cells[place]))
+        surplus, place = len(cells) - width, table.captions[-1]
+        if surplus > 0 and not (several and place < width - 1):  # a caption with an unquoted delimiter
+            cells[place : place + surplus + 1] = [f"{table.delimiter} ".join(cells[place : place + surplus + 1])]
+        elif surplus > 0:
+            raise ValueError(f"line {reader.line_num} has {len(cells)} of {width} columns: quote its captions")
+        places = [place for place in table.captions if place < len(cells) and (cells[place].strip() or not several)]
+        captions = tuple(caption for place in places for caption in _captions(cells[place]))
         split = None if table.split is None else cells[table.split].strip() or None
         yield Row(reader.line_num, cells[table.image], captions, split)
 
 
 def _captions(cell: str) -> Sequence[str]:
-    """The captions in a cell: one, or a JSON list of them."""
+    """The captions in a cell: one, or a list of them as JSON or Python writes it."""
     if cell.lstrip().startswith("["):
-        try:
-            return _LIST.validate_json(cell)
-        except ValueError:
-            pass
+        for parse in (_LIST.validate_json, lambda text: _LIST.validate_python(ast.literal_eval(text.strip()))):
+            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                return parse(cell)
     return [cell]

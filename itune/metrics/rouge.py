@@ -13,6 +13,8 @@ BETA = 1.2
 
 def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return ROUGE-L, from 0 to 1, of a caption's words against the words of each reference."""
+    # The COCO code splits an empty caption into one empty word.
+    candidate, references = candidate or [""], [words or [""] for words in references]
     lengths = [(common_length(candidate, reference), len(reference)) for reference in references]
     precision = max((common / len(candidate) for common, _ in lengths if common), default=0.0)
     recall = max((common / length for common, length in lengths if common), default=0.0)

@@ -184,3 +184,9 @@ def test_the_errors_of_bad_images_do_not_keep_them_in_memory(captioner: Captione
     assert error.__traceback__ is None
     assert error.__cause__ is None
     assert error.__context__ is None
+
+
+def test_a_stream_takes_several_images(captioner: Captioner, paint: Callable[..., Path]) -> None:
+    for one in (str(paint("red")), paint("red"), paint("red").read_bytes(), np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(SearchError):
+            list(captioner.stream(one))  # type: ignore[type-var]

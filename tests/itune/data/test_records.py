@@ -299,6 +299,25 @@ TABLES = {
         '"[""A dog runs ."", ""A brown dog""]",a.jpg',
         '"[""Two cats, one mat""]",b é.jpg',
     ],
+    "f.csv": [  # padded, as spreadsheets write it, and short rows
+        "image,caption1,caption2,caption3",
+        "a.jpg,A dog runs .,A brown dog,",
+        '"b é.jpg","Two cats, one mat"',
+    ],
+    "g.csv": [
+        "image,caption,split",
+        "a.jpg,A dog runs .,train",
+        "a.jpg,A brown dog,train",
+        "b é.jpg,Two cats, one mat,train",
+    ],
+    "h.csv": ["caption,image", "A dog runs .,a.jpg", "A brown dog,a.jpg", "Two cats, one mat,b é.jpg"],
+    "i.csv": ["image,caption", "a.jpg,\"['A dog runs .', 'A brown dog']\"", "b é.jpg,\"['Two cats, one mat']\""],
+    "j.csv": [
+        "image_id,path,caption,comment",
+        "1,a.jpg,A dog runs .,blurry",
+        "1,a.jpg,A brown dog,?",
+        '2,b é.jpg,"Two cats, one mat",',
+    ],
     "metadata.jsonl": [
         {"file_name": "a.jpg", "text": "A dog runs ."},
         {"file_name": "a.jpg", "text": "A brown dog"},
@@ -339,7 +358,25 @@ def test_texts_beside_photos(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "A dog runs .", "", "A brown dog")
     write(tmp_path / "deep" / "b.txt", "Two cats")
     write(tmp_path / "notes.txt", "of no photo")
+    touch(tmp_path, ".hidden/d.jpg", "._a.jpg")
+    write(tmp_path / ".hidden" / "d.txt", "no caption")
+    (tmp_path / "._a.txt").write_bytes(b"\xff")
     assert captions(load_records(tmp_path)) == {"a": ("A dog runs .", "A brown dog"), "deep/b": ("Two cats",)}
+
+
+def test_a_caption_file_comes_before_texts_beside_photos(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "captions.jpg")
+    write(tmp_path / "captions.txt", "image,caption", "a.jpg,A dog")
+    write(tmp_path / "a.txt", "notes")
+    assert captions(load_records(tmp_path)) == {"a": ("A dog",)}
+
+
+def test_split_lists_in_another_unicode_form(tmp_path: Path) -> None:
+    name = "café.jpg"
+    touch(tmp_path, name)
+    write(tmp_path / "x.token", f"{unicodedata.normalize('NFD', name)}#0\ta", "b.jpg#0\tb")
+    write(tmp_path / "dev.txt", unicodedata.normalize("NFC", name))
+    assert len(load_records(tmp_path / "x.token", split="dev")) == 1
 
 
 def test_names_in_another_unicode_form(tmp_path: Path) -> None:

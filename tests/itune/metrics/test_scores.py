@@ -221,12 +221,13 @@ def test_references_without_letters_count_as_in_the_coco_code() -> None:
     cider = pytest.importorskip("pycocoevalcap.cider.cider")
     coco_bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
     rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
-    candidates = {"1": "a dog runs on grass", "2": "a red cat", "3": "on grass", "4": "a cat"}
+    candidates = {"1": "a dog runs on grass", "2": "a red cat", "3": "on grass", "4": "a cat", "5": ""}
     references = {
         "1": ["a dog runs on the grass", ""],
         "2": ["a red cat", "one cat"],
         "3": [""],
         "4": ["a dog", "", ""],
+        "5": ["", "a dog"],
     }
     expected = {}
     lines = {image: [caption] for image, caption in candidates.items()}
@@ -236,4 +237,5 @@ def test_references_without_letters_count_as_in_the_coco_code() -> None:
     expected |= {f"bleu{order}": value for order, value in enumerate(bleus, 1)}
     expected["rouge_l"] = rouge.Rouge().compute_score(references, lines)[0]
     written = {image: [text or "." for text in texts] for image, texts in references.items()}
+    candidates = {image: text or "." for image, text in candidates.items()}
     assert score(candidates, written) == pytest.approx(expected, rel=1e-9)
