@@ -85,13 +85,15 @@ def check_scans(jpeg: bytes, pixels: int) -> None:
 def without_metadata(content: bytes) -> bytes | None:
     """An image file without the metadata that its format allows to be left out; None for other formats.
 
-    Transparency stays, and so does the orientation in a PNG's intact EXIF block.
+    Transparency stays, and so does the orientation in the EXIF block of a JPEG, or of a PNG where it is intact.
     """
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content[:8] + b"".join(_png_chunks(content)) + b"\0\0\0\0IEND\xaeB`\x82"
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
         chunks = b"".join(_webp_chunks(content))
         return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+    if content.startswith(b"\xff\xd8\xff"):
+        return b"".join(_jpeg_segments(content))
     if content[4:12] in (b"ftypavif", b"ftypavis"):
         return _EXIF_ITEM.sub(rb"\1skip", content)  # decoders skip items of an unknown type
     return None
@@ -109,6 +111,20 @@ def _png_chunks(content: bytes) -> Iterator[bytes]:
         if critical or (kept and intact):
             yield chunk
         position += 12 + length
+
+
+def _jpeg_segments(content: bytes) -> Iterator[bytes]:
+    """All but comments and application data; whole JFIF and Adobe segments say how colours are stored, EXIF stays."""
+    yield content[:2]
+    position = 2
+    while len(head := content[position : position + 4]) == 4 and head[0] == 0xFF and head[1] != 0xDA:
+        marker, length = head[1], int.from_bytes(head[2:], "big")
+        segment = content[position : position + 2 + length]
+        other = not (0xE0 <= marker <= 0xEF or marker == 0xFE)
+        if {0xE0: length >= 16, 0xE1: segment[4:8] == b"Exif", 0xEE: length >= 14}.get(marker, other):
+            yield segment
+        position += 2 + length
+    yield content[position:]
 
 
 def _webp_chunks(content: bytes) -> Iterator[bytes]:

@@ -343,6 +343,14 @@ def test_metadata_never_refuses_a_photo() -> None:
                 np.testing.assert_array_equal(np.asarray(decode(damaged)), np.asarray(image))
     png = encoded(image, "PNG")
     np.testing.assert_array_equal(np.asarray(decode(png[:-12] + png_file((b"tEXt", b"a\0b"))[8:-6])), np.asarray(image))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = encoded(image, "JPEG", exif=exif)
+    expected = np.asarray(decode(jpeg))
+    for marker, payload in ((0xE2, b"ICC_PROFILE\0"), (0xEE, b"Adobe"), (0xE0, b"JFIF\0"), (0xED, b"Photoshop 3.0\0")):
+        segment = bytes([0xFF, marker]) + struct.pack(">H", 2 + len(payload)) + payload
+        found = decode(jpeg[:2] + segment + jpeg[2:])
+        np.testing.assert_array_equal(np.asarray(found), expected)
     webp = encoded(image, "WEBP", lossless=True, exif=b"Exif\0\0" + b"x" * 40, icc_profile=b"y" * 40)
     np.testing.assert_array_equal(np.asarray(decode(webp[:-20])), np.asarray(image))
     exif = Image.Exif()
