@@ -79,7 +79,7 @@ def export_bundle(
     """
     checkpoint = find_checkpoint(checkpoint)
     plan = _Plan.make(checkpoint, options)
-    with staged_folder(output, force=options.force, own=listed_files(output / MANIFEST)) as folder:
+    with staged_folder(output, force=options.force, written=lambda bundle: listed_files(bundle / MANIFEST)) as folder:
         progress("loading the checkpoint")
         loaded = LoadedCheckpoint.load(checkpoint)
         check_exportable(loaded.language, loaded.tower)

@@ -7,6 +7,7 @@ integers.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ _FILES = (
     *(f"checkpoint/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE, LICENSE_FILE)),
 )
 """What a restore may write."""
+
+
+def _written(folder: Path) -> Collection[str]:
+    return _FILES if (folder / "checkpoint" / CONFIG_FILE).is_file() else ()
+
+
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
 
 
@@ -58,9 +65,8 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         )
     graphs = [bundle.path(bundle.graph(role, "onnxruntime").file) for role in ("vision", "decoder")]
     method = METHODS[manifest.method]
-    own = _FILES if (output / "checkpoint" / CONFIG_FILE).is_file() else ()
     with (
-        staged_folder(output, force=force, own=own) as folder,
+        staged_folder(output, force=force, written=_written) as folder,
         reading(source, BundleError, mend="export or copy it again"),
     ):
         vision, decoder = map(read_weights, graphs)

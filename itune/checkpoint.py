@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from .files import write_json
 from .runtime.errors import ItuneError
+from .runtime.recovery import recover_folder
 from .runtime.settings import ImageSettings, Method, RetrievalSettings, SearchDefaults, Settings, TextSettings
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class CheckpointConfig(Settings):
 def find_checkpoint(folder: Path) -> Path:
     """The checkpoint in a folder: the folder itself, or the best one of a training's output folder."""
     best = folder / "best"
+    recover_folder(best)
     return best if not (folder / CONFIG_FILE).is_file() and (best / CONFIG_FILE).is_file() else folder
 
 

@@ -15,17 +15,17 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .runtime.errors import ItuneError, reading, reason
+from .runtime.recovery import lock, recover_folder, temporary_stem
 
-_NAME_LENGTH = 40
-"""Characters of a file's name in that of its temporary folder: names may be as long as the file system allows."""
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -53,7 +53,14 @@ def atomic_folder(folder: Path, own: Collection[str] | None = None) -> Iterator[
         recover_folder(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(folder) as temporary:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno in _FULL:
+                raise ItuneError(f"{folder}: {reason(error)}; make room, or choose another place") from error
+            raise
+        except ItuneError as error:  # users know the folder by its own name
+            raise type(error)(str(error).replace(str(temporary), str(folder))) from error
         with reading(folder, ItuneError, mend="choose another folder to write to"):
             _flush(temporary)
             if not folder.exists():
@@ -81,14 +88,15 @@ def _replace(folder: Path, temporary: Path) -> None:
 
 
 @contextmanager
-def staged_folder(output: Path, *, force: bool, own: Collection[str]) -> Iterator[Path]:
+def staged_folder(output: Path, *, force: bool, written: Callable[[Path], Collection[str]]) -> Iterator[Path]:
     """Yield a temporary folder that becomes the new folder `output`; with `force` it replaces an earlier output.
 
-    `own` has the files that an earlier run wrote, relative to `output`; it is empty if something else is there. Raises
-    ItuneError if `output` may not be replaced, or appears before the block ends.
+    `written` says which files, relative to `output`, an earlier run wrote there; none if something else is there.
+    Raises ItuneError if `output` may not be replaced, or appears before the block ends.
     """
     output = output.absolute()
-    replaces = output.exists()
+    recover_folder(output)
+    replaces, own = output.exists(), written(output)
     if replaces and not (force and own):
         why = "exists; --force replaces it" if own else "exists and is not an earlier output"
         raise ItuneError(f"{output} {why}: choose another --output")
@@ -129,16 +137,6 @@ def read_json(path: Path, error: type[ItuneError] = ItuneError, mend: str = "cop
     """The content of a UTF-8 JSON file; anything that cannot be parsed, however deeply nested, raises `error`."""
     with reading(path, error, mend):
         return json.loads(path.read_bytes())
-
-
-def recover_folder(folder: Path) -> None:
-    """Restore `folder` if a writer was killed between two renames, where folders cannot be exchanged in one step."""
-    if folder.exists():
-        return
-    for old in sorted(folder.parent.glob(f"{glob.escape(_stem(folder))}.*.old")):
-        new = old.with_suffix(".tmp")  # complete, because the old folder was moved away after it was written
-        (new if new.exists() else old).rename(folder)
-        return
 
 
 def foreign_files(folder: Path, own: Collection[str]) -> list[Path]:
@@ -200,46 +198,23 @@ def refuse_link(path: Path) -> None:
 @contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
     """Make a folder beside `target` for its new content, locked until the block ends; delete those of the dead."""
-    stem = _stem(target)
+    stem = temporary_stem(target)
     for left in target.parent.glob(f"{glob.escape(stem)}.{8 * '?'}.*"):
         dead = left.suffix == ".tmp" or (left.suffix == ".old" and target.exists())
-        if dead and (lock := _lock(left)) is not None:
+        if dead and (held := lock(left)) is not None:
             _remove(left)
-            os.close(lock)
+            os.close(held)
     # Random, because in a container every process may have the same id.
     folder = target.with_name(f"{stem}.{secrets.token_hex(4)}.tmp")
-    folder.mkdir()
-    held = _lock(folder)
+    with reading(target, ItuneError, mend="choose another place to write to"):
+        folder.mkdir()
+    held = lock(folder)
     try:
         yield folder
     finally:
         _remove(folder)
         if held is not None:
             os.close(held)
-
-
-def _stem(target: Path) -> str:
-    """Beginning of the names of the temporary folders of `target`, different for each target."""
-    name = target.name
-    if len(name) > _NAME_LENGTH:
-        name = f"{name[: _NAME_LENGTH - 9]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
-    return f".{name}"
-
-
-def _lock(path: Path) -> int | None:
-    """Lock a file or folder until the descriptor is closed; None if it is in use, or cannot be locked here."""
-    try:
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except (ImportError, OSError):  # Windows has no fcntl
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def find_license(folder: Path, terms: str | None = None) -> License | None:
         return None if terms is None else License(terms, f"{terms}\n")
     with reading(path, ItuneError, "copy the file again"):
         return License(terms or f"The terms in {LICENSE_FILE} apply.", path.read_text(encoding="utf-8"))
+
+
+def inherit(licenses: Iterable[License | None]) -> License | None:
+    """The licenses of several parts as one, each text once."""
+    found: list[License] = []
+    for license in licenses:
+        if license is not None and not any(license.text in other.text for other in found):
+            found.append(license)
+    return License(" ".join(each.terms for each in found), "\n\n".join(each.text for each in found)) if found else None

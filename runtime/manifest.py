@@ -16,6 +16,7 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import AfterValidator, Field
 
 from .errors import ItuneError, reading
+from .recovery import recover_folder
 from .settings import Settings, Sha256
 
 
@@ -66,6 +67,7 @@ class ManifestFolder(Generic[Model]):
     def read(self, folder: Path) -> Model:
         """Parse the manifest, without looking at the files that it lists."""
         with reading(folder / self.manifest, self.error, self.mend):
+            recover_folder(folder)
             return self.model.model_validate_json((folder / self.manifest).read_bytes(), strict=True)
 
     def check(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ...backbones import LanguageModel, VisionTower, load_language_model, load_vision_tower
 from ...checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, ModelSource, VisionSource, save_config
 from ...files import hash_files, staged_folder
+from ...license import LICENSE_FILE, find_license, inherit
 from ...methods.base import write_tensors
 from ...methods.schemas import CHECKPOINTS
 from ...runtime.bundle import TOKENIZER
@@ -25,9 +26,14 @@ _FINE_TUNED = "language-model"
 _FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    LICENSE_FILE,
     *(f"{_FINE_TUNED}/{name}" for name in ("config.json", "generation_config.json", "model.safetensors", TOKENIZER)),
 )
 """What an import may write."""
+
+
+def _written(folder: Path) -> Collection[str]:
+    return _FILES if (folder / CONFIG_FILE).is_file() else ()
 
 
 def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force: bool = False) -> None:
@@ -46,8 +52,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             f"--import {file}: is no checkpoint of ClipCap or SmallCap: no tensor is named {' or '.join(IMPORTERS)}, "
             f"the first is {next(iter(state), 'missing')}; save the model's state_dict() alone"
         )
-    own = _FILES if (output / CONFIG_FILE).is_file() else ()
-    with staged_folder(output, force=force, own=own) as folder:
+    with staged_folder(output, force=force, written=_written) as folder:
         language = load_language_model(options.language_model)
         tower = load_vision_tower(options.vision)
         with reading(
@@ -61,6 +66,9 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             weights = list((folder / _FINE_TUNED).glob("*.safetensors"))
             source = ModelSource(source=_FINE_TUNED, sha256=hash_files(weights))
         write_tensors(dict(imported.tensors), folder / WEIGHTS_FILE)
+        license = inherit([find_license(source) for source in (file.parent, language.folder, tower.folder)])
+        if license is not None:
+            (folder / LICENSE_FILE).write_text(license.text, encoding="utf-8")
         config = CHECKPOINTS[imported.model.method](
             language_model=source,
             vision=VisionSource.of_tower(tower, options.vision, output),
@@ -68,6 +76,7 @@ def import_checkpoint(file: Path, output: Path, options: ImportOptions, *, force
             text=imported.text,
             retrieval=imported.retrieval,
             search=imported.search,
+            license=None if license is None else license.terms,
             training={"imported": file.name},
             **imported.model.describe(),
         )

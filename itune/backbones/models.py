@@ -200,8 +200,11 @@ class OnnxTower:
             self._input, self._one_at_a_time = pixels.name, isinstance(pixels.shape[0], int)
             self._output = next((o for o in outputs if o.name == "last_hidden_state"), outputs[0]).name
             probe = self.embed(np.zeros((1, height, width, 3), np.uint8))
-        if probe.ndim != 3:
-            raise BackboneError(f"{file}: {self._output} has shape {list(probe.shape)}; embeddings are [B, N, width]")
+        if probe.ndim != 3 or probe.dtype != torch.float32 or not probe.isfinite().all():
+            raise BackboneError(
+                f"{file}: {self._output} is {probe.dtype} {list(probe.shape)} for a black image, finite: "
+                f"{bool(probe.isfinite().all())}; embeddings must be finite float32 [B, N, width]"
+            )
         self.tokens, self.width = probe.shape[1:]
         with reading(file, BackboneError, "copy the tower again"):
             self.sha256 = hash_files(list({file, *(self.folder / name for name in external_files(file))}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from zipfile import is_zipfile
 
 import torch
@@ -34,7 +35,10 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
 def _load(path: Path, device: str) -> dict[str, Tensor]:
     with warnings.catch_warnings(action="ignore"):  # about pickles that torch did not write
         # Only torch's present format, a zip archive, can be mapped.
-        content = torch.load(path, map_location=device, mmap=is_zipfile(path), weights_only=True)
+        try:
+            content = torch.load(path, map_location=device, mmap=is_zipfile(path), weights_only=True)
+        except UnpicklingError as error:  # torch would advise to run whatever code is in it
+            raise ValueError("is no file of tensors alone") from error
     return {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
 
 

@@ -230,7 +230,7 @@ def _empty_argument(arguments: Sequence[str]) -> int | None:
 
 def _suggestion(error: CycloptsError) -> str:
     """A flag for an unknown one that abbreviates it, is a part of it, or is another tool's name for it."""
-    if not isinstance(error, UnknownOptionError) or "Did you mean" in str(error):
+    if not isinstance(error, UnknownOptionError):
         return ""
     typed = (error.token.keyword or error.token.value).partition("=")[0].strip("-")
     for name in (name for argument in error.argument_collection for name in argument.names):
@@ -248,5 +248,6 @@ def _sentence(error: Exception, name: str) -> str:
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
         return f"standard output: {error.strerror}"
     if isinstance(error, CycloptsError):
-        text += _suggestion(error)
+        own = _suggestion(error)
+        text = text.partition(" Did you mean")[0] + own if own else text
     return f"{text.rstrip('.')}; see {name} --help" if isinstance(error, CycloptsError) else text

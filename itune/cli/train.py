@@ -180,7 +180,7 @@ def _prepare(
     from ..backbones import load_language_model, load_vision_tower
     from ..data.features import FeatureCache, Features
     from ..export.exportable import check_exportable
-    from ..license import find_license
+    from ..license import find_license, inherit
     from ..methods.registry import MODELS
     from ..training.advice import STEPS_PER_EPOCH, data_advice, fitting_batch_size
     from ..training.batches import special_token
@@ -232,7 +232,8 @@ def _prepare(
         )
     search = None if base is None else base.search
     checkpoint = find_checkpoint(run.output / LAST if run.resume else run.init_from or run.output)
-    license = find_license(checkpoint, None if base is None else base.license) or find_license(language.folder)
+    terms = None if base is None else base.license
+    license = inherit([find_license(checkpoint, terms), find_license(language.folder), find_license(tower.folder)])
     trainer = Trainer(config, language, tower, data, run.output, search=search, license=license)
     end = special_token(language.tokenizer, trainer.text.end, "end")
     for advice in data_advice(train, trainer.records, language.tokenizer, end):

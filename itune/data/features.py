@@ -82,7 +82,7 @@ class Features:
 class FeatureCache(Features):
     """Embeddings in one fp16 file per tower, preprocessing and mirroring; several processes may share it.
 
-    `features.f16` contains rows [tokens, width]; line i of `index.jsonl` is [photo, i, CRC-32 of row i]. A row counts
+    `features.f16` contains rows [tokens, width]; line i of `index.jsonl` is [photo, i, CRC-32 of both]. A row counts
     once its line is complete, so an interrupted build continues where it stopped; from a line on that is out of order,
     or names a photo twice, nothing counts. One process at a time appends. Plain files, because HDF5 files break when a
     writer is killed, and zarr and safetensors need a file per chunk.
@@ -94,8 +94,8 @@ class FeatureCache(Features):
         # By path and not by `identity`: a photo that changes during the run keeps the row that was computed for it.
         self._rows: dict[tuple[Path, bool], int] = {}
         self._maps: dict[bool, NDArray[np.float16]] = {}
-        self._checksums: dict[tuple[bool, int], int] = {}
-        """Of the rows that were not read yet; caches of earlier versions have none."""
+        self._checksums: dict[tuple[bool, int], tuple[str, int]] = {}
+        """Names and checksums of the rows that were not read yet; caches of earlier versions have none."""
         self._unreadable: dict[Path, str] = {}
 
     def prepare(self, images: Sequence[Path], *, flip: bool = False, progress: OnProgress = silent) -> dict[Path, str]:
@@ -126,7 +126,7 @@ class FeatureCache(Features):
     def _row(self, mirrored: bool, row: int) -> NDArray[np.float16]:
         embedding: NDArray[np.float16] = self._maps[mirrored][row]
         expected = self._checksums.pop((mirrored, row), None)  # each row is checked when it is read first
-        if expected is not None and zlib.crc32(embedding.tobytes()) != expected:
+        if expected is not None and _checksum(expected[0], embedding) != expected[1]:
             raise ItuneError(f"--cache-features {self.folder}: is damaged: delete it, and it is computed again")
         return embedding
 
@@ -136,13 +136,14 @@ class FeatureCache(Features):
         folder = self.folder / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         with reading(f"--cache-features {self.folder}", mend="choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("lock", "features.f16", "index.jsonl"):
+            for name in ("", "lock", "features.f16", "index.jsonl"):
                 refuse_link(folder / name)
         with FileLock(folder / "lock"):
             write_json(folder / "tower.json", content)
             rows, checksums = self._recover(folder)
             unreadable = self._append(folder, names, mirrored, rows, progress)
-        self._checksums |= {(mirrored, row): checksum for row, checksum in checksums.items()}
+        photos = {row: name for name, row in rows.items()}
+        self._checksums |= {(mirrored, row): (photos[row], checksum) for row, checksum in checksums.items()}
         self._rows |= {(path, mirrored): rows[name] for path, name in names.items() if name in rows}
         if rows:  # an empty file cannot be mapped
             shape = (len(rows), self.tokens, self.width)
@@ -175,7 +176,7 @@ class FeatureCache(Features):
                 features.write(halves.tobytes())
                 features.flush()
                 for half, name in zip(halves, (name for name, path in batch if path not in bad), strict=True):
-                    index.write(json.dumps([name, len(rows), zlib.crc32(half.tobytes())]) + "\n")
+                    index.write(json.dumps([name, len(rows), _checksum(name, half)]) + "\n")
                     rows[name] = len(rows)
                 index.flush()
                 progress(done + start + len(batch), len(names))
@@ -194,16 +195,20 @@ class FeatureCache(Features):
                 for line in index:
                     found = json.loads(line)
                     name, row, checksum = (found, len(rows), None) if isinstance(found, str) else found
-                    in_order = isinstance(name, str) and name not in rows and row == len(rows) < stored
-                    if not (in_order and line.endswith(b"\n")):
+                    typed = isinstance(name, str) and type(row) is int and type(checksum) in (int, type(None))
+                    if not (typed and name not in rows and row == len(rows) < stored and line.endswith(b"\n")):
                         break
                     rows[name] = row
                     if checksum is not None:
-                        checksums[row] = int(checksum)
+                        checksums[row] = checksum
                     length += len(line)
             features.truncate(len(rows) * row_bytes)
             index.truncate(length)
         return rows, checksums
+
+
+def _checksum(photo: str, embedding: NDArray[np.float16]) -> int:
+    return zlib.crc32(embedding.tobytes(), zlib.crc32(photo.encode("utf-8", "surrogateescape")))
 
 
 def identity(path: Path) -> str:

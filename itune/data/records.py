@@ -68,6 +68,7 @@ def load_records(
     """
     file = find_caption_file(source)
     entries = read_entries(file)
+    total = len(entries)
 
     def usable(entry: Entry) -> bool:
         return any(map(_has_words, entry.captions)) if captioned else bool(entry.captions)
@@ -80,6 +81,10 @@ def load_records(
     entries = with_captions if captioned or with_captions else entries
     if not entries:
         found = ", ".join(f"{name or 'no split'} ({size} photos)" for name, size in splits.items())
+        if not splits:
+            raise DataError(
+                f"{file}: split {wanted or 'all'} is empty: none of {total} photos has a caption with a word"
+            )
         raise DataError(
             f"{file}: no captions for split {wanted or 'all'}; found {found or 'no photos'}; {mend}, or mark splits: a "
             '"split" for each photo, lists beside a token file, the name of a COCO file'

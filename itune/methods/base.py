@@ -179,5 +179,5 @@ def _sources(mask: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, atomically."""
-    with reading(path, CheckpointError, "make room, then go on with --resume"), atomic_path(path) as temporary:
+    with reading(path, CheckpointError, "make room"), atomic_path(path) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})

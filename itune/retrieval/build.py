@@ -29,6 +29,7 @@ from ..progress import OnStage, silent
 from ..runtime.engines.base import Float32
 from ..runtime.errors import DatastoreError
 from ..runtime.manifest import FileHash
+from ..runtime.recovery import recover_folder
 from ..runtime.retrieval.datastore import (
     CAPTIONS,
     EMBEDDINGS,
@@ -78,9 +79,12 @@ def build_datastore(
         ItuneError: `output` exists, or the captions or the encoder cannot be loaded.
     """
     options = options or DatastoreOptions()
-    own = listed_files(output / MANIFEST)
-    with _only_writer(output), staged_folder(output, force=options.force, own=own) as folder:
+    with _only_writer(output), staged_folder(output, force=options.force, written=_written) as folder:
         return _build(folder, source, encoder, output, options, progress)
+
+
+def _written(store: Path) -> set[str]:
+    return listed_files(store / MANIFEST)
 
 
 def _only_writer(store: Path) -> AbstractContextManager[None]:
@@ -111,12 +115,13 @@ def add_to_datastore(
         DatastoreError: not a datastore, damaged, of another encoder, or in use by another addition; or there is nothing
             new to add.
     """
+    recover_folder(store)
     if not store.is_dir():
         Datastore.load(store)  # raises
     with _only_writer(store):
         base = Datastore.load(store, verify=True)
         manifest = base.manifest
-        own = listed_files(store / MANIFEST)
+        own = _written(store)
         refuse_foreign(store, own)
         embedder = _Embedder(
             encoder or find_encoder(base), manifest.kind, manifest.encoder.pooling, source.cache_features, progress

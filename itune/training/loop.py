@@ -7,7 +7,6 @@ same as in an uninterrupted run.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ from ..methods.base import write_tensors
 from ..methods.registry import MODELS
 from ..methods.schemas import CHECKPOINTS
 from ..metrics import CiderD, split_words
-from ..runtime.errors import reading
+from ..runtime.errors import SearchError, reading
 from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults
 from .advice import caption_advice
@@ -57,6 +56,7 @@ from .run_folder import BEST, LAST, fingerprint, holds_run, log_epoch
 _Count = Annotated[int, Field(ge=0)]
 _STATE, _PROGRESS = "trainer.safetensors", "trainer.json"
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, LICENSE_FILE, _STATE, _PROGRESS)
+_OBJECT = TypeAdapter(dict[str, Any])
 _SAVE_SECONDS = 300.0  # a killed run loses at most this much
 
 
@@ -241,17 +241,19 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm or math.inf))
         metrics["grad_norm"] = norm
         if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-            last = self.output / LAST
-            again = f"start again from {last} with --init-from" if last.exists() else "start again"
-            raise CheckpointError(
-                f"the {'gradient' if math.isfinite(metrics['loss']) else 'loss'} at step {self.progress.step} is not a "
-                f"finite number: lower --learning-rate or --lambda and {again}"
-            )
+            raise self._diverged("gradient" if math.isfinite(metrics["loss"]) else "loss")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.average.update_parameters(self.model.adapters)
         return metrics
+
+    def _diverged(self, what: str) -> CheckpointError:
+        last = self.output / LAST
+        again = f"start again from {last} with --init-from" if self.progress.step and last.exists() else "start again"
+        return CheckpointError(
+            f"the {what} at step {self.progress.step} is not finite: lower --learning-rate or --lambda and {again}"
+        )
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -285,9 +287,12 @@ class Trainer:
         with self._averaged():
             engine, images = EagerEngine(self.model, self.tower), [record.image for record in self.data.dev]
             settings = self.language.tokenizer, self.text, SearchConfig(**self.search.model_dump())
-            captions = caption_features(
-                engine, self.data.features, images, *settings, prompts=self.prompts, progress=report
-            )
+            try:
+                captions = caption_features(
+                    engine, self.data.features, images, *settings, prompts=self.prompts, progress=report
+                )
+            except SearchError as error:  # the search has no other reason here
+                raise self._diverged("score of the next token") from error
         if advice := caption_advice(captions):
             reporter.warn(advice)
         return {"cider": self.cider.score(list(map(split_words, captions)))}
@@ -334,9 +339,12 @@ class Trainer:
                 + (instead if holds_run(self.output) else "start again without --resume, since nothing was saved")
             )
         with reading(folder / _PROGRESS, CheckpointError, instead):
-            saved = json.loads((folder / _PROGRESS).read_bytes())
+            saved = _OBJECT.validate_json((folder / _PROGRESS).read_bytes())
             same_data = saved.pop("data", self._fingerprint) == self._fingerprint
             self.progress = Progress(**saved)
+            done = self.progress.epoch * self.steps_per_epoch + self.progress.step_in_epoch
+            if same_data and not self.progress.step == done <= self.total_steps:
+                raise ValueError(f"step {self.progress.step} does not belong to epoch {self.progress.epoch}")
         with reading(folder / _STATE, CheckpointError, instead):
             state = load_file(folder / _STATE)
             averages = self.average.module.state_dict()

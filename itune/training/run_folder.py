@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.records import Record
-from ..files import atomic_path, only_writer, recover_folder
+from ..files import atomic_path, only_writer
 from ..runtime.errors import reading
+from ..runtime.recovery import recover_folder
 
 BEST, LAST, METRICS = "best", "last", "metrics.jsonl"
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from itune.files import atomic_folder, atomic_path, only_writer, staged_folder, write_json
-from itune.runtime.errors import ItuneError
+from itune.runtime.bundle import Bundle
+from itune.runtime.errors import BundleError, ItuneError
+from itune.runtime.recovery import lock, recover_folder
 from tests.conftest import refused
 
 WRITER = """
@@ -67,14 +69,14 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 def test_files_of_others_survive(tmp_path: Path) -> None:
     own = {"a", "deep/b"}
     output = tmp_path / "out"
-    with staged_folder(output, force=False, own=()) as folder:
+    with staged_folder(output, force=False, written=lambda _folder: ()) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "b").write_text("old")
     (output / "deep" / "mine").write_text("precious")
-    with refused(ItuneError, "deep/mine"), staged_folder(output, force=True, own=own):
+    with refused(ItuneError, "deep/mine"), staged_folder(output, force=True, written=lambda _folder: own):
         pass
     (output / "deep" / "mine").unlink()
-    with staged_folder(output, force=True, own=own) as folder:
+    with staged_folder(output, force=True, written=lambda _folder: own) as folder:
         (folder / "a").write_text("new")
         (output / "deep" / "late").write_text("precious")
     assert contents(output) == {"a": "new", "deep/late": "precious"}
@@ -110,3 +112,36 @@ def test_files_have_the_usual_mode(tmp_path: Path) -> None:
         path.touch(mode=0o600)
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_full_disks_in_a_folder_name_the_folder(tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys, numpy as np; from pathlib import Path; from itune.files import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "with atomic_folder(Path(sys.argv[1])) as folder:\n    "
+    )
+    for body in ("np.save(folder / 'a.npy', np.zeros(1000))", "write_json(folder / 'a.json', list(range(1000)))"):
+        command = [sys.executable, "-c", program + body, str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stderr.splitlines()[-1].startswith(f"itune.runtime.errors.ItuneError: {tmp_path / 'out'}")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_every_program_recovers_what_a_killed_writer_left(tmp_path: Path) -> None:
+    """As where folders cannot be exchanged in one step; what a living writer has is left to it."""
+    old, new = tmp_path / ".out.01234567.old", tmp_path / ".out.01234567.tmp"
+    for folder, content in ((old, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "a").write_text(content)
+    held = lock(new)
+    assert held is not None
+    recover_folder(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    os.close(held)
+    with staged_folder(tmp_path / "out", force=True, written=lambda folder: [path.name for path in folder.iterdir()]):
+        assert contents(tmp_path / "out") == {"a": "new"}
+    old.mkdir(exist_ok=True)
+    (tmp_path / "out").rename(new)
+    with pytest.raises(BundleError):
+        Bundle.load(tmp_path / "out")  # which has no manifest
+    assert (tmp_path / "out").exists()

@@ -184,6 +184,7 @@ def test_search_options(run: Callable[..., Result], paint: Paint) -> None:
         ([""], ["argument 1", "empty"]),
         (["a.jpg", " "], ["argument 2", "empty"]),
         (["a.jpg", "--model", "x"], ["--model", "--bundle"]),
+        (["a.jpg", "--mnt", "3"], ["--mnt", "--max-new-tokens"]),
     ],
 )
 def test_usage_errors(run: Callable[..., Result], arguments: list[str], named: list[str]) -> None:

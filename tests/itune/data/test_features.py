@@ -55,7 +55,9 @@ def test_two_paths_to_one_photo(clip: Path, photos: list[Path], tmp_path: Path) 
     assert len(index.read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("damage", [None, b"\xff\xfe\n", b"{}\n", b"3\n", b'"x\n'])
+@pytest.mark.parametrize(
+    "damage", [None, b"\xff\xfe\n", b"{}\n", b"3\n", b'"x\n', b'["x", 0.0, 1]\n', b'["x", 0, Infinity]\n']
+)
 def test_a_damaged_index_is_computed_anew(damage: bytes | None, clip: Path, photos: list[Path], tmp_path: Path) -> None:
     tower = load_vision_tower(str(clip))
     FeatureCache(tmp_path / "cache", tower).prepare(photos)
@@ -153,6 +155,19 @@ def test_damaged_rows_are_noticed(clip: Path, photos: list[Path], tmp_path: Path
     content = bytearray(rows.read_bytes())
     content[-1] ^= 1
     rows.write_bytes(content)
+    cache = FeatureCache(tmp_path / "cache", tower)
+    cache.prepare(photos)
+    with refused(ItuneError, tmp_path / "cache"):
+        cache.read(photos)
+
+
+def test_swapped_names_are_noticed(clip: Path, photos: list[Path], tmp_path: Path) -> None:
+    tower = load_vision_tower(str(clip))
+    FeatureCache(tmp_path / "cache", tower).prepare(photos)
+    (index,) = (tmp_path / "cache").glob("*/index.jsonl")
+    first, second, *others = (json.loads(line) for line in index.read_text().splitlines())
+    first[0], second[0] = second[0], first[0]
+    index.write_text("".join(f"{json.dumps(line)}\n" for line in (first, second, *others)))
     cache = FeatureCache(tmp_path / "cache", tower)
     cache.prepare(photos)
     with refused(ItuneError, tmp_path / "cache"):

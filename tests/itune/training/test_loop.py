@@ -388,9 +388,18 @@ def test_the_mends_that_messages_name_exist(arguments: list[object], tmp_path: P
     assert f"--init-from {tmp_path / 'run'}" in more.stderr
     again = itune_train(*arguments, "--epochs", "9", "--init-from", tmp_path / "run", "-o", tmp_path / "more")
     assert again.returncode == 0, again.stderr
+    abbreviated = itune_train(*arguments, "--lr", "1", "-o", tmp_path / "run")
+    assert "Did you mean --learning-rate?" in abbreviated.stderr
     other = itune_train(*arguments, "--resume", "--preset", "medium", "-o", tmp_path / "run")
     assert other.returncode == 2
     assert "--preset medium" in other.stderr
+    saved = json.loads((tmp_path / "run" / "last" / "trainer.json").read_text())
+    for wrong in ({"epoch": 99}, {"step_in_epoch": 99}, {"step": 10**30}, {"epoch": 0.5}):
+        (tmp_path / "run" / "last" / "trainer.json").write_text(json.dumps(saved | wrong))
+        believed = itune_train(*arguments, "--resume", "-o", tmp_path / "run")
+        assert believed.returncode == 2
+        assert str(tmp_path / "run" / "last" / "trainer.json") in believed.stderr
+        assert believed.stderr.splitlines()[-1].startswith("itune-train: error: ")
     (tmp_path / "run" / "last" / "trainer.json").unlink()
     lost = itune_train(*arguments, "--resume", "-o", tmp_path / "run")
     assert lost.returncode == 2
@@ -417,6 +426,11 @@ def test_license_of_the_weights_that_a_run_starts_from(arguments: list[object], 
     for part in ("best", "last"):
         assert load_config(tmp_path / "run" / part).license is not None
         assert (tmp_path / "run" / part / "LICENSE.md").read_text() == "For research only."
+    tower = shutil.copytree(Path(str(arguments[arguments.index("--vision") + 1])), tmp_path / "tower")
+    (tower / "LICENSE.md").write_text("Name us.")
+    both = itune_train(*arguments, "--language-model", licensed, "--vision", tower, "-o", tmp_path / "both")
+    assert both.returncode == 0, both.stderr
+    assert (tmp_path / "both" / "best" / "LICENSE.md").read_text() == "For research only.\n\nName us."
     done = itune_train(*arguments, "--init-from", tmp_path / "run", "-o", tmp_path / "next")
     assert done.returncode == 0, done.stderr
     assert load_config(tmp_path / "next" / "best").license == load_config(tmp_path / "run" / "best").license
@@ -445,3 +459,11 @@ def test_advice_about_captions(language_model_folder: Path) -> None:
     assert "tokens a word" in advice("犬が草の上を走る", 64)
     assert caption_advice(["a dog", "a cat"] * 10) is not None
     assert caption_advice([f"{i} dogs" for i in range(20)]) is None
+
+
+def test_numbers_that_are_not_finite_before_the_first_step_name_their_cause(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    done = itune_train(*arguments, "--lambda", "1e40", "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "--lambda" in done.stderr.splitlines()[-1]
