@@ -79,6 +79,8 @@ class ExportOptions(VerifyOptions, TensorRTOptions):
     patch_grid: str | None = None
     """ROWSxCOLUMNS: how an ONNX tower's last embeddings lie in the image, row by row, for heatmaps. Default: a CLIP
     tower's own; else the square that all of them make, or all but a CLS."""
+    layer_names: bool = False
+    """Of TensorRT plans, print the tensors that compute in each type, and not only their number."""
     force: bool = False
     """Replace the output of an earlier run."""
 

@@ -23,6 +23,7 @@ from ..methods.schemas import parse_config
 from ..runtime.bundle import MANIFEST, TOKENIZER, Bundle
 from ..runtime.errors import BundleError, ItuneError, reading
 from ..runtime.settings import ImageSettings
+from .card import MODEL_CARD
 from .graph.builder import Weights
 from .graph.clip import PREFIX as CLIP_PREFIX
 from .graph.clip import unfold_clip
@@ -35,6 +36,7 @@ _FILES = (
     *(f"language-model/{name}" for name in ("config.json", "model.safetensors", TOKENIZER, LICENSE_FILE)),
     *(f"vision/{name}" for name in ("config.json", "model.safetensors", "model.onnx", "model.onnx.data", PREPROCESSOR)),
     *(f"checkpoint/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE, LICENSE_FILE)),
+    MODEL_CARD,
 )
 """What a restore may write."""
 
@@ -43,6 +45,14 @@ def _written(folder: Path) -> Collection[str]:
     return _FILES if (folder / "checkpoint" / CONFIG_FILE).is_file() else ()
 
 
+_CARD = """# {name}, restored
+
+The parts of the bundle {name}, to train on or to export again.
+
+## Licence of the weights
+
+{terms} LICENSE.md has the text. What is trained from these parts inherits it.
+"""
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # Pillow's numbers
 
 
@@ -85,9 +95,9 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         write_json(folder / "vision" / PREPROCESSOR, _preprocessor(manifest.image))
         _save_tensors(adapters, folder / "checkpoint" / WEIGHTS_FILE)
         content = parse_config(settings.checkpoint).model_dump(mode="json", by_alias=True)
-        license = find_license(bundle.folder)
+        license = find_license(bundle.folder, manifest.license) if (bundle.folder / LICENSE_FILE).is_file() else None
         if license is not None:
-            content["license"] = manifest.license
+            content["license"] = license.terms
         content["search"] = manifest.search.model_dump(mode="json")
         for field, name in (("language_model", "language-model"), ("vision", "vision")):
             weights = hash_files([path for path in (folder / name).iterdir() if path.suffix != ".json"])
@@ -98,6 +108,7 @@ def restore_bundle(source: Path, output: Path, *, force: bool = False) -> None:
         if license is not None:  # after the weights were hashed
             for part in ("language-model", "checkpoint"):
                 (folder / part / LICENSE_FILE).write_text(license.text, encoding="utf-8")
+            (folder / MODEL_CARD).write_text(_CARD.format(name=manifest.name, terms=license.terms), encoding="utf-8")
 
 
 def _preprocessor(image: ImageSettings) -> dict[str, Any]:

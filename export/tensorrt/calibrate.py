@@ -6,6 +6,7 @@ each value's magnitudes, from which its range is chosen afterwards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ def calibrate(
         progress(done, len(images))
     if not read:
         raise ItuneError(f"--calibration-data: none of {len(images)} photos can be read, such as {images[0]}")
+    if read < len(images):
+        logging.getLogger(__name__).warning(
+            "--calibration-data: %d of %d photos cannot be read", len(images) - read, len(images)
+        )
     return histograms
 
 

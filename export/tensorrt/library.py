@@ -124,20 +124,21 @@ def build_plan(request: PlanRequest, progress: Callable[[str], None], report: Ca
     run_module(_BUILDER, request.model_dump_json(), about=request.source.name, error=TensorRTError, receive=receive)
 
 
-def layer_table(name: str, report: LayerReport) -> Table:
-    """A graph's layer report as a table with a row for every type."""
+def layer_table(name: str, report: LayerReport, *, names: bool = True) -> Table:
+    """A graph's layer report as a table with a row for every type, and with the `names` of its tensors."""
     table = Table(title=f"{name} in TensorRT", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("type", "layers", "tensors", "weights"):
         table.add_column(header, justify="left" if header == "type" else "right", no_wrap=True)
-    table.add_column("tensor names")
+    if names:
+        table.add_column("tensor names")
     for kind in dict.fromkeys([*report.layers, *report.tensors, *report.weights]):
         weights = report.weights.get(kind, 0)
         counts = (str(counted.get(kind, "")) for counted in (report.layers, report.tensors))
         size = f"{weights / 1e6:.1f} MB" if weights >= 1e5 else ""
         blocks: dict[str, list[str]] = {}
-        for name in report.names.get(kind, []):
-            block, slash, last = name.rpartition("/")
+        for tensor in report.names.get(kind, []):
+            block, slash, last = tensor.rpartition("/")
             blocks.setdefault(f"{block}: " if slash else "", []).append(last)
-        names = "; ".join(block + " ".join(found) for block, found in blocks.items())  # h.*/attn: Add Softmax; ...
-        table.add_row(kind, *counts, size, names, end_section=True)
+        joined = "; ".join(block + " ".join(found) for block, found in blocks.items())  # h.*/attn: Add Softmax; ...
+        table.add_row(kind, *counts, size, *([joined] if names else []), end_section=True)
     return table

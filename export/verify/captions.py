@@ -87,13 +87,15 @@ def compare_dev_split(
 ) -> list[Check]:
     """Check how many captions are the same and how much of the reference's CIDEr-D is left."""
     captions = _DevSplit.model_validate_json((folder / _DEV).read_bytes()).captions
-    sides = [{key: written[key].caption for key in reference} for written in (reference, found)]
+    both = [key for key in reference if key in found]
+    unreadable = f", {len(captions) - len(both)} cannot be read" if len(both) < len(captions) else ""
+    sides = [{key: written[key].caption for key in both} for written in (reference, found)]
     evaluations = [evaluate(side, captions, java=False) for side in sides]
     losses = np.subtract(*(evaluation.per_image()["cider"] for evaluation in evaluations))
     before, after = (evaluation.scores()["cider"] for evaluation in evaluations)
     forgiven = 2 * float(losses.std()) / len(losses) ** 0.5
-    same = float(np.mean([own.as_good_as(found[key]) for key, own in reference.items()]))
-    case = f"{len(set(sides[0].values()))} different, {len(reference)} photos"
+    same = float(np.mean([reference[key].as_good_as(found[key]) for key in both]))
+    case = f"{len(set(sides[0].values()))} different, {len(both)} photos{unreadable}"
     points = f"{100 * after:.1f}, PyTorch {100 * before:.1f}"
     kept = after / before if before else 1.0
     enough = after + forgiven >= limits.cider * before

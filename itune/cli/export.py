@@ -122,7 +122,7 @@ def _export(checkpoint: Path, output: Path, options: ExportOptions, search: dict
             dev=dev[: options.dev_images or DEV_PHOTOS],
             progress=status.update,
             report=report,
-            report_plan=lambda role, layers: console.print(layer_table(role, layers)),
+            report_plan=lambda role, layers: console.print(layer_table(role, layers, names=options.layer_names)),
         )
 
 

@@ -151,3 +151,22 @@ def test_damaged_bundles_are_refused_in_a_sentence(clip_checkpoint, tmp_path, ch
         restore_bundle(tmp_path / "bundle", tmp_path / "restored")
     assert str(tmp_path / "bundle") in str(error.value)
     assert not (tmp_path / "restored").exists()
+
+
+def test_terms_are_carried_on(clip_checkpoint, tmp_path):
+    export_bundle(clip_checkpoint, tmp_path / "bundle", ExportOptions(verify=False, license="For research."))
+    restore_bundle(tmp_path / "bundle", tmp_path / "free")
+    assert LoadedCheckpoint.load(tmp_path / "free" / "checkpoint").config.license is None
+    (tmp_path / "bundle" / "LICENSE.md").write_text("The terms at length.")
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored")
+    checkpoint = tmp_path / "restored" / "checkpoint"
+    assert LoadedCheckpoint.load(checkpoint).config.license == "For research."
+    assert "For research." in (tmp_path / "restored" / "README.md").read_text()
+    again = export_bundle(checkpoint, tmp_path / "again", ExportOptions(verify=False))
+    assert again.license == "For research."
+    for part in (checkpoint, tmp_path / "restored" / "language-model", tmp_path / "again"):
+        assert (part / "LICENSE.md").read_text() == "The terms at length."
+    with pytest.raises(ItuneError) as error:
+        export_bundle(checkpoint, tmp_path / "other", ExportOptions(verify=False, license="MIT"))
+    assert "--license" in str(error.value)
+    restore_bundle(tmp_path / "bundle", tmp_path / "restored", force=True)

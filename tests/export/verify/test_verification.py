@@ -16,7 +16,7 @@ from itune.export.graph.builder import Graph
 from itune.export.options import ExportOptions
 from itune.export.process import run_module
 from itune.export.verify import verification
-from itune.export.verify.captions import Written, compare_dev_split, write_dev_split
+from itune.export.verify.captions import Written, caption_dev_split, compare_dev_split, write_dev_split
 from itune.export.verify.compare import compare
 from itune.export.verify.limits import LIMITS
 from itune.export.verify.report import Check, VerificationError, report_table
@@ -165,9 +165,18 @@ def test_dev_split_is_captioned_and_scored(dev, dev_reference, bundles, clip_che
     assert len(failed) == 1
     points = 100 * score_captions(captions, dev)["cider"]
     assert found["CIDEr-D, dev"].case == f"{points:.1f}, PyTorch {points:.1f}"
-    assert found["captions, dev"].case == f"{len(set(captions.values()))} different, 5 photos"
+    assert found["captions, dev"].case == f"{len(set(captions.values()))} different, 5 photos, 1 cannot be read"
     assert found["captions, dev"].value == found["CIDEr-D, dev"].value == 1
     assert all(check.passed for check in found.values())
+
+
+def test_a_photo_that_one_side_cannot_read_is_counted(dev_reference, clip_checkpoint):
+    eager = eager_captioner(LoadedCheckpoint.load(clip_checkpoint))
+    reference = caption_dev_split(eager, dev_reference)
+    first, *others = reference
+    for sides in ((reference, {key: reference[key] for key in others}), ({first: reference[first]}, reference)):
+        captions, _ = compare_dev_split(*sides, dev_reference, LIMITS["fp32"])
+        assert f"{6 - min(map(len, sides))} cannot be read" in captions.case
 
 
 def test_dev_split_without_a_photo(references, bundles, tmp_path, dev):
