@@ -191,7 +191,7 @@ class Captioner:
             SearchError: an unknown option, or options that contradict each other or the model.
         """
         if is_one(images):
-            return self.caption([images], batch_size=1, workers=0, **options)[0]
+            return self.caption([images], batch_size=batch_size, workers=workers or 0, **options)[0]
         captions = []
         for _, result in self.stream(images, batch_size=batch_size, workers=workers, **options):
             if isinstance(result, ImageError):

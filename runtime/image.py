@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .errors import ImageError, reading
-from .image_files import check_scans, declared_size, is_heif, max_pixels, without_metadata
+from .image_files import check_scans, declared_size, is_heif, max_pixels
+from .image_metadata import without_metadata
 from .settings import ImageSettings
 
 Source: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | NDArray[Any]

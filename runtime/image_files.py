@@ -1,14 +1,12 @@
-"""What an encoded image says outside its pixels: the sizes that it declares, the scans of a JPEG, and its metadata.
+"""What decoding an image file would cost: the sizes that it declares, and the scans of a JPEG.
 
-Pillow decodes some formats before their size is known, and refuses photos of which only the metadata is damaged.
+Pillow decodes some formats before it tells their size.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-import zlib
-from collections.abc import Iterator
 from typing import BinaryIO
 
 MAX_PIXELS = 89_478_485
@@ -20,7 +18,6 @@ _MAX_SCANNED = 2_000_000_000
 _START_OF_SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\0\1\xd0-\xd8\xff]")
 """A JPEG marker that ends the image or begins a segment with a length."""
-_EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 
 
 def max_pixels(format: str | None) -> int:
@@ -80,60 +77,3 @@ def check_scans(jpeg: bytes, pixels: int) -> None:
         position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
     if scans * pixels > _MAX_SCANNED:
         raise ValueError(f"{scans} scans; at most {_MAX_SCANNED // pixels} are supported at this size: save it again")
-
-
-def without_metadata(content: bytes) -> bytes | None:
-    """An image file without the metadata that its format allows to be left out; None for other formats.
-
-    Transparency stays, and so does the orientation in the EXIF block of a JPEG, or of a PNG where it is intact.
-    """
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content[:8] + b"".join(_png_chunks(content)) + b"\0\0\0\0IEND\xaeB`\x82"
-    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        chunks = b"".join(_webp_chunks(content))
-        return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
-    if content.startswith(b"\xff\xd8\xff"):
-        return b"".join(_jpeg_segments(content))
-    if content[4:12] in (b"ftypavif", b"ftypavis"):
-        return _EXIF_ITEM.sub(rb"\1skip", content)  # decoders skip items of an unknown type
-    return None
-
-
-def _png_chunks(content: bytes) -> Iterator[bytes]:
-    """Critical chunks as they are; of the others, intact transparency and EXIF."""
-    position, transparency = 8, {0: 2, 2: 6}.get(content[25]) if len(content) > 25 else None
-    while len(head := content[position : position + 8]) == 8 and head[4:] != b"IEND":
-        length = int.from_bytes(head[:4], "big")
-        chunk = content[position : position + 12 + length]
-        critical = not head[4] & 0x20
-        intact = chunk[-4:] == struct.pack(">I", zlib.crc32(chunk[4:-4]))
-        kept = head[4:] == b"eXIf" or (head[4:] == b"tRNS" and length == (transparency or length))
-        if critical or (kept and intact):
-            yield chunk
-        position += 12 + length
-
-
-def _jpeg_segments(content: bytes) -> Iterator[bytes]:
-    """All but comments and application data; whole JFIF and Adobe segments say how colours are stored, EXIF stays."""
-    yield content[:2]
-    position = 2
-    while len(head := content[position : position + 4]) == 4 and head[0] == 0xFF and head[1] != 0xDA:
-        marker, length = head[1], int.from_bytes(head[2:], "big")
-        segment = content[position : position + 2 + length]
-        other = not (0xE0 <= marker <= 0xEF or marker == 0xFE)
-        if {0xE0: length >= 16, 0xE1: segment[4:8] == b"Exif", 0xEE: length >= 14}.get(marker, other):
-            yield segment
-        position += 2 + length
-    yield content[position:]
-
-
-def _webp_chunks(content: bytes) -> Iterator[bytes]:
-    position = 12
-    while len(head := content[position : position + 8]) == 8:
-        length = int.from_bytes(head[4:], "little")
-        chunk = content[position : position + 8 + length + length % 2]
-        if head[:4] == b"VP8X":  # without the flags of ICC, EXIF and XMP
-            chunk = chunk[:8] + bytes([chunk[8] & 0b00010010]) + chunk[9:]
-        if head[:4] in (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"):
-            yield chunk
-        position += 8 + length + length % 2

@@ -6,9 +6,11 @@ import ast
 import csv
 import io
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -74,7 +76,7 @@ def _caption_columns(names: Sequence[str]) -> list[int]:
 
 def read_table(text: str, table: Table) -> Iterator[Row]:
     """Yield the rows of a table that are not blank. Raises ValueError for a row with too few columns."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter, skipinitialspace=True, strict=True)
+    reader = _reader(text, table.delimiter)
     wanted = max(table.image, table.split or 0, table.captions[0])  # a photo may have fewer captions than others
     several = len(table.captions) > 1
     width: int | None = None
@@ -96,6 +98,17 @@ def read_table(text: str, table: Table) -> Iterator[Row]:
         captions = tuple(caption for place in places for caption in _captions(cells[place]))
         split = None if table.split is None else cells[table.split].strip() or None
         yield Row(reader.line_num, cells[table.image], captions, split)
+
+
+def _reader(text: str, delimiter: str) -> Any:
+    """A `csv.reader`; in tables with tabs, quotation marks that cannot be read as quoting are text."""
+    options: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+    if delimiter == "\t":
+        try:
+            deque(csv.reader(io.StringIO(text, newline=""), **options), maxlen=0)
+        except csv.Error:
+            options["quoting"] = csv.QUOTE_NONE
+    return csv.reader(io.StringIO(text, newline=""), **options)
 
 
 def _captions(cell: str) -> Sequence[str]:

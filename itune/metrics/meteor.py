@@ -36,8 +36,8 @@ def meteor(pairs: Sequence[Pair]) -> Metric:
     with reading(f"the counts of {jar.name} on {java.path}", UnavailableError):
         counts = np.array([line.split() for line in printed], np.float64).reshape(len(pairs), COUNTS)
     for row, (candidate, references) in zip(counts, pairs, strict=True):
-        if not any(references):
-            row[[1, 3]] = 0  # counts of the reference, for which `_line` had to send a word
+        if not any(references) or (not candidate and not all(references)):
+            row[[1, 3]] = 0  # counts of the empty reference, for which `_line` had to send a word
         if not candidate:
             row[[0, 2, *range(4, COUNTS)]] = 0  # counts of the caption, for which `_line` had to send a word
         if row[_CHUNKS] == 1 and (row[[0, 1]] == row[[21, 22]]).all():

@@ -362,6 +362,31 @@ def test_metadata_never_refuses_a_photo() -> None:
     np.testing.assert_array_equal(np.asarray(decode(damaged)), expected)
 
 
+def test_damaged_metadata_of_gif_and_tiff() -> None:
+    image = photo().convert("P", palette=Image.Palette.ADAPTIVE)
+    gif = encoded(image, "GIF", transparency=0)
+    expected = np.asarray(decode(gif))
+    start = 13 + (3 << (gif[10] & 7) + 1)
+    for extension in (b"\x21\xff\x0bNETSCAPE2.0\0", b"\x21\xf9\0", b"\x21\xf9\1\1\0", b"\x21\x01\0", b"\x21\xfe\0"):
+        np.testing.assert_array_equal(np.asarray(decode(gif[:start] + extension + gif[start:])), expected)
+    for order in ("<", ">"):
+        for tag, kind, value in ((270, 2, 10**9), (274, 5, 10**9), (306, 2, 10**9), (34675, 7, 10**9)):
+            content = tiff(order, {tag: (kind, 100, value)})
+            np.testing.assert_array_equal(np.asarray(decode(content)), np.asarray(decode(tiff(order, {}))))
+
+
+def tiff(order: str, more: dict[int, tuple[int, int, int]]) -> bytes:
+    """A grey TIFF of 8 x 4 pixels with further tags of (type, count, value or offset)."""
+    pixels = bytes(range(100, 132))
+    fields = {256: (4, 1, 8), 257: (4, 1, 4), 258: (4, 1, 8), 259: (4, 1, 1), 262: (4, 1, 1), 277: (4, 1, 1)}
+    fields |= {273: (4, 1, 8), 278: (4, 1, 4), 279: (4, 1, len(pixels)), **more}
+    directory = struct.pack(f"{order}H", len(fields)) + b"".join(
+        struct.pack(f"{order}HHII", tag, *fields[tag]) for tag in sorted(fields)
+    )
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    return start + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory + bytes(4)
+
+
 def test_damaged_pixels_are_still_refused() -> None:
     content = bytearray(encoded(photo(), "PNG"))
     content[content.index(b"IDAT") + 20] ^= 1

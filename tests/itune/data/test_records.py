@@ -338,6 +338,14 @@ TABLES = {
 EXPECTED = {"a": ("A dog runs .", "A brown dog"), "b é": ("Two cats, one mat",)}
 
 
+def test_quotation_marks_in_a_table_with_tabs_are_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.tsv", "image\tcaption", 'a.jpg\t"stop" says a sign', 'b.jpg\ta 12" pizza')
+    assert [record.captions for record in load_records(file, check_images=False)] == [
+        ('"stop" says a sign',),
+        ('a 12" pizza',),
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "crlf"])
 @pytest.mark.parametrize("name", TABLES)
 def test_captions_as_people_have_them(tmp_path: Path, name: str, encoding: str) -> None:

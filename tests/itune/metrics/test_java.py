@@ -22,6 +22,7 @@ AWKWARD: dict[str, Pair] = {
     "nothing said": ([], [["a", "red", "dog"]]),
     "nothing to say": (["a", "dog"], [[]]),
     "nothing at all": ([], [[]]),
+    "nothing said, a reference without words": ([], [["a", "red", "dog"], []]),
     "separators": (["a", "|||", "dog"], [["a", "|||", "dog"]]),
     "not ASCII": (["naïve", "café", "北京"], [["naive", "café", "北京"]]),
     "one word": (["dog"], [["dog"]]),
@@ -146,6 +147,7 @@ def test_meteor(shared_data: Path, java_on_path: None) -> None:
     assert by_case["one word"] == pytest.approx(1)
     assert 0 < by_case["not ASCII"] < 1
     assert awkward["nothing said"][:2].tolist() == [0, 3], "an empty caption has no words, its reference all of them"
+    assert awkward["nothing said, a reference without words"][:2].tolist() == [0, 0], "the best match is the empty one"
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ def test_rouge_by_hand() -> None:
     references = [["this", "is", "a", "test"], ["this", "is", "also", "a", "test"]]
     assert rouge_l(["this", "is", "a", "good", "test"], references) == pytest.approx(2.44 * 0.8 / (1 + 1.44 * 0.8))
     assert rouge_l(["this", "is", "a", "good", "test"], references) == pytest.approx(0.9070631, abs=1e-7)
-    assert rouge_l([], references) == rouge_l(["x"], references) == rouge_l(["x"], [[]]) == rouge_l([], [[]]) == 0
+    assert rouge_l([], references) == rouge_l(["x"], references) == rouge_l(["x"], [[]]) == 0
+    assert rouge_l([], [[]]) == 1  # as the COCO code has it
 
 
 def some_captions(seed: int, images: int, noise: float) -> dict[str, str]:
