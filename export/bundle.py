@@ -24,7 +24,15 @@ from ..license import LICENSE_FILE, find_license
 from ..loading import LoadedCheckpoint, eager_captioner
 from ..methods.schemas import load_config
 from ..retrieval.encoder import RetrievalHead, load_head
-from ..runtime.bundle import MANIFEST, TOKENIZER, GraphEntry, Manifest, TensorSpec, square_grid
+from ..runtime.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    GraphEntry,
+    LanguageModelSettings,
+    Manifest,
+    TensorSpec,
+    square_grid,
+)
 from ..runtime.captioner import Captioner
 from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError, reading
@@ -210,6 +218,7 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
         fields["retrieval"] = trained | k
     if plan.vocabulary is not None:  # without the other tokens' embeddings there is nothing to restore
         fields["provenance"]["vocabulary"] = plan.vocabulary.sha256
+        fields["gpt2"] = LanguageModelSettings.model_validate(gpt2.to_dict())
     else:
         fields["restore"] = {
             "language_model": json.loads(gpt2.to_json_string()),

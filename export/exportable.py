@@ -6,15 +6,7 @@ from importlib.util import find_spec
 
 from ..backbones import ClipTower, LanguageModel, VisionTower
 from ..backbones.pretrained import BackboneError
-
-ACTIVATIONS = {
-    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
-    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
-    "quick_gelu": "quick_gelu",
-    **dict.fromkeys(("silu", "swish"), "silu"),
-    "relu": "relu",
-}
-"""The function that each of transformers' names stands for, of those that have an operator."""
+from ..runtime.settings import ACTIVATIONS
 
 
 def check_exportable(language: LanguageModel, tower: VisionTower) -> None:

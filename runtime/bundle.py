@@ -7,12 +7,13 @@ from math import inf, isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import BundleError, reading
 from .manifest import Count, FileHash, FileName, ManifestFolder, Positive
 from .onnx_files import check_external_files
 from .settings import (
+    ACTIVATIONS,
     Finite,
     ImageSettings,
     Method,
@@ -154,11 +155,23 @@ class DecoderSettings(Settings):
     visual_width: Positive
 
 
+class LanguageModelSettings(BaseModel):
+    """What the native engine needs of a GPT-2's `config.json`, with its names and defaults."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n_inner: Positive | None = None
+    activation_function: Annotated[str, Field(pattern=f"^({'|'.join(ACTIVATIONS)})$")] = "gelu_new"
+    layer_norm_epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+
+
 class RestoreSettings(Settings):
-    """What `itune-export --restore` needs besides the graphs' weights; not read at run time."""
+    """What `itune-export --restore` needs besides the graphs' weights."""
 
     language_model: dict[str, Any]
-    """`config.json` of the language model."""
+    """`config.json` of the language model; the native engine reads it, too."""
     vision: dict[str, Any] | None
     """`config.json` of a CLIP tower; None for an ONNX tower, which the vision graph contains unchanged."""
     checkpoint: dict[str, Any]
@@ -188,6 +201,19 @@ class Manifest(Settings):
     restore: RestoreSettings | None = None
     license: str
     """Of the weights; the code has its own."""
+    gpt2: LanguageModelSettings | None = None
+    """Of a bundle without `restore`."""
+
+    @property
+    def language_model(self) -> LanguageModelSettings | None:
+        """What the native engine needs of the language model's configuration; None: the bundle does not say.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        if self.gpt2 is None and self.restore is not None:
+            return LanguageModelSettings.model_validate(self.restore.language_model)
+        return self.gpt2
 
     @property
     def patch_grid(self) -> Size | None:

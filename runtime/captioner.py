@@ -33,8 +33,9 @@ from .text import decode_text, encode_caption, encode_text, load_tokenizer
 if TYPE_CHECKING:
     from .attention.explanation import Explainer, Explanation, Layer
 
-ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "onnxruntime")
-"""The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; ONNX Runtime on the CPU."""
+ENGINES = ("auto", "tensorrt", "onnxruntime-cuda", "native", "onnxruntime")
+"""The fastest that can run the bundle here; TensorRT plans; ONNX Runtime on a GPU; on the CPU the decoder in C++, or
+ONNX Runtime for everything."""
 MAX_WORKERS = 4
 """Default maximum of decoding threads; each may hold a large photo in memory."""
 MOST = 4096

@@ -1,10 +1,18 @@
-"""Find the files that an ONNX graph refers to, from protobuf's wire format alone (onnx.proto has the numbers)."""
+"""Read an ONNX graph's weights, and the files that it refers to, from protobuf's wire format.
+
+onnx.proto has the numbers. The runtime needs no `onnx` library for that, and the weights stay on disk, mapped.
+"""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Collection, Iterator
+from math import prod
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _FIELDS = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -17,6 +25,8 @@ _FIELDS = {
 }
 """Of each message, the fields that can contain a tensor, and their types."""
 _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 13, 14, 1
+_DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 1, 2, 8, 9
+_TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16}
 _FIXED = {1: 8, 5: 4}
 """Bytes of a value by its wire type."""
 
@@ -44,6 +54,55 @@ def external_files(graph: Path) -> list[str]:
     return sorted(locations)
 
 
+def read_weights(graph: Path) -> dict[str, NDArray[Any]]:
+    """The initializers of a graph by name, mapped read-only; those of other types than numbers' are left out.
+
+    The files that the graph refers to were checked by `check_external_files`.
+
+    Raises:
+        ValueError: the file is no protobuf, or a tensor lies outside its file.
+        OSError: a file cannot be read.
+    """
+    mapped = {graph: np.memmap(graph, np.uint8, "r")}
+    weights = {}
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        graphs = [v for n, v in _fields(content, 0, len(content)) if n == 7 and isinstance(v, range)]
+        tensors = [v for g in graphs for n, v in _fields(content, g.start, g.stop) if n == 5 and isinstance(v, range)]
+        for tensor in tensors:
+            fields = list(_fields(content, tensor.start, tensor.stop))
+            single = dict(fields)
+            name, kind, raw = (single.get(number) for number in (_NAME, _DATA_TYPE, _RAW_DATA))
+            if not isinstance(name, range) or not isinstance(kind, int) or kind not in _TYPES:
+                continue
+            path, start = graph, raw.start if isinstance(raw, range) else 0
+            external = _external_data(content, tensor.start, tensor.stop)
+            if external is not None:
+                path, start = graph.parent / external[b"location"].decode(), int(external.get(b"offset", b"0"))
+            elif not isinstance(raw, range):
+                continue
+            shape, dtype = _dims(content, fields), np.dtype(_TYPES[kind])
+            data = mapped.setdefault(path, np.memmap(path, np.uint8, "r"))
+            end = start + prod(shape) * dtype.itemsize
+            if not 0 <= start <= end <= (raw.stop if external is None and isinstance(raw, range) else len(data)):
+                raise ValueError(f"tensor {content[name.start : name.stop]!r} of shape {shape} is cut off")
+            weights[content[name.start : name.stop].decode()] = data[start:end].view(dtype).reshape(shape)
+    return weights
+
+
+def _dims(content: mmap.mmap, fields: list[tuple[int, int | range]]) -> tuple[int, ...]:
+    """The shape of a tensor, whose dimensions are one field or many."""
+    dims = []
+    for number, value in fields:
+        if number == _DIMS and isinstance(value, range):
+            start = value.start
+            while start < value.stop:
+                size, start = _varint(content, start, value.stop)
+                dims.append(size)
+        elif number == _DIMS and isinstance(value, int):
+            dims.append(value)
+    return tuple(dims)
+
+
 def check_external_files(folder: Path, graph: str, listed: Collection[str]) -> None:
     """Check that the tensors of `folder / graph` refer only to files that are `listed`, as paths relative to `folder`.
 
@@ -58,10 +117,16 @@ def check_external_files(folder: Path, graph: str, listed: Collection[str]) -> N
 
 def _location(content: mmap.mmap, start: int, end: int) -> set[str]:
     """The location of a tensor's data; none if the data is in the tensor."""
+    external = _external_data(content, start, end)
+    return {external[b"location"].decode()} if external and b"location" in external else set()
+
+
+def _external_data(content: mmap.mmap, start: int, end: int) -> dict[bytes, bytes] | None:
+    """Where the data of a tensor is (location, offset, length); None if it is in the tensor."""
     fields = list(_fields(content, start, end))
     if (_DATA_LOCATION, _EXTERNAL) not in fields:
-        return set()
-    entries = []
+        return None
+    entries = {}
     for number, value in fields:
         if number == _EXTERNAL_DATA and isinstance(value, range):
             pair = {
@@ -69,8 +134,8 @@ def _location(content: mmap.mmap, start: int, end: int) -> set[str]:
                 for key, text in _fields(content, value.start, value.stop)
                 if isinstance(text, range)
             }
-            entries.append((pair.get(1, b""), pair.get(2, b"").decode()))
-    return {location for key, location in entries if key == b"location"}
+            entries[pair.get(1, b"")] = pair.get(2, b"")
+    return entries
 
 
 def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int | range]]:

@@ -21,6 +21,16 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
+    "quick_gelu": "quick_gelu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "relu": "relu",
+}
+"""The function that each of transformers' names stands for, of those that graphs and kernels have."""
+
+
 class Settings(BaseModel):
     """Base of all models that are read from JSON: immutable; an unknown field is an error."""
 

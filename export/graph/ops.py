@@ -10,7 +10,7 @@ import torch
 
 from ...runtime.errors import ItuneError
 from ...runtime.graph_names import RESIDUAL
-from ..exportable import ACTIVATIONS
+from ...runtime.settings import ACTIVATIONS
 from .builder import Array, Graph
 
 Config = Any
@@ -90,7 +90,7 @@ def normalize(graph: Graph, x: str, name: str | None = None) -> str:
 
 
 def activation(graph: Graph, x: str, name: str) -> str:
-    """An activation function of `exportable.ACTIVATIONS`, by the name that transformers gives it."""
+    """An activation function of `settings.ACTIVATIONS`, by the name that transformers gives it."""
     match ACTIVATIONS[name]:
         case "gelu":
             return graph.op("Gelu", x)

@@ -133,7 +133,11 @@ class _Dash(str):
 def _version() -> str:
     from ..runtime.search.loop import NATIVE
 
-    parts = [f"itune {__version__}", "native search" if NATIVE else "NumPy search"]
+    parts = [f"itune {__version__}", "NumPy search"]
+    if NATIVE:
+        from _itune_native import kernels
+
+        parts[1:] = ["native search", f"native engine ({kernels()[0]})"]
     with suppress(PackageNotFoundError):  # onnxruntime comes in wheels of several names
         parts.append(f"onnxruntime {version('onnxruntime')}")
     return ", ".join(parts)

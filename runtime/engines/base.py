@@ -5,15 +5,23 @@ Rows are grouped by image: row r belongs to image r // (rows / images).
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ..search.config import SearchConfig
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
+
+
+NOT_NUMBERS = (
+    "the decoder returned logits that are NaN or infinite: export it again, in fp32 if it was fp16 or quantised"
+)
 
 
 class Candidates(NamedTuple):
@@ -66,6 +74,20 @@ class Engine(Protocol[S]):
         `parents` [rows]: the row of the previous step that each row continues; on the first step arange(images),
         on the second the image's own row. `mask` [rows, T] is False at the left padding of prompts of different
         lengths (first step only); None means that every token is real. Positions follow from the mask.
+        """
+
+
+@runtime_checkable
+class SearchingEngine(Protocol):
+    """An engine that runs a whole search by itself."""
+
+    def captions(
+        self, state: Any, prompts: Int64, config: SearchConfig, end_token: int
+    ) -> list[list[tuple[list[int], float]]]:
+        """The captions of each image, tokens and score; `prompts` [images, length] are left-padded with NO_TOKEN.
+
+        Raises:
+            SearchError: a logit is NaN or infinite.
         """
 
 

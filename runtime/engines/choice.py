@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..bundle import Bundle, TokenSettings
 from ..errors import EngineError, ItuneError
 from .base import Engine
+from .native import NAME as NATIVE
+from .native import NativeEngine
 from .onnxruntime import NAME, OnnxRuntimeCudaEngine, OnnxRuntimeEngine, has_cuda
 
 
@@ -15,7 +18,7 @@ class Loaded(NamedTuple):
 
     engine: Engine[Any]
     name: str
-    """"tensorrt", "onnxruntime-cuda" or "onnxruntime"."""
+    """One of `captioner.ENGINES`, but not "auto"."""
     tokens: TokenSettings
     """The bundle's, with as many positions as this engine has."""
     notice: str | None
@@ -31,6 +34,8 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
         BundleError: the bundle has no graphs for the engine, or is damaged.
         EngineError: the engine cannot run here; with "auto", the bundle was made for a GPU and no engine can use one.
     """
+    if name == NATIVE:
+        return Loaded(NativeEngine.load(bundle, threads=threads), NATIVE, bundle.manifest.tokens, None)
     if name not in ("auto", "tensorrt"):
         return _onnxruntime(bundle, threads, name)
     auto, reason, notice = name == "auto", "", None
@@ -52,6 +57,8 @@ def load_engine(bundle: Bundle, name: str, threads: int | None = None) -> Loaded
             f"{bundle.folder}: its TensorRT plans cannot run here: {reason}; --engine onnxruntime runs its ONNX graphs "
             "on the CPU, but a bundle exported with --target onnx --precision int8 is faster there"
         )
+    with suppress(EngineError):  # not built, or the bundle is of another kind
+        return load_engine(bundle, NATIVE, threads)._replace(notice=notice)
     return _onnxruntime(bundle, threads, notice=notice)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..engines.base import Candidates, Engine, Int64, S
+from ..engines.base import NOT_NUMBERS, Candidates, Engine, Int64, S, SearchingEngine
 from ..errors import SearchError
 from .config import Hypothesis, SearchConfig
 from .numpy_search import NO_TOKEN, NumpySearch
@@ -48,9 +48,25 @@ def search(
     if not prompts:
         return []
     padded = _left_pad(prompts, multiple)
-    running = core(padded, config, end_token, engine.most_candidates)
+    if core is CORE and isinstance(engine, SearchingEngine):
+        found = engine.captions(state, padded, config, end_token)
+    else:
+        running = core(padded, config, end_token, engine.most_candidates)
+        found = _search_by_steps(engine, state, padded, running, end_token)
+    if [] in found:
+        raise SearchError(
+            f"no caption is possible for image {found.index([])} of the batch: bad_words, no_repeat_ngram_size or "
+            "min_new_tokens forbid every next token"
+        )
+    return [[Hypothesis(tuple(caption), score) for caption, score in each[: config.num_return]] for each in found]
+
+
+def _search_by_steps(
+    engine: Engine[S], state: S, padded: Int64, running: NumpySearch, end_token: int
+) -> list[list[tuple[list[int], float]]]:
+    """The captions of each image, found by the core `running`."""
     real = padded != NO_TOKEN
-    tokens, parents = np.where(real, padded, end_token), np.arange(len(prompts))
+    tokens, parents = np.where(real, padded, end_token), np.arange(len(padded))
     mask = None if real.all() else real
     while True:
         candidates = engine.step(tokens, parents, state, running.k, mask=mask)
@@ -61,13 +77,7 @@ def search(
                 break
             state.keep(kept)
         mask = None
-    found = running.captions()
-    if [] in found:
-        raise SearchError(
-            f"no caption is possible for image {found.index([])} of the batch: bad_words, no_repeat_ngram_size or "
-            "min_new_tokens forbid every next token"
-        )
-    return [[Hypothesis(tuple(caption), score) for caption, score in each[: config.num_return]] for each in found]
+    return running.captions()
 
 
 def _check(candidates: Candidates, rows: int, k: int) -> None:
@@ -79,9 +89,7 @@ def _check(candidates: Candidates, rows: int, k: int) -> None:
         )
     # A NaN or +inf anywhere in the vocabulary shows in the logsumexp. A NaN compares false.
     if not ((logsumexp < np.inf).all() and (logits < np.inf).all()):
-        raise SearchError(
-            "the decoder returned logits that are NaN or infinite: export it again, in fp32 if it was fp16 or quantised"
-        )
+        raise SearchError(NOT_NUMBERS)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], multiple: int) -> Int64:

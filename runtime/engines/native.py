@@ -1,0 +1,183 @@
+"""The decoder in C++, made for the processor that it runs on; the vision graph stays on ONNX Runtime.
+
+It reads the weights of the bundle's decoder graph, so that both engines compute with the same numbers, and packs them
+into the layout of its kernels (runtime/native/kernels/kernels.h).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..bundle import BUNDLE_FOLDER, MANIFEST, Bundle, LanguageModelSettings, Manifest
+from ..cpus import available_cpus
+from ..errors import BundleError, EngineError, ItuneError, SearchError, reading
+from ..graph_names import EMBEDDING, VISUAL, keys, values
+from ..onnx_files import read_weights
+from ..search.config import SearchConfig
+from ..settings import ACTIVATIONS
+from .base import NOT_NUMBERS, Bool, Candidates, Float32, Int64, UInt8
+from .onnxruntime import NAME as ONNXRUNTIME
+from .onnxruntime import open_session
+
+try:
+    import _itune_native
+except ImportError:  # built without a compiler
+    KERNELS: tuple[str, ...] = ()
+else:
+    KERNELS = tuple(_itune_native.kernels())
+"""The kernels that this processor can run, the fastest first; none if the extension was not built."""
+
+NAME = "native"
+CHOICE = "ITUNE_KERNELS"
+"""Environment variable that names other kernels than the fastest."""
+MEND = "export the bundle again, or use --engine onnxruntime"
+_HALF = ".fp16"
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What the C++ decoder is made of; `make_decoder` in module.cpp reads the fields by name."""
+
+    heads: int
+    width: int
+    inner: int
+    vocabulary: int
+    positions: int
+    prefix: int
+    visual_width: int
+    epsilon: float
+    activation: str
+    attention_scales: tuple[float, ...]
+    adapter_layers: tuple[int, ...]
+    cross_attention: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, model: LanguageModelSettings) -> DecoderShape:
+        """The decoder that a manifest describes."""
+        own, tokens = manifest.decoder, manifest.tokens
+        scale = own.head_dim**-0.5 if model.scale_attn_weights else 1.0
+        layers = range(1, own.layers + 1)
+        return cls(
+            heads=own.heads,
+            width=own.hidden_size,
+            inner=model.n_inner or 4 * own.hidden_size,
+            vocabulary=tokens.vocab_size,
+            positions=tokens.max_positions,
+            prefix=tokens.prefix,
+            visual_width=own.bottleneck or 0,
+            epsilon=model.layer_norm_epsilon,
+            activation=ACTIVATIONS[model.activation_function],
+            attention_scales=tuple(scale / (i if model.scale_attn_by_inverse_layer_idx else 1) for i in layers),
+            adapter_layers=tuple(own.adapter_layers),
+            cross_attention=manifest.method == "smallcap",
+        )
+
+
+class NativeState:
+    """Visual keys/values of some images, and their rows' cache, in C++."""
+
+    def __init__(self, state: Any, embedding: Float32 | None) -> None:
+        self.native, self.embedding = state, embedding
+
+    @property
+    def images(self) -> int:
+        """How many images are still in the state."""
+        return int(self.native.images)
+
+    def keep(self, images: Int64) -> None:
+        """Drop every image but `images`."""
+        self.native.keep(images)
+
+
+class NativeEngine:
+    """The C++ decoder behind the engine protocol, and as one call for a whole search."""
+
+    def __init__(self, vision: ort.InferenceSession, decoder: Any, shape: DecoderShape) -> None:
+        self.vision, self.decoder, self.shape = vision, decoder, shape
+        self.most_candidates: int = decoder.candidates
+        self._pixels = vision.get_inputs()[0].name
+        self._visual = [output.name for output in vision.get_outputs()]
+
+    @property
+    def kernels(self) -> str:
+        """The name of the kernels that run, such as "avx512-vnni"."""
+        return str(self.decoder.kernels)
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, threads: int | None = None) -> NativeEngine:
+        """Load a bundle's vision graph and the weights of its decoder graph.
+
+        Raises:
+            EngineError: this engine was not built, or cannot run the bundle: another engine may.
+            BundleError: the bundle lacks a graph, or its weights do not fit its manifest.
+        """
+        if not KERNELS:
+            raise EngineError("the native engine was not built: install itune where there is a C++ compiler")
+        wanted = os.environ.get(CHOICE, "")
+        if wanted and wanted not in KERNELS:
+            raise ItuneError(f"{CHOICE} {wanted!r}: choose one of {', '.join(KERNELS)}")
+        count, manifest = threads or available_cpus(), bundle.manifest
+        vision, graph = (bundle.path(bundle.graph(role, ONNXRUNTIME).file) for role in ("vision", "decoder"))
+        with reading(bundle.folder / MANIFEST, EngineError, MEND):
+            if (model := manifest.language_model) is None:
+                raise ValueError("restore and gpt2 are missing")
+            shape = DecoderShape.of(manifest, model)
+        with reading(graph, BundleError, BUNDLE_FOLDER.mend):
+            weights = read_weights(graph)
+        with reading(graph, EngineError, MEND):
+            decoder = _itune_native.Decoder(shape, dict(_floats(weights)), count, wanted)
+        return cls(open_session(vision, count), decoder, shape)
+
+    def encode(self, pixels: UInt8) -> NativeState:
+        """Encode images, uint8 [B, H, W, 3]."""
+        with reading("ONNX Runtime cannot run the bundle", EngineError):
+            outputs = self.vision.run(self._visual, {self._pixels: np.ascontiguousarray(pixels)})
+        visual: dict[str, NDArray[Any]] = dict(zip(self._visual, outputs, strict=True))
+        layers, prefix = self.shape.adapter_layers, f"{VISUAL}prefix"
+        with reading("the vision graph does not fit the decoder", EngineError, "export the bundle again"):
+            state = self.decoder.state(len(pixels), [(visual[keys(i)], visual[values(i)]) for i in layers])
+            if prefix in visual:
+                if visual[prefix].shape != (shape := (len(pixels), self.shape.prefix, self.shape.width)):
+                    raise ValueError(f"{prefix} has shape {visual[prefix].shape}, not {shape}")
+                state.set_prefix(visual[prefix])
+        return NativeState(state, visual.get(EMBEDDING))
+
+    def step(
+        self, tokens: Int64, parents: Int64, state: NativeState, k: int, *, mask: Bool | None = None
+    ) -> Candidates:
+        """Feed `tokens` [rows, T] to the decoder and return the k best continuations of each row."""
+        real = np.ones(tokens.shape, np.bool_) if mask is None else mask
+        with reading("the decoder", EngineError):
+            return Candidates(*self.decoder.step(state.native, tokens, parents, real, k))
+
+    def captions(
+        self, state: NativeState, prompts: Int64, config: SearchConfig, end_token: int
+    ) -> list[list[tuple[list[int], float]]]:
+        """The search as a whole; `prompts` [images, length] as in `search.loop`."""
+        try:
+            found: list[list[tuple[list[int], float]]] = self.decoder.captions(
+                state.native, prompts, config, end_token, self.most_candidates
+            )
+        except ValueError as error:
+            raise SearchError(NOT_NUMBERS) from error
+        return found
+
+    def attention(self, state: NativeState, tokens: Sequence[int]) -> Float32:
+        """The adapters' attention to the only image of `state` [layers, heads, T, N] while `tokens` [T] are read."""
+        with reading("the decoder", EngineError):
+            weights: Float32 = self.decoder.attention(state.native, np.array(tokens, np.int64))
+        return weights
+
+
+def _floats(weights: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The weights of a graph, those in half precision as floats under the names that they have in the fp32 graph."""
+    for name, array in weights.items():
+        half = array.dtype == np.float16
+        yield (name.removesuffix(_HALF), array.astype(np.float32)) if half else (name, array)

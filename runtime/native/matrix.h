@@ -1,0 +1,210 @@
+// A constant matrix, packed into panels (kernels.h), and its products with rows of activations.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels/kernels.h"
+#include "pool.h"
+
+namespace itune {
+
+// Memory for vectors: aligned to a page, not initialised.
+template <typename T>
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(std::size_t size) { reserve(size); }
+    // Room for `size` elements; what was there is lost if the buffer grows.
+    void reserve(std::size_t size) {
+        if (size <= size_) return;
+        memory_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{kAlignment})));
+        size_ = size;
+#if defined(MADV_HUGEPAGE)
+        // Weights are read at the speed of memory, which small pages would limit.
+        std::size_t bytes = size * sizeof(T) / kHugePage * kHugePage;
+        if (bytes > 0) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
+    }
+    T* data() const { return memory_.get(); }
+
+  private:
+    struct Free {
+        void operator()(T* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+    };
+    static constexpr std::size_t kAlignment = 4096, kHugePage = std::size_t{2} << 20;
+    std::unique_ptr<T, Free> memory_;
+    std::size_t size_ = 0;
+};
+
+// Rows of activations [rows, width], and the same in integers, by blocks of 64 or 32, for a product that needs them.
+class Activations {
+  public:
+    void resize(std::size_t rows, std::size_t width) {
+        width_ = width;
+        values_.reserve(rows * width);
+    }
+    float* row(std::size_t r) const { return values_.data() + r * width_; }
+    std::size_t width() const { return width_; }
+
+    // Room for rows of `width` numbers in integers; block 0 is none.
+    void prepare(std::size_t rows, std::size_t block) {
+        block_ = block;
+        if (block == 0) return;
+        blocks_ = (width_ + block - 1) / block;
+        codes_.reserve(rows * blocks_ * block);
+        scales_.reserve(rows * blocks_);
+        sums_.reserve(rows * blocks_);
+    }
+    void quantize(const Kernels& kernels, std::size_t r) const {
+        if (block_ == 0) return;
+        QuantizedRows x = quantized(r);
+        kernels.quantize(row(r), width_, block_, x.codes, x.scales, x.sums);
+    }
+    QuantizedRows quantized(std::size_t r) const {
+        return {codes_.data() + r * blocks_ * block_, scales_.data() + r * blocks_, sums_.data() + r * blocks_, blocks_};
+    }
+
+  private:
+    std::size_t width_ = 0, block_ = 0, blocks_ = 0;
+    Buffer<float> values_, scales_;
+    Buffer<std::int8_t> codes_;
+    Buffer<std::int32_t> sums_;
+};
+
+class Matrix {
+  public:
+    enum class Kind { float32, int8, int4 };
+
+    Matrix() = default;
+
+    // weight [K, N], or [N, K] if `transposed`; it may lie anywhere in a mapped file.
+    static Matrix pack_float(const float* weight, std::size_t outputs, std::size_t depth, bool transposed) {
+        Matrix matrix(Kind::float32, outputs, depth, depth * kPanel * sizeof(float));
+        for (std::size_t n = 0; n < matrix.panels() * kPanel; ++n) {
+            float* to = reinterpret_cast<float*>(matrix.panel(n / kPanel)) + n % kPanel;
+            for (std::size_t k = 0; k < depth; ++k) {
+                to[k * kPanel] = n < outputs ? read(weight + (transposed ? n * depth + k : k * outputs + n)) : 0.0F;
+            }
+        }
+        return matrix;
+    }
+
+    // codes [N, blocks, bytes of a block] and scales [N, blocks], as in MatMulNBits.
+    static Matrix pack_integers(Kind kind, const std::uint8_t* codes, const float* scales, std::size_t outputs,
+                                std::size_t depth) {
+        std::size_t block = kind == Kind::int8 ? 64 : 32, blocks = (depth + block - 1) / block;
+        std::size_t bytes = kind == Kind::int8 ? 64 : 16;  // of a block of one output
+        std::size_t size = bytes * kPanel + kPanel * sizeof(float);
+        Matrix matrix(kind, outputs, depth, blocks * size);
+        for (std::size_t n = 0; n < matrix.panels() * kPanel; ++n) {
+            std::uint8_t* to = matrix.panel(n / kPanel);
+            std::size_t lane = n % kPanel;
+            for (std::size_t b = 0; b < blocks; ++b, to += size) {
+                bool real = n < outputs;
+                const std::uint8_t* from = codes + (n * blocks + b) * bytes;
+                for (std::size_t i = 0; i < bytes; i += 4) {
+                    std::uint32_t four = 0;
+                    if (real) std::memcpy(&four, from + i, 4);
+                    if (kind == Kind::int4) four = spread_pairs(four);
+                    std::memcpy(to + (i * kPanel + lane * 4), &four, 4);
+                }
+                float scale = real ? read(scales + n * blocks + b) : 0.0F;
+                std::memcpy(to + bytes * kPanel + lane * sizeof(float), &scale, sizeof scale);
+            }
+        }
+        return matrix;
+    }
+
+    std::size_t outputs() const { return outputs_; }
+    std::size_t depth() const { return depth_; }
+    std::size_t panels() const { return (outputs_ + kPanel - 1) / kPanel; }
+    std::size_t bytes() const { return panels() * stride_; }
+    // Activations to multiply must be in integers by blocks of this size; 0: floats.
+    std::size_t block() const { return kind_ == Kind::float32 ? 0 : kind_ == Kind::int8 ? 64 : 32; }
+
+    // tile [rows, 32]: the products of `rows` rows from `first` on with a panel; at most kTile rows.
+    void multiply(const Kernels& kernels, std::size_t number, const Activations& x, std::size_t first, int rows,
+                  float* tile) const {
+        const std::uint8_t* from = panel(number);
+        if (kind_ == Kind::float32) {
+            kernels.multiply_float(reinterpret_cast<const float*>(from), kPanel, depth_, x.row(first), x.width(), rows,
+                                   tile);
+        } else {
+            (kind_ == Kind::int8 ? kernels.multiply_int8 : kernels.multiply_int4)(from, x.quantized(first), rows, tile);
+        }
+    }
+
+    // The weights of output n [K]: a row of a table of embeddings.
+    void read(std::size_t n, float* to) const {
+        const std::uint8_t* from = panel(n / kPanel);
+        std::size_t lane = n % kPanel;
+        for (std::size_t k = 0; k < depth_; ++k) {
+            if (kind_ == Kind::float32) {
+                to[k] = reinterpret_cast<const float*>(from)[k * kPanel + lane];
+                continue;
+            }
+            std::size_t bytes = kind_ == Kind::int8 ? 64 : 16, in_block = k % block();
+            const std::uint8_t* start = from + k / block() * (bytes * kPanel + kPanel * sizeof(float));
+            float scale = reinterpret_cast<const float*>(start + bytes * kPanel)[lane];
+            if (kind_ == Kind::int8) {
+                to[k] = static_cast<float>(start[(in_block / 4 * kPanel + lane) * 4 + in_block % 4] - 128) * scale;
+            } else {
+                int pair = start[(in_block / 8 * kPanel + lane) * 4 + in_block % 4];
+                to[k] = static_cast<float>((pair >> (in_block % 8 < 4 ? 0 : 4) & 15) - 8) * scale;
+            }
+        }
+    }
+
+  private:
+    static float read(const float* from) {
+        float value;
+        std::memcpy(&value, from, sizeof value);
+        return value;
+    }
+
+    // Eight codes of 4 bits, neighbours in a byte: 10 32 54 76 -> 40 51 62 73.
+    static std::uint32_t spread_pairs(std::uint32_t pairs) {
+        std::uint32_t spread = 0;
+        for (int k = 0; k < 4; ++k) {
+            spread |= (pairs >> 4 * k & 15) << 8 * k | (pairs >> (4 * k + 16) & 15) << (8 * k + 4);
+        }
+        return spread;
+    }
+
+    Matrix(Kind kind, std::size_t outputs, std::size_t depth, std::size_t stride)
+        : kind_(kind), outputs_(outputs), depth_(depth), stride_(stride), memory_(panels() * stride) {}
+    std::uint8_t* panel(std::size_t number) const { return memory_.data() + number * stride_; }
+
+    Kind kind_ = Kind::float32;
+    std::size_t outputs_ = 0, depth_ = 0, stride_ = 0;  // stride: bytes of a panel
+    Buffer<std::uint8_t> memory_;
+};
+
+// Calls store(panel, row, tile of one row [32]) for all products of x [rows, K] with a matrix.
+// A thread takes several panels that follow each other, and multiplies all rows by one panel before the next: weights
+// come from memory once.
+template <typename Store>
+void multiply(const Kernels& kernels, Pool& pool, const Matrix& matrix, const Activations& x, std::size_t rows,
+              Store&& store) {
+    std::size_t panels = matrix.panels(), parts = std::min<std::size_t>(panels, 4 * pool.threads());
+    pool.run(parts, [&](std::size_t part, int) {
+        alignas(64) float tile[kTile * kPanel];
+        for (std::size_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
+            for (std::size_t first = 0; first < rows; first += kTile) {
+                int count = static_cast<int>(std::min<std::size_t>(kTile, rows - first));
+                matrix.multiply(kernels, panel, x, first, count, tile);
+                for (int r = 0; r < count; ++r) store(panel, first + r, tile + r * kPanel);
+            }
+        }
+    });
+}
+
+}  // namespace itune
