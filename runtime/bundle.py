@@ -167,6 +167,21 @@ class LanguageModelSettings(BaseModel):
     scale_attn_by_inverse_layer_idx: bool = False
 
 
+class VisionModelSettings(BaseModel):
+    """What the native engine needs of a CLIP vision tower's `config.json`, with its names and defaults."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hidden_size: Positive = 768
+    intermediate_size: Positive = 3072
+    num_hidden_layers: Positive = 12
+    num_attention_heads: Positive = 12
+    image_size: Positive = 224
+    patch_size: Positive = 32
+    hidden_act: Annotated[str, Field(pattern=f"^({'|'.join(ACTIVATIONS)})$")] = "quick_gelu"
+    layer_norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
+
+
 class RestoreSettings(Settings):
     """What `itune-export --restore` needs besides the graphs' weights."""
 
@@ -214,6 +229,17 @@ class Manifest(Settings):
         if self.gpt2 is None and self.restore is not None:
             return LanguageModelSettings.model_validate(self.restore.language_model)
         return self.gpt2
+
+    @property
+    def vision_model(self) -> VisionModelSettings | None:
+        """The same of the CLIP tower; None: the tower is another one, or the bundle does not say.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        if self.restore is None or self.restore.vision is None:
+            return None
+        return VisionModelSettings.model_validate(self.restore.vision)
 
     @property
     def patch_grid(self) -> Size | None:

@@ -121,6 +121,11 @@ class Captioner:
             raise ItuneError("a checkpoint in PyTorch cannot be pickled: load it in the other process")
         return self._reload, ()
 
+    @property
+    def kernels(self) -> str | None:
+        """The instruction set that the native engine uses, such as "avx512-vnni"; None for other engines."""
+        return getattr(self.engine, "kernels", None)
+
     @classmethod
     def load(
         cls,

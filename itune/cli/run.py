@@ -62,9 +62,9 @@ def run(
     """Caption images.
 
     Prints the caption of a single image, and "path TAB caption" per line for several. With --json: image, caption,
-    score (length-normalised log-probability), tokens, candidates, milliseconds and, with a datastore, the captions
-    retrieved from it; or image and error. The exit status is 1 if an image could not be read, after all others were
-    captioned.
+    score (length-normalised log-probability), tokens, candidates, milliseconds, the engine (with its kernels, if it is
+    the native one) and, with a datastore, the captions retrieved from it; or image and error. The exit status is 1 if
+    an image could not be read, after all others were captioned.
 
     Examples:
         itune-run photo.jpg
@@ -92,6 +92,7 @@ def run(
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if heatmaps:
         captioner.explainer.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
+    engine = {"engine": captioner.engine_name, "kernels": captioner.kernels}
     options = chosen(search)
     results = captioner.stream(
         (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
@@ -111,9 +112,9 @@ def run(
                 elif Path(name).is_dir():
                     result = ImageError(f"{name}: there are no photos in this folder")
             if model.json_:
-                record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result)
-                if record.get("retrieved") is None:
-                    record.pop("retrieved", None)
+                record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result) | engine
+                for absent in [name for name in ("retrieved", "kernels") if record.get(name) is None]:
+                    record.pop(absent, None)
                 common.emit(json.dumps({"image": name, **record}), beside_progress=several)
             elif isinstance(result, ImageError):
                 print(f"itune-run: {result}", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""The decoder in C++, made for the processor that it runs on; the vision graph stays on ONNX Runtime.
+"""The decoder and CLIP's vision transformer in C++, made for the processor that they run on.
 
-It reads the weights of the bundle's decoder graph, so that both engines compute with the same numbers, and packs them
-into the layout of its kernels (runtime/native/kernels/kernels.h).
+They read the weights of the bundle's graphs, so that both engines compute with the same numbers, and pack them into the
+layout of their kernels (runtime/native/kernels/kernels.h). Other vision towers stay on ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,45 @@ class DecoderShape:
         )
 
 
+@dataclass(frozen=True)
+class EncoderShape:
+    """What the C++ encoder is made of; `make_encoder` in module.cpp reads the fields by name."""
+
+    width: int
+    heads: int
+    inner: int
+    layers: int
+    image_size: int
+    patch_size: int
+    epsilon: float
+    activation: str
+    adapters: int
+    visual_heads: int
+    visual_width: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, outputs: Collection[str]) -> EncoderShape | None:
+        """The encoder that a manifest describes; None if the vision graph with these outputs is of another kind."""
+        own, model = manifest.decoder, manifest.vision_model
+        if model is None or own.adapter_heads is None or own.bottleneck is None:
+            return None
+        if set(outputs) != {part(layer) for layer in own.adapter_layers for part in (keys, values)}:
+            return None
+        return cls(
+            width=model.hidden_size,
+            heads=model.num_attention_heads,
+            inner=model.intermediate_size,
+            layers=model.num_hidden_layers,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            epsilon=model.layer_norm_eps,
+            activation=ACTIVATIONS[model.hidden_act],
+            adapters=len(own.adapter_layers),
+            visual_heads=own.adapter_heads,
+            visual_width=own.bottleneck,
+        )
+
+
 class NativeState:
     """Visual keys/values of some images, and their rows' cache, in C++."""
 
@@ -96,14 +135,49 @@ class NativeState:
         self.native.keep(images)
 
 
+@dataclass(frozen=True)
+class ClipEncoder:
+    """CLIP's vision transformer in C++."""
+
+    encoder: Any
+    decoder: Any
+
+    def __call__(self, pixels: UInt8) -> NativeState:
+        """Encode images, uint8 [B, H, W, 3]."""
+        with reading("the encoder", EngineError):
+            return NativeState(self.encoder.encode(np.ascontiguousarray(pixels), self.decoder), None)
+
+
+@dataclass(frozen=True)
+class GraphEncoder:
+    """Any vision graph, on ONNX Runtime."""
+
+    session: ort.InferenceSession
+    decoder: Any
+    shape: DecoderShape
+
+    def __call__(self, pixels: UInt8) -> NativeState:
+        """Encode images, uint8 [B, H, W, 3]."""
+        names = [output.name for output in self.session.get_outputs()]
+        with reading("ONNX Runtime cannot run the bundle", EngineError):
+            outputs = self.session.run(names, {self.session.get_inputs()[0].name: np.ascontiguousarray(pixels)})
+        visual: dict[str, NDArray[Any]] = dict(zip(names, outputs, strict=True))
+        layers, prefix = self.shape.adapter_layers, f"{VISUAL}prefix"
+        with reading("the vision graph does not fit the decoder", EngineError, "export the bundle again"):
+            state = self.decoder.state(len(pixels), [(visual[keys(i)], visual[values(i)]) for i in layers])
+            if prefix in visual:
+                if visual[prefix].shape != (shape := (len(pixels), self.shape.prefix, self.shape.width)):
+                    raise ValueError(f"{prefix} has shape {visual[prefix].shape}, not {shape}")
+                state.set_prefix(visual[prefix])
+        return NativeState(state, visual.get(EMBEDDING))
+
+
 class NativeEngine:
     """The C++ decoder behind the engine protocol, and as one call for a whole search."""
 
-    def __init__(self, vision: ort.InferenceSession, decoder: Any, shape: DecoderShape) -> None:
-        self.vision, self.decoder, self.shape = vision, decoder, shape
+    def __init__(self, encode: Callable[[UInt8], NativeState], decoder: Any) -> None:
+        self.encode, self.decoder = encode, decoder
         self.most_candidates: int = decoder.candidates
-        self._pixels = vision.get_inputs()[0].name
-        self._visual = [output.name for output in vision.get_outputs()]
 
     @property
     def kernels(self) -> str:
@@ -124,7 +198,8 @@ class NativeEngine:
         if wanted and wanted not in KERNELS:
             raise ItuneError(f"{CHOICE} {wanted!r}: choose one of {', '.join(KERNELS)}")
         count, manifest = threads or available_cpus(), bundle.manifest
-        vision, graph = (bundle.path(bundle.graph(role, ONNXRUNTIME).file) for role in ("vision", "decoder"))
+        entries = [bundle.graph(role, ONNXRUNTIME) for role in ("vision", "decoder")]
+        vision, graph = (bundle.path(entry.file) for entry in entries)
         with reading(bundle.folder / MANIFEST, EngineError, MEND):
             if (model := manifest.language_model) is None:
                 raise ValueError("restore and gpt2 are missing")
@@ -133,21 +208,13 @@ class NativeEngine:
             weights = read_weights(graph)
         with reading(graph, EngineError, MEND):
             decoder = _itune_native.Decoder(shape, dict(_floats(weights)), count, wanted)
-        return cls(open_session(vision, count), decoder, shape)
-
-    def encode(self, pixels: UInt8) -> NativeState:
-        """Encode images, uint8 [B, H, W, 3]."""
-        with reading("ONNX Runtime cannot run the bundle", EngineError):
-            outputs = self.vision.run(self._visual, {self._pixels: np.ascontiguousarray(pixels)})
-        visual: dict[str, NDArray[Any]] = dict(zip(self._visual, outputs, strict=True))
-        layers, prefix = self.shape.adapter_layers, f"{VISUAL}prefix"
-        with reading("the vision graph does not fit the decoder", EngineError, "export the bundle again"):
-            state = self.decoder.state(len(pixels), [(visual[keys(i)], visual[values(i)]) for i in layers])
-            if prefix in visual:
-                if visual[prefix].shape != (shape := (len(pixels), self.shape.prefix, self.shape.width)):
-                    raise ValueError(f"{prefix} has shape {visual[prefix].shape}, not {shape}")
-                state.set_prefix(visual[prefix])
-        return NativeState(state, visual.get(EMBEDDING))
+        with reading(vision, EngineError, MEND):
+            encoder = EncoderShape.of(manifest, {output.name for output in entries[0].outputs})
+            if encoder is not None:
+                weights = read_weights(vision)
+                native = _itune_native.Encoder(encoder, dict(_floats(weights)), count, wanted)
+                return cls(ClipEncoder(native, decoder), decoder)
+        return cls(GraphEncoder(open_session(vision, count), decoder, shape), decoder)
 
     def step(
         self, tokens: Int64, parents: Int64, state: NativeState, k: int, *, mask: Bool | None = None

@@ -74,7 +74,8 @@ class Weights {
         return copied(array);
     }
 
-    // `name`: [K, N], or [N, K] if `transposed`, as floats or as blocks of integers, which always are [N, K].
+    // `name`: [K, N], or [N, K] if `transposed`, as floats, as blocks of integers, which always are [N, K], or as
+    // integers [K, N] with a scale for each column.
     itune::Matrix matrix(const std::string& name, std::size_t outputs, std::size_t depth, bool transposed) const {
         using itune::Matrix;
         for (auto [suffix, kind] : {std::pair{".int8", Matrix::Kind::int8}, std::pair{".int4", Matrix::Kind::int4}}) {
@@ -86,7 +87,14 @@ class Weights {
             auto scales = get<float, 2>(name + ".scales");
             if (codes.shape(0) != outputs || codes.shape(1) != blocks || codes.shape(2) != bytes) wrong(stored);
             if (scales.shape(0) != outputs || scales.shape(1) != blocks) wrong(name + ".scales");
-            return Matrix::pack_integers(kind, codes.data(), scales.data(), outputs, depth);
+            return Matrix::pack_blocks(kind, codes.data(), scales.data(), outputs, depth);
+        }
+        if (std::string stored = name + ".int8"; !transposed && has(stored)) {
+            auto codes = get<std::int8_t, 2>(stored);
+            auto scales = get<float, 1>(name + ".scales");
+            if (codes.shape(0) != depth || codes.shape(1) != outputs || depth > kLongest) wrong(stored);
+            if (scales.shape(0) != outputs) wrong(name + ".scales");
+            return Matrix::pack_columns(codes.data(), copied(scales).data(), outputs, depth);
         }
         auto array = get<float, 2>(name);
         if (array.shape(0) != (transposed ? outputs : depth) || array.shape(1) != (transposed ? depth : outputs)) {
@@ -116,6 +124,7 @@ class Weights {
     }
 
   private:
+    static constexpr std::size_t kLongest = 65'536;  // sums of 127 * 255 stay below 2^31
     nb::dict tensors_;
 };
 

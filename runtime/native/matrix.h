@@ -44,7 +44,7 @@ class Buffer {
     std::size_t size_ = 0;
 };
 
-// Rows of activations [rows, width], and the same in integers, by blocks of 64 or 32, for a product that needs them.
+// Rows of activations [rows, width], and the same in integers, by blocks, for a product that needs them.
 class Activations {
   public:
     void resize(std::size_t rows, std::size_t width) {
@@ -54,7 +54,7 @@ class Activations {
     float* row(std::size_t r) const { return values_.data() + r * width_; }
     std::size_t width() const { return width_; }
 
-    // Room for rows of `width` numbers in integers; block 0 is none.
+    // Room for the rows in integers; block 0 is none.
     void prepare(std::size_t rows, std::size_t block) {
         block_ = block;
         if (block == 0) return;
@@ -69,7 +69,8 @@ class Activations {
         kernels.quantize(row(r), width_, block_, x.codes, x.scales, x.sums);
     }
     QuantizedRows quantized(std::size_t r) const {
-        return {codes_.data() + r * blocks_ * block_, scales_.data() + r * blocks_, sums_.data() + r * blocks_, blocks_};
+        return {codes_.data() + r * blocks_ * block_, scales_.data() + r * blocks_, sums_.data() + r * blocks_, blocks_,
+                block_};
     }
 
   private:
@@ -87,7 +88,7 @@ class Matrix {
 
     // weight [K, N], or [N, K] if `transposed`; it may lie anywhere in a mapped file.
     static Matrix pack_float(const float* weight, std::size_t outputs, std::size_t depth, bool transposed) {
-        Matrix matrix(Kind::float32, outputs, depth, depth * kPanel * sizeof(float));
+        Matrix matrix(Kind::float32, outputs, depth, depth * kPanel * sizeof(float), 0);
         for (std::size_t n = 0; n < matrix.panels() * kPanel; ++n) {
             float* to = reinterpret_cast<float*>(matrix.panel(n / kPanel)) + n % kPanel;
             for (std::size_t k = 0; k < depth; ++k) {
@@ -98,12 +99,12 @@ class Matrix {
     }
 
     // codes [N, blocks, bytes of a block] and scales [N, blocks], as in MatMulNBits.
-    static Matrix pack_integers(Kind kind, const std::uint8_t* codes, const float* scales, std::size_t outputs,
-                                std::size_t depth) {
+    static Matrix pack_blocks(Kind kind, const std::uint8_t* codes, const float* scales, std::size_t outputs,
+                              std::size_t depth) {
         std::size_t block = kind == Kind::int8 ? 64 : 32, blocks = (depth + block - 1) / block;
         std::size_t bytes = kind == Kind::int8 ? 64 : 16;  // of a block of one output
         std::size_t size = bytes * kPanel + kPanel * sizeof(float);
-        Matrix matrix(kind, outputs, depth, blocks * size);
+        Matrix matrix(kind, outputs, depth, blocks * size, block);
         for (std::size_t n = 0; n < matrix.panels() * kPanel; ++n) {
             std::uint8_t* to = matrix.panel(n / kPanel);
             std::size_t lane = n % kPanel;
@@ -123,12 +124,32 @@ class Matrix {
         return matrix;
     }
 
+    // codes [K, N] from -127 to 127 and scales [N]: all of K is one block.
+    static Matrix pack_columns(const std::int8_t* codes, const float* scales, std::size_t outputs, std::size_t depth) {
+        std::size_t block = (depth + 63) / 64 * 64, size = block * kPanel + kPanel * sizeof(float);
+        Matrix matrix(Kind::int8, outputs, depth, size, block);
+        for (std::size_t number = 0; number < matrix.panels(); ++number) {
+            std::uint8_t* to = matrix.panel(number);
+            std::size_t columns = std::min<std::size_t>(kPanel, outputs - number * kPanel);
+            std::memset(to, 128, block * kPanel);
+            std::memset(to + block * kPanel, 0, kPanel * sizeof(float));
+            for (std::size_t k = 0; k < depth; ++k) {
+                const std::int8_t* from = codes + k * outputs + number * kPanel;
+                for (std::size_t n = 0; n < columns; ++n) {
+                    to[(k / 4 * kPanel + n) * 4 + k % 4] = static_cast<std::uint8_t>(from[n] + 128);
+                }
+            }
+            std::memcpy(to + block * kPanel, scales + number * kPanel, columns * sizeof(float));
+        }
+        return matrix;
+    }
+
     std::size_t outputs() const { return outputs_; }
     std::size_t depth() const { return depth_; }
     std::size_t panels() const { return (outputs_ + kPanel - 1) / kPanel; }
     std::size_t bytes() const { return panels() * stride_; }
     // Activations to multiply must be in integers by blocks of this size; 0: floats.
-    std::size_t block() const { return kind_ == Kind::float32 ? 0 : kind_ == Kind::int8 ? 64 : 32; }
+    std::size_t block() const { return block_; }
 
     // tile [rows, 32]: the products of `rows` rows from `first` on with a panel; at most kTile rows.
     void multiply(const Kernels& kernels, std::size_t number, const Activations& x, std::size_t first, int rows,
@@ -151,8 +172,8 @@ class Matrix {
                 to[k] = reinterpret_cast<const float*>(from)[k * kPanel + lane];
                 continue;
             }
-            std::size_t bytes = kind_ == Kind::int8 ? 64 : 16, in_block = k % block();
-            const std::uint8_t* start = from + k / block() * (bytes * kPanel + kPanel * sizeof(float));
+            std::size_t bytes = kind_ == Kind::int8 ? block_ : block_ / 2, in_block = k % block_;
+            const std::uint8_t* start = from + k / block_ * (bytes * kPanel + kPanel * sizeof(float));
             float scale = reinterpret_cast<const float*>(start + bytes * kPanel)[lane];
             if (kind_ == Kind::int8) {
                 to[k] = static_cast<float>(start[(in_block / 4 * kPanel + lane) * 4 + in_block % 4] - 128) * scale;
@@ -179,12 +200,12 @@ class Matrix {
         return spread;
     }
 
-    Matrix(Kind kind, std::size_t outputs, std::size_t depth, std::size_t stride)
-        : kind_(kind), outputs_(outputs), depth_(depth), stride_(stride), memory_(panels() * stride) {}
+    Matrix(Kind kind, std::size_t outputs, std::size_t depth, std::size_t stride, std::size_t block)
+        : kind_(kind), outputs_(outputs), depth_(depth), stride_(stride), block_(block), memory_(panels() * stride) {}
     std::uint8_t* panel(std::size_t number) const { return memory_.data() + number * stride_; }
 
     Kind kind_ = Kind::float32;
-    std::size_t outputs_ = 0, depth_ = 0, stride_ = 0;  // stride: bytes of a panel
+    std::size_t outputs_ = 0, depth_ = 0, stride_ = 0, block_ = 0;  // stride: bytes of a panel
     Buffer<std::uint8_t> memory_;
 };
 

@@ -2,6 +2,7 @@
 // decoder of engines/native.py.
 #include "bindings.h"
 #include "captions.h"
+#include "encoder.h"
 
 namespace {
 
@@ -111,6 +112,56 @@ void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, i
     new (self) itune::Decoder(std::move(*decoder));
 }
 
+// `settings`: an EncoderShape of engines/native.py; `tensors`: the vision graph's weights by name.
+void make_encoder(itune::Encoder* self, nb::object settings, nb::dict tensors, int threads, const std::string& wanted) {
+    auto size = [&](const char* name) { return nb::cast<std::size_t>(settings.attr(name)); };
+    Weights weights(std::move(tensors));
+    std::unique_ptr<itune::Encoder> encoder(new itune::Encoder(find_kernels(wanted), threads));
+    itune::EncoderConfig& config = encoder->config;
+    config.width = size("width");
+    config.heads = size("heads");
+    config.inner = size("inner");
+    config.image_size = size("image_size");
+    config.patch_size = size("patch_size");
+    config.adapters = size("adapters");
+    config.visual_heads = size("visual_heads");
+    config.visual_width = size("visual_width");
+    config.epsilon = nb::cast<float>(settings.attr("epsilon"));
+    config.activation = find_activation(nb::cast<std::string>(settings.attr("activation")));
+    std::size_t width = config.width, outputs = config.adapters * 2 * config.visual_width;
+    encoder->mean = weights.vector("clip.pixel_mean", config.patch());
+    encoder->patches.matrix = weights.matrix("clip.embeddings.patch_embedding.weight", width, config.patch(), false);
+    encoder->class_embedding = weights.vector("clip.embeddings.class_embedding", width);
+    encoder->positions = weights.table("clip.embeddings.position_embedding.weight", config.tokens(), width);
+    encoder->first_norm = weights.norm("clip.pre_layrnorm", width);
+    for (std::size_t i = 0; i < size("layers"); ++i) {
+        std::string name = "clip.encoder.layers." + std::to_string(i);
+        itune::EncoderLayer layer;
+        layer.attention_norm = weights.norm(name + ".layer_norm1", width);
+        layer.qkv = weights.linear(name + ".self_attn.qkv", 3 * width, width);
+        layer.projection = weights.linear(name + ".self_attn.out_proj", width, width);
+        layer.feed_forward_norm = weights.norm(name + ".layer_norm2", width);
+        layer.inner = weights.linear(name + ".mlp.fc1", config.inner, width);
+        layer.outer = weights.linear(name + ".mlp.fc2", width, config.inner);
+        encoder->layers.push_back(std::move(layer));
+    }
+    encoder->visual = weights.linear("visual", outputs, width);
+    new (self) itune::Encoder(std::move(*encoder));
+}
+
+itune::State encode(itune::Encoder& encoder, Input<std::uint8_t, 4> pixels, const itune::Decoder& decoder) {
+    std::size_t side = encoder.config.image_size, images = pixels.shape(0);
+    if (pixels.shape(1) != side || pixels.shape(2) != side || pixels.shape(3) != 3) {
+        throw nb::value_error("pixels have a wrong shape");
+    }
+    itune::State state(images, decoder.layers.size(), decoder.config.width);
+    encoder.pool().start_once();
+    nb::gil_scoped_release release;
+    auto held = encoder.pool().hold();
+    encoder.encode(pixels.data(), images, state);
+    return state;
+}
+
 // `visual`: [(keys [images, heads, w, N], values [images, heads, N, w])] of the adapted layers.
 itune::State make_state(const itune::Decoder& decoder, std::size_t images,
                         const std::vector<std::pair<Input<float, 4>, Input<float, 4>>>& visual) {
@@ -182,6 +233,7 @@ NB_MODULE(_itune_native, m) {
         .def_prop_ro("images", [](const itune::State& state) { return state.images().size(); })
         .def("set_prefix", &set_prefix)
         .def("keep", [](itune::State& state, Input<std::int64_t, 1> kept) { state.keep(kept.data(), kept.size()); });
+    nb::class_<itune::Encoder>(m, "Encoder").def("__init__", &make_encoder).def("encode", &encode);
     nb::class_<itune::Decoder>(m, "Decoder")
         .def("__init__", &make_decoder)
         .def_prop_ro("candidates", [](const itune::Decoder& decoder) { return decoder.embeddings.outputs(); })

@@ -35,17 +35,28 @@ class State {
 
     State(State&&) = default;
 
+    // Keys and values of another layer, all zero.
+    Visual& add_visual(std::size_t heads, std::size_t width, std::size_t tokens) {
+        Visual layer;
+        layer.heads = heads;
+        layer.width = width;
+        layer.tokens = tokens;
+        layer.key_stride = padded(tokens);
+        layer.value_stride = padded(width);
+        for (auto [buffer, size] : {std::pair{&layer.keys, width * layer.key_stride},
+                                    std::pair{&layer.values, tokens * layer.value_stride}}) {
+            buffer->reserve(images_.size() * heads * size);
+            std::fill_n(buffer->data(), images_.size() * heads * size, 0.0F);
+        }
+        visual.push_back(std::move(layer));
+        return visual.back();
+    }
+
+    // The same with keys [images, heads, w, N] and values [images, heads, N, w].
     void add_visual(const float* keys, const float* values, std::size_t heads, std::size_t width, std::size_t tokens) {
-        Visual visual;
-        visual.heads = heads;
-        visual.width = width;
-        visual.tokens = tokens;
-        visual.key_stride = padded(tokens);
-        visual.value_stride = padded(width);
-        std::size_t rows = images_.size() * heads;
-        copy_rows(keys, rows * width, tokens, visual.key_stride, visual.keys);
-        copy_rows(values, rows * tokens, width, visual.value_stride, visual.values);
-        this->visual.push_back(std::move(visual));
+        Visual& layer = add_visual(heads, width, tokens);
+        copy_rows(keys, images_.size() * heads * width, tokens, layer.key_stride, layer.keys);
+        copy_rows(values, images_.size() * heads * tokens, width, layer.value_stride, layer.values);
     }
 
     // Images still here, as numbers among those of the start.
@@ -74,11 +85,7 @@ class State {
 
   private:
     static void copy_rows(const float* from, std::size_t rows, std::size_t size, std::size_t stride, Buffer<float>& to) {
-        to.reserve(rows * stride);
-        for (std::size_t r = 0; r < rows; ++r) {
-            std::copy(from + r * size, from + (r + 1) * size, to.data() + r * stride);
-            std::fill(to.data() + r * stride + size, to.data() + (r + 1) * stride, 0.0F);
-        }
+        for (std::size_t r = 0; r < rows; ++r) std::copy_n(from + r * size, size, to.data() + r * stride);
     }
 
     static constexpr std::size_t kChunk = 32;

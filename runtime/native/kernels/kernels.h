@@ -3,11 +3,12 @@
 // A matrix lies in memory as panels of 32 outputs, so that a product reads it once, from front to back:
 //
 //     float   [K] of [32 floats]
-//     int8    [blocks] of { [16] of [32 outputs][4 bytes along K], [32] float scales }         64 along K a block
-//     int4    [blocks] of { [4] of [32 outputs][4 bytes], [32] float scales }                  32 along K a block
+//     int8    [blocks] of { [block / 4] of [32 outputs][4 bytes along K], [32] float scales }
+//     int4    [blocks] of { [block / 8] of [32 outputs][4 bytes], [32] float scales }
 //             low halves of a byte are k .. k + 3, high halves k + 4 .. k + 7
 //
-// A weight is (code - zero) * scale, with zero 128 (int8) or 8 (int4): the layout of ONNX Runtime's MatMulNBits.
+// A weight is (code - zero) * scale, with zero 128 (int8) or 8 (int4). Blocks of 64 (int8) or 32 (int4) along K share a
+// scale, as in ONNX Runtime's MatMulNBits; or all of K is one block: a scale for each output, and for each row.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +24,7 @@ struct QuantizedRows {
     std::int8_t* codes;    // [rows, blocks * block size]
     float* scales;         // [rows, blocks]
     std::int32_t* sums;    // [rows, blocks]: of the codes
-    std::size_t blocks;
+    std::size_t blocks, block;  // number and size, a multiple of 32
 };
 
 enum class Activation { none, relu, gelu, gelu_tanh, quick_gelu, silu };
@@ -35,7 +36,7 @@ struct Kernels {
                            std::size_t x_stride, int rows, float* tile);
     void (*multiply_int8)(const std::uint8_t* panel, const QuantizedRows& x, int rows, float* tile);
     void (*multiply_int4)(const std::uint8_t* panel, const QuantizedRows& x, int rows, float* tile);
-    // One row of activations in blocks of `block` (64 or 32), the last one padded with zeros.
+    // One row of activations in blocks, the last one padded with zeros.
     void (*quantize)(const float* x, std::size_t size, std::size_t block, std::int8_t* codes, float* scales,
                      std::int32_t* sums);
     void (*layer_norm)(const float* x, std::size_t size, const float* weight, const float* bias, float epsilon, float* y);

@@ -19,18 +19,19 @@ void multiply_float(const float* panel, std::size_t panel_stride, std::size_t de
     }
 }
 
-// `code(block, k, n)` reads one code of a panel whose blocks take `bytes`.
-template <int block, int zero, typename Code>
-void multiply_integers(const std::uint8_t* panel, std::size_t bytes, const QuantizedRows& x, int rows, float* tile,
-                       Code code) {
+// `code(block, k, n)` reads one code of `bits`.
+template <int bits, typename Code>
+void multiply_integers(const std::uint8_t* panel, const QuantizedRows& x, int rows, float* tile, Code code) {
+    constexpr int zero = 1 << (bits - 1);
+    std::size_t size = x.block * bits / 8 * kPanel, block = x.block;
     std::fill(tile, tile + rows * kPanel, 0.0F);
-    for (std::size_t b = 0; b < x.blocks; ++b, panel += bytes) {
-        const float* scales = reinterpret_cast<const float*>(panel + bytes - kPanel * sizeof(float));
+    for (std::size_t b = 0; b < x.blocks; ++b, panel += size + kPanel * sizeof(float)) {
+        const float* scales = reinterpret_cast<const float*>(panel + size);
         for (int r = 0; r < rows; ++r) {
             const std::int8_t* codes = x.codes + (r * x.blocks + b) * block;
             for (int n = 0; n < kPanel; ++n) {
                 std::int32_t sum = -zero * x.sums[r * x.blocks + b];
-                for (int k = 0; k < block; ++k) sum += codes[k] * code(panel, k, n);
+                for (std::size_t k = 0; k < block; ++k) sum += codes[k] * code(panel, k, n);
                 tile[r * kPanel + n] += static_cast<float>(sum) * (x.scales[r * x.blocks + b] * scales[n]);
             }
         }
@@ -38,17 +39,15 @@ void multiply_integers(const std::uint8_t* panel, std::size_t bytes, const Quant
 }
 
 void multiply_int8(const std::uint8_t* panel, const QuantizedRows& x, int rows, float* tile) {
-    multiply_integers<64, 128>(panel, 64 * kPanel + kPanel * sizeof(float), x, rows, tile,
-                               [](const std::uint8_t* codes, int k, int n) -> int {
-                                   return codes[(k / 4 * kPanel + n) * 4 + k % 4];
-                               });
+    multiply_integers<8>(panel, x, rows, tile, [](const std::uint8_t* codes, std::size_t k, int n) -> int {
+        return codes[(k / 4 * kPanel + n) * 4 + k % 4];
+    });
 }
 
 void multiply_int4(const std::uint8_t* panel, const QuantizedRows& x, int rows, float* tile) {
-    multiply_integers<32, 8>(panel, 16 * kPanel + kPanel * sizeof(float), x, rows, tile,
-                             [](const std::uint8_t* codes, int k, int n) -> int {
-                                 return codes[(k / 8 * kPanel + n) * 4 + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
-                             });
+    multiply_integers<4>(panel, x, rows, tile, [](const std::uint8_t* codes, std::size_t k, int n) -> int {
+        return codes[(k / 8 * kPanel + n) * 4 + k % 4] >> (k % 8 < 4 ? 0 : 4) & 15;
+    });
 }
 
 void quantize(const float* x, std::size_t size, std::size_t block, std::int8_t* codes, float* scales,

@@ -73,24 +73,25 @@ struct VectorKernels {
     template <int rows>
     static void multiply_int8(const std::uint8_t* panel, const QuantizedRows& x, float* tile) {
         Float sums[rows][kVectors] = {};
-        for (std::size_t b = 0; b < x.blocks; ++b, panel += 64 * kPanel + kPanel * sizeof(float)) {
+        const std::size_t size = x.block * kPanel;
+        for (std::size_t b = 0; b < x.blocks; ++b, panel += size + kPanel * sizeof(float)) {
             for (int first = 0; first < kVectors; first += kColumns) {
                 Int found[rows][kColumns];
                 for (int r = 0; r < rows; ++r) {
                     for (int c = 0; c < kColumns; ++c) found[r][c] = all_int(-Isa::kZero8 * x.sums[r * x.blocks + b]);
                 }
-                for (int k = 0; k < 16; ++k) {
+                for (std::size_t k = 0; k < x.block / 4; ++k) {
                     prefetch(panel + (k * kPanel + first * kLanes) * 4);
                     typename Isa::Weights weights[kColumns];
                     for (int c = 0; c < kColumns; ++c) {
                         weights[c] = Isa::prepare(load<Bytes>(panel + (k * kPanel + (first + c) * kLanes) * 4));
                     }
                     for (int r = 0; r < rows; ++r) {
-                        Int value = all_int(load<std::int32_t>(x.codes + (r * x.blocks + b) * 64 + k * 4));
+                        Int value = all_int(load<std::int32_t>(x.codes + (r * x.blocks + b) * x.block + k * 4));
                         for (int c = 0; c < kColumns; ++c) found[r][c] = Isa::dot8(found[r][c], weights[c], value);
                     }
                 }
-                add<rows>(found, x, b, panel + 64 * kPanel, first, sums);
+                add<rows>(found, x, b, panel + size, first, sums);
             }
         }
         store_tile<rows>(sums, tile);
@@ -99,13 +100,14 @@ struct VectorKernels {
     template <int rows>
     static void multiply_int4(const std::uint8_t* panel, const QuantizedRows& x, float* tile) {
         Float sums[rows][kVectors] = {};
-        for (std::size_t b = 0; b < x.blocks; ++b, panel += 16 * kPanel + kPanel * sizeof(float)) {
+        const std::size_t size = x.block / 2 * kPanel;
+        for (std::size_t b = 0; b < x.blocks; ++b, panel += size + kPanel * sizeof(float)) {
             for (int first = 0; first < kVectors; first += kColumns) {
                 Int found[rows][kColumns];
                 for (int r = 0; r < rows; ++r) {
                     for (int c = 0; c < kColumns; ++c) found[r][c] = all_int(-8 * x.sums[r * x.blocks + b]);
                 }
-                for (int k = 0; k < 4; ++k) {
+                for (std::size_t k = 0; k < x.block / 8; ++k) {
                     prefetch(panel + (k * kPanel + first * kLanes) * 4);
                     Bytes low[kColumns], high[kColumns];
                     for (int c = 0; c < kColumns; ++c) {
@@ -114,14 +116,14 @@ struct VectorKernels {
                         high[c] = pairs >> 4;
                     }
                     for (int r = 0; r < rows; ++r) {
-                        const std::int8_t* codes = x.codes + (r * x.blocks + b) * 32 + k * 8;
+                        const std::int8_t* codes = x.codes + (r * x.blocks + b) * x.block + k * 8;
                         Int lower = all_int(load<std::int32_t>(codes)), upper = all_int(load<std::int32_t>(codes + 4));
                         for (int c = 0; c < kColumns; ++c) {
                             found[r][c] = Isa::dot4(Isa::dot4(found[r][c], low[c], lower), high[c], upper);
                         }
                     }
                 }
-                add<rows>(found, x, b, panel + 16 * kPanel, first, sums);
+                add<rows>(found, x, b, panel + size, first, sums);
             }
         }
         store_tile<rows>(sums, tile);

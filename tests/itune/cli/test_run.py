@@ -21,6 +21,7 @@ from itune import __version__
 from itune.cli import run as command
 from itune.cli.photos import expand
 from itune.runtime.bundle import MANIFEST
+from itune.runtime.engines.native import KERNELS
 from itune.runtime.search.loop import NATIVE
 
 RED, GREEN, BLUE = "a dog runs on grass", "two children play", "the sea is calm today"
@@ -221,8 +222,8 @@ def test_sampling(run: Callable[..., Result], paint: Paint) -> None:
 
 def test_version_and_help(run: Callable[..., Result]) -> None:
     result = run("--version", model=None)
-    search = "native" if NATIVE else "NumPy"
-    expected = f"itune {__version__}, {search} search, onnxruntime {version('onnxruntime')}\n"
+    search = f"native search, native engine ({KERNELS[0]})" if NATIVE else "NumPy search"
+    expected = f"itune {__version__}, {search}, onnxruntime {version('onnxruntime')}\n"
     assert (result.status, result.out, result.err) == (0, expected, "")
     result = run("--help", model=None)
     assert result.status == 0

@@ -13,11 +13,19 @@ import pytest
 from itune.backbones import ClipTower
 from itune.eager import EagerEngine
 from itune.export.methods.registry import build_decoder, build_vision
-from itune.export.quantize.integer_matmul import Blocks
+from itune.export.quantize.integer_matmul import Blocks, Rows
 from itune.export.quantize.rewrite import halve_graph, quantize_graph
 from itune.methods.ituning.model import ITuningModel
 from itune.runtime.captioner import Captioner
-from itune.runtime.engines.native import CHOICE, KERNELS, DecoderShape, NativeEngine
+from itune.runtime.engines.native import (
+    CHOICE,
+    KERNELS,
+    ClipEncoder,
+    DecoderShape,
+    EncoderShape,
+    GraphEncoder,
+    NativeEngine,
+)
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from itune.runtime.errors import EngineError, ItuneError, SearchError
 from itune.runtime.onnx_files import read_weights
@@ -78,7 +86,14 @@ def engine_of(model: ITuningModel, vision: Path, decoder: Path, kernels: str = "
         name.removesuffix(".fp16"): weight.astype(np.float32) if weight.dtype == np.float16 else weight
         for name, weight in read_weights(decoder).items()
     }
-    return NativeEngine(open_session(vision, 1), native.Decoder(shape, weights, threads, kernels), shape)
+    decoder = native.Decoder(shape, weights, threads, kernels)
+    return NativeEngine(GraphEncoder(open_session(vision, 1), decoder, shape), decoder)
+
+
+def visual_pairs(engine: NativeEngine, pixels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Keys and values of each layer."""
+    visual = engine.encode.session.run(None, {"pixels": pixels})
+    return list(zip(visual[::2], visual[1::2], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +157,9 @@ def test_a_row_depends_on_no_neighbour_bit_for_bit(precision, engines, pixels):
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, (4, 4))
     together = engine.step(tokens, np.arange(4), engine.encode(pixels), 9, mask=PROMPTS)
     # ONNX Runtime encodes the images: alone, an image's embeddings may differ in their last bits.
-    visual = engine.vision.run(None, {"pixels": pixels})
+    visual = visual_pairs(engine, pixels)
     for row, real in enumerate(PROMPTS):
-        pairs = [tuple(part[row : row + 1] for part in visual[i : i + 2]) for i in range(0, len(visual), 2)]
+        pairs = [(own_keys[row : row + 1], own_values[row : row + 1]) for own_keys, own_values in visual]
         state = engine.encode(pixels[:1])
         state.native = engine.decoder.state(1, pairs)
         alone = engine.step(tokens[row : row + 1, real], np.arange(1), state, 9)
@@ -160,6 +175,52 @@ def test_threads_change_no_bit(precision, tower, pixels, tmp_path):
         for part in zip(*results, strict=True):
             np.testing.assert_array_equal(part[0], part[1])
             np.testing.assert_array_equal(part[0], part[2])
+
+
+def clip_encoder_of(model: ITuningModel, tower: ClipTower, vision: Path, decoder, kernels: str = "", threads: int = 2):
+    config = tower.model.config
+    shape = EncoderShape(
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        inner=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        epsilon=config.layer_norm_eps,
+        activation=ACTIVATIONS[config.hidden_act],
+        adapters=len(model.adapter_layers),
+        visual_heads=model.config.heads,
+        visual_width=model.config.bottleneck,
+    )
+    return ClipEncoder(native.Encoder(shape, read_weights(vision), threads, kernels), decoder)
+
+
+def after_one_step(engine: NativeEngine, pixels: np.ndarray) -> np.ndarray:
+    """The logits of all tokens in order of their ids, which depend on every key and value."""
+    tokens = np.arange(len(pixels))[:, None]
+    found = engine.step(tokens, np.arange(len(pixels)), engine.encode(pixels), VOCABULARY)
+    return np.take_along_axis(found.logits, found.token_ids.argsort(axis=1), axis=1)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_encoder_equals_the_vision_graph(precision, heads, kernels, tower, pixels, tmp_path):
+    model = random_model(tower, heads=heads, first=1)
+    vision, decoder = export(model, tower, tmp_path, "fp32")
+    if precision == "int8":
+        (vision,) = quantize_graph(vision, tmp_path / "int8-vision.onnx", Rows())
+    engine = engine_of(model, vision, decoder, kernels)
+    expected = after_one_step(engine, pixels)
+    engine.encode = clip_encoder_of(model, tower, vision, engine.decoder, kernels)
+    found = after_one_step(engine, pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if precision == "fp32" else 0.05)
+    for threads in (1, 3):
+        engine.encode = clip_encoder_of(model, tower, vision, engine.decoder, kernels, threads)
+        np.testing.assert_array_equal(after_one_step(engine, pixels), found)
+    beside_others = after_one_step(engine, pixels[[2, 1]])
+    np.testing.assert_array_equal(beside_others[1], found[1])
+    assert not np.array_equal(beside_others[0], found[0])
 
 
 def test_equal_logits_stand_in_order_of_the_token_id(engines, pixels):
@@ -230,9 +291,10 @@ def test_too_many_tokens_and_rows_without_any_are_refused(engines, pixels):
 def test_logits_that_are_no_numbers_end_the_search(precision, engines, pixels):
     engine = engines[precision]
     state = engine.encode(pixels[:1])
-    visual = engine.vision.run(None, {"pixels": pixels[:1]})
-    visual[1] = np.full_like(visual[1], np.nan)
-    state.native = engine.decoder.state(1, [tuple(visual[i : i + 2]) for i in range(0, len(visual), 2)])
+    visual = visual_pairs(engine, pixels[:1])
+    state.native = engine.decoder.state(
+        1, [(own_keys, own_values * np.float32(np.nan)) for own_keys, own_values in visual]
+    )
     with pytest.raises(SearchError):
         search(engine, state, [[1]], SearchConfig(num_beams=2), 0)
 
@@ -254,8 +316,7 @@ def test_threads_of_python_share_an_engine(engines, pixels):
 
 def test_a_forked_process_starts_its_own_threads(engines, pixels):
     engine, config = engines["int8"], SearchConfig(num_beams=3, max_new_tokens=8)
-    visual = engine.vision.run(None, {"pixels": pixels[:1]})
-    pairs = [tuple(visual[i : i + 2]) for i in range(0, len(visual), 2)]
+    pairs = visual_pairs(engine, pixels[:1])
     prompts = np.array([[1]])
 
     def captions() -> list:
