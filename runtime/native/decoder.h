@@ -212,15 +212,13 @@ class Decoder {
         const float* bias = layer.inner.bias.data();
         itune::multiply(*kernels, pool(), layer.inner.matrix, normed_, count, [&](std::size_t panel, std::size_t r, float* tile) {
             store(tile, bias, panel, width, inner_.row(r));
-            std::size_t first = panel * kPanel;
-            if (first < config.inner) {
-                std::size_t columns = std::min<std::size_t>(kPanel, config.inner - first);
-                kernels->activate(config.activation, inner_.row(r) + first, columns);
-            }
         });
         // Where S U goes, the queries were.
         if (adapted) attend_image(state, layer, inner_, config.inner, inner_, config.inner, attention);
-        pool().run(count, [&](std::size_t i, int) { inner_.quantize(*kernels, i); });
+        pool().run(count, [&](std::size_t i, int) {
+            kernels->activate(config.activation, inner_.row(i), config.inner);
+            inner_.quantize(*kernels, i);
+        });
         add_product(layer.outer, inner_);
     }
 

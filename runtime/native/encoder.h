@@ -154,11 +154,12 @@ class Encoder {
         inner_.prepare(tokens, layer.outer.matrix.block());
         itune::multiply(*kernels, pool(), layer.inner.matrix, normed_, tokens, [&](std::size_t panel, std::size_t r, float* tile) {
             std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, config.inner - first);
-            float* to = inner_.row(r) + first;
-            for (std::size_t n = 0; n < columns; ++n) to[n] = tile[n] + layer.inner.bias[first + n];
-            kernels->activate(config.activation, to, columns);
+            for (std::size_t n = 0; n < columns; ++n) inner_.row(r)[first + n] = tile[n] + layer.inner.bias[first + n];
         });
-        pool().run(tokens, [&](std::size_t r, int) { inner_.quantize(*kernels, r); });
+        pool().run(tokens, [&](std::size_t r, int) {
+            kernels->activate(config.activation, inner_.row(r), config.inner);
+            inner_.quantize(*kernels, r);
+        });
         add_product(layer.outer, inner_);
     }
 

@@ -151,18 +151,15 @@ struct VectorKernels {
 
     // Elementwise
 
-    static Float select(Int mask, Float yes, Float no) {
-        return reinterpret_cast<Float>((reinterpret_cast<Int>(yes) & mask) | (reinterpret_cast<Int>(no) & ~mask));
-    }
-    static Float largest_of(Float a, Float b) { return select(a > b, a, b); }
+    static Float largest_of(Float a, Float b) { return a > b ? a : b; }
     static Float absolute(Float x) { return reinterpret_cast<Float>(reinterpret_cast<Int>(x) & 0x7FFFFFFF); }
     // The nearest whole number, for magnitudes below 2^22.
     static Float rounded(Float x) { return (x + 12582912.0F) - 12582912.0F; }
 
     // 2^n exp(r) with |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial of degree 7; NaN stays NaN.
     static Float exponential(Float x) {
-        x = select(x < -87.0F, all(-87.0F), x);
-        x = select(x > 88.0F, all(88.0F), x);
+        x = x < -87.0F ? all(-87.0F) : x;
+        x = x > 88.0F ? all(88.0F) : x;
         Float n = rounded(x * 1.44269504F);
         Float r = Isa::fma(n, all(-0.693359375F), x);
         r = Isa::fma(n, all(2.12194440e-4F), r);
@@ -183,12 +180,13 @@ struct VectorKernels {
             sum = Isa::fma(sum, t, all(factor));
         }
         Float value = 1.0F - sum * t * exponential(-size * size);
-        return select(x < 0.0F, -value, value);
+        return x < 0.0F ? -value : value;
     }
 
-    static Float activated(Activation kind, Float x) {
+    template <Activation kind>
+    static Float activated(Float x) {
         switch (kind) {
-            case Activation::relu: return select(x < 0.0F, all(0), x);
+            case Activation::relu: return x < 0.0F ? all(0) : x;
             case Activation::gelu: return x * 0.5F * (1.0F + error_function(x * 0.70710678F));
             case Activation::gelu_tanh: {  // tanh(u) = 2 sigmoid(2 u) - 1
                 Float u = 0.79788456F * (x + 0.044715F * x * x * x);
@@ -277,8 +275,19 @@ struct VectorKernels {
         });
     }
 
+    template <Activation kind>
+    static void activate_all(float* x, std::size_t size) {
+        map(x, size, 0, x, [&](Float value, std::size_t) { return activated<kind>(value); });
+    }
     static void activate(Activation kind, float* x, std::size_t size) {
-        map(x, size, 0, x, [&](Float value, std::size_t) { return activated(kind, value); });
+        switch (kind) {
+            case Activation::relu: return activate_all<Activation::relu>(x, size);
+            case Activation::gelu: return activate_all<Activation::gelu>(x, size);
+            case Activation::gelu_tanh: return activate_all<Activation::gelu_tanh>(x, size);
+            case Activation::quick_gelu: return activate_all<Activation::quick_gelu>(x, size);
+            case Activation::silu: return activate_all<Activation::silu>(x, size);
+            default: return;
+        }
     }
 
     static float sum_of_exponentials(const float* x, std::size_t size, float most) {
@@ -297,8 +306,8 @@ struct VectorKernels {
             sum += found;
             return found;
         });
-        float whole = total(sum);
-        map(x, size, 0, x, [&](Float value, std::size_t) { return value / whole; });
+        float factor = 1 / total(sum);
+        map(x, size, 0, x, [&](Float value, std::size_t) { return value * factor; });
     }
 
     static float dot(const float* x, const float* y, std::size_t size) {
