@@ -18,10 +18,8 @@ class BestTokens {
         threshold_ = -std::numeric_limits<float>::infinity();
     }
 
-    // Logits of the tokens from `id` on.
-    void offer(const float* logits, std::size_t count, std::int64_t id) {
-        float largest = logits[0];
-        for (std::size_t i = 1; i < count; ++i) largest = largest < logits[i] ? logits[i] : largest;
+    // Logits of the tokens from `id` on, and the largest of them.
+    void offer(const float* logits, std::size_t count, std::int64_t id, float largest) {
         if (heap_.size() == k_ && largest < threshold_) return;
         for (std::size_t i = 0; i < count; ++i) offer_one({logits[i], id + static_cast<std::int64_t>(i)});
     }

@@ -303,6 +303,8 @@ class Decoder {
             alignas(64) float tile[kTile * kPanel];
             auto own = static_cast<std::size_t>(thread) * rows;
             std::size_t start = chunk * columns, end = std::min(outputs, start + columns);
+            float* largest = largest_.data() + chunk * rows;
+            std::fill_n(largest, rows, -std::numeric_limits<float>::infinity());
             for (std::size_t panel = chunk * kChunk; panel * kPanel < end; ++panel) {
                 std::size_t n = panel * kPanel, count = std::min<std::size_t>(kPanel, end - n);
                 for (std::size_t first = 0; first < rows; first += kTile) {
@@ -310,16 +312,16 @@ class Decoder {
                     matrix.multiply(*kernels, panel, normed_, first, tiled, tile);
                     for (int r = 0; r < tiled; ++r) {
                         const float* logits = tile + r * kPanel;
-                        best_[own + first + r].offer(logits, count, static_cast<std::int64_t>(n));
+                        float most = kernels->largest(logits, count);
+                        largest[first + r] = std::max(largest[first + r], most);
+                        best_[own + first + r].offer(logits, count, static_cast<std::int64_t>(n), most);
                         std::copy_n(logits, count, logits_.data() + (own + first + r) * columns + n - start);
                     }
                 }
             }
             for (std::size_t r = 0; r < rows; ++r) {
                 const float* logits = logits_.data() + (own + r) * columns;
-                float largest = *std::max_element(logits, logits + end - start);
-                largest_[chunk * rows + r] = largest;
-                sums_[chunk * rows + r] = kernels->sum_of_exponentials(logits, end - start, largest);
+                sums_[chunk * rows + r] = kernels->sum_of_exponentials(logits, end - start, largest[r]);
             }
         });
         found.k = k;

@@ -45,6 +45,7 @@ struct Kernels {
     void (*softmax)(float* x, std::size_t size, float scale);
     // The sum of exp(x - largest).
     float (*sum_of_exponentials)(const float* x, std::size_t size, float largest);
+    float (*largest)(const float* x, std::size_t size);
     float (*dot)(const float* x, const float* y, std::size_t size);
     // y += factor * x.
     void (*add_scaled)(float factor, const float* x, std::size_t size, float* y);

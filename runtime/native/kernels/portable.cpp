@@ -104,6 +104,8 @@ void softmax(float* x, std::size_t size, float scale) {
     for (std::size_t i = 0; i < size; ++i) x[i] /= sum;
 }
 
+float largest(const float* x, std::size_t size) { return *std::max_element(x, x + size); }
+
 float dot(const float* x, const float* y, std::size_t size) {
     float sum = 0;
     for (std::size_t i = 0; i < size; ++i) sum += x[i] * y[i];
@@ -117,8 +119,8 @@ void add_scaled(float factor, const float* x, std::size_t size, float* y) {
 }  // namespace
 
 const Kernels& portable_kernels() {
-    static const Kernels kernels{"portable", multiply_float, multiply_int8, multiply_int4, quantize,
-                                 layer_norm, activate,       softmax,       sum_of_exponentials, dot, add_scaled};
+    static const Kernels kernels{"portable", multiply_float, multiply_int8,       multiply_int4, quantize, layer_norm,
+                                 activate,   softmax,        sum_of_exponentials, largest,       dot,      add_scaled};
     return kernels;
 }
 

@@ -225,15 +225,20 @@ struct VectorKernels {
         __builtin_memcpy(&rest, x + i, (size - i) * sizeof(float));
         return rest;
     }
-    static float total(Float x) {
-        float sum = 0;
-        for (int i = 0; i < kLanes; ++i) sum += x[i];
-        return sum;
+    // One number from the lanes: f of both halves, until two lanes are left.
+    template <typename T, int lanes = kLanes, typename Vector, typename F>
+    static T reduce(Vector x, F f) {
+        if constexpr (lanes == 2) {
+            return f(x[0], x[1]);
+        } else {
+            typedef T Half __attribute__((vector_size(lanes / 2 * sizeof(T))));
+            Half halves[2];
+            __builtin_memcpy(halves, &x, sizeof halves);
+            return reduce<T, lanes / 2>(f(halves[0], halves[1]), f);
+        }
     }
-    static float largest(Float x) {
-        float value = x[0];
-        for (int i = 1; i < kLanes; ++i) value = x[i] > value ? x[i] : value;
-        return value;
+    static float total(Float x) {
+        return reduce<float>(x, [](auto a, auto b) { return a + b; });
     }
 
     static void quantize(const float* x, std::size_t size, std::size_t block, std::int8_t* codes, float* scales,
@@ -245,8 +250,7 @@ struct VectorKernels {
                 Int bits = reinterpret_cast<Int>(absolute(value));
                 most = bits > most ? bits : most;
             });
-            std::int32_t bits = 0;
-            for (int i = 0; i < kLanes; ++i) bits = most[i] > bits ? most[i] : bits;
+            std::int32_t bits = reduce<std::int32_t>(most, [](auto a, auto b) { return a > b ? a : b; });
             float magnitude = __builtin_bit_cast(float, bits), inverse = magnitude > 0 ? 127.0F / magnitude : 0.0F;
             *scales++ = magnitude / 127.0F;
             Int sum{};
@@ -256,9 +260,7 @@ struct VectorKernels {
                 sum += code;
                 Isa::store_bytes(codes + i, code);
             }
-            std::int32_t whole = 0;
-            for (int i = 0; i < kLanes; ++i) whole += sum[i];
-            *sums++ = whole;
+            *sums++ = reduce<std::int32_t>(sum, [](auto a, auto b) { return a + b; });
         }
     }
 
@@ -298,9 +300,8 @@ struct VectorKernels {
     }
 
     static void softmax(float* x, std::size_t size, float scale) {
-        Float most = all(-__builtin_inff()), sum{};
-        each(x, size, -__builtin_inff(), [&](Float value, std::size_t) { most = largest_of(value, most); });
-        float maximum = largest(most);
+        Float sum{};
+        float maximum = largest(x, size);
         map(x, size, -__builtin_inff(), x, [&](Float value, std::size_t) {
             Float found = exponential((value - maximum) * scale);
             sum += found;
@@ -308,6 +309,12 @@ struct VectorKernels {
         });
         float factor = 1 / total(sum);
         map(x, size, 0, x, [&](Float value, std::size_t) { return value * factor; });
+    }
+
+    static float largest(const float* x, std::size_t size) {
+        Float most = all(-__builtin_inff());
+        each(x, size, -__builtin_inff(), [&](Float value, std::size_t) { most = largest_of(value, most); });
+        return reduce<float>(most, [](auto a, auto b) { return a > b ? a : b; });
     }
 
     static float dot(const float* x, const float* y, std::size_t size) {
@@ -351,6 +358,7 @@ struct VectorKernels {
                 activate,
                 softmax,
                 sum_of_exponentials,
+                largest,
                 dot,
                 add_scaled};
     }
