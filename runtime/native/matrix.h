@@ -89,10 +89,15 @@ class Matrix {
     // weight [K, N], or [N, K] if `transposed`; it may lie anywhere in a mapped file.
     static Matrix pack_float(const float* weight, std::size_t outputs, std::size_t depth, bool transposed) {
         Matrix matrix(Kind::float32, outputs, depth, depth * kPanel * sizeof(float), 0);
-        for (std::size_t n = 0; n < matrix.panels() * kPanel; ++n) {
-            float* to = reinterpret_cast<float*>(matrix.panel(n / kPanel)) + n % kPanel;
-            for (std::size_t k = 0; k < depth; ++k) {
-                to[k * kPanel] = n < outputs ? read(weight + (transposed ? n * depth + k : k * outputs + n)) : 0.0F;
+        for (std::size_t number = 0; number < matrix.panels(); ++number) {
+            float* to = reinterpret_cast<float*>(matrix.panel(number));
+            std::size_t first = number * kPanel, columns = std::min<std::size_t>(kPanel, outputs - first);
+            if (columns < kPanel) std::fill_n(to, depth * kPanel, 0.0F);
+            for (std::size_t k = 0; k < depth && !transposed; ++k) {
+                std::memcpy(to + k * kPanel, weight + k * outputs + first, columns * sizeof(float));
+            }
+            for (std::size_t n = 0; n < columns && transposed; ++n) {
+                for (std::size_t k = 0; k < depth; ++k) to[k * kPanel + n] = read(weight + (first + n) * depth + k);
             }
         }
         return matrix;

@@ -55,6 +55,7 @@ struct VectorKernels {
         for (int first = 0; first < kVectors; first += kColumns) {
             Float sums[rows][kColumns] = {};
             for (std::size_t k = 0; k < depth; ++k) {
+                prefetch(reinterpret_cast<const std::uint8_t*>(panel + k * panel_stride + first * kLanes));
                 Float weights[kColumns];
                 for (int c = 0; c < kColumns; ++c) {
                     weights[c] = load<Float>(panel + k * panel_stride + (first + c) * kLanes);
