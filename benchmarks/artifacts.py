@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ class Artifacts:
     """The folders of a checkpoint's bundles and conversions below `work`, built on demand."""
 
     def __init__(
-        self, checkpoint: Path, work: Path, engine: str = "onnxruntime", plans: Callable[[str], list[Any]] | None = None
+        self,
+        checkpoint: Path,
+        work: Path,
+        engines: Sequence[str] = ("native",),
+        plans: Callable[[str], list[Any]] | None = None,
     ) -> None:
-        """`engine` runs the bundles; `plans`: the options of itune-export for TensorRT plans of a precision."""
-        self.checkpoint, self.work, self.engine, self.plans = checkpoint, work, engine, plans
+        """`engines` run the bundles; `plans`: the options of itune-export for TensorRT plans of a precision."""
+        self.checkpoint, self.work, self.engines, self.plans = checkpoint, work, engines, plans
         self.source = {name: hash_files([checkpoint / name]) for name in (WEIGHTS_FILE, CONFIG_FILE)}
 
     def bundle(self, precision: str) -> Path:
@@ -86,17 +91,16 @@ class Artifacts:
     def start(self, peers: Iterable[str], precisions: Iterable[str], threads: int) -> dict[str, ContestantProcess]:
         """Start a process for every peer and every bundle, by name.
 
-        A bundle is called `itune PRECISION`, or `itune ENGINE PRECISION` if not on ONNX Runtime on the CPU.
+        A bundle is called `itune PRECISION`, or `itune ENGINE PRECISION` if not on the native engine.
         """
         parts: dict[str, tuple[Entry, Path]] = {}
         for name in peers:
             reads = PEERS[name].reads
             folder = self.checkpoint if reads == "checkpoint" else None
             parts[name] = (PEERS[name], folder or (self.bundle("fp32") if reads == "bundle" else self.conversion(name)))
-        for precision in precisions:
-            engine = "" if self.engine == "onnxruntime" else f"{self.engine} "
-            entry = replace(BUNDLE, options={"engine": self.engine})
-            parts[f"itune {engine}{precision}"] = (entry, self.own(precision))
+        for engine, precision in product(self.engines, precisions):
+            entry = replace(BUNDLE, options={"engine": engine})
+            parts[f"itune {'' if engine == 'native' else f'{engine} '}{precision}"] = (entry, self.own(precision))
         workers = {}
         with console.status("loading") as status:
             for name, (entry, folder) in parts.items():

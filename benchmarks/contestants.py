@@ -114,7 +114,7 @@ BUNDLE = Entry("itune", "contestants:Bundle")
 class Bundle:
     """An exported bundle on its engine, with itune's search."""
 
-    def __init__(self, folder: Path, threads: int, *, engine: str = "onnxruntime") -> None:
+    def __init__(self, folder: Path, threads: int, *, engine: str = "native") -> None:
         from itune import Captioner
 
         self.engine = Captioner.load(folder, engine=engine, threads=threads, retrieve=0).engine

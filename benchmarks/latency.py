@@ -44,7 +44,11 @@ from itune.runtime.settings import ImageSettings
 from itune.runtime.text import load_tokenizer
 
 PHOTOS = 8  # captions are compared on at least this many
-PRECISIONS = {"onnxruntime": "fp32,int8", "onnxruntime-cuda": "fp32,fp16", "tensorrt": "fp16,int8"}
+PRECISIONS = {
+    **dict.fromkeys(("native", "onnxruntime"), "fp32,int8"),
+    "onnxruntime-cuda": "fp32,fp16",
+    "tensorrt": "fp16,int8",
+}
 RETRIEVED = (
     "a brown dog runs through the tall grass",
     "two children are playing with a ball in a park",
@@ -120,7 +124,7 @@ def print_table(result: dict[str, Any]) -> None:
     out.print(
         f"{settings['model']}: batch {settings['batch_size']}, {settings['num_beams']} beams, "
         f"{settings['new_tokens']} tokens, {about['threads']} threads of {about['cpu']}, "
-        f"{' on '.join(filter(None, [settings['engine'], about['gpu']]))}, "
+        f"{' on '.join(filter(None, [', '.join(settings['engine']), about['gpu']]))}, "
         f"{settings['samples']} samples, milliseconds"
     )
     table = Table(box=box.SIMPLE, pad_edge=False)
@@ -160,7 +164,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Build or reuse the models, measure, and return the content of the JSON file."""
     photos(arguments.images)  # report mistakes before anything is built
     peer_names(arguments.contestants)
-    plans = plan_options(arguments) if arguments.engine == "tensorrt" else None
+    plans = plan_options(arguments) if "tensorrt" in arguments.engine else None
     vision = "clip" if arguments.random_init else load_config(find_checkpoint(arguments.checkpoint)).vision.kind
     peers, precisions = choose_peers(arguments.contestants, vision), arguments.precisions.split(",")
     if arguments.random_init:
@@ -213,7 +217,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="LIST",
         help=f"in addition to the bundles, separated by commas: {', '.join(PEERS)}; all: every one that is installed",
     )
-    parser.add_argument("--engine", choices=PRECISIONS, default="onnxruntime", help="engine that runs the bundles")
+    parser.add_argument(
+        "--engine",
+        type=lambda text: text.split(","),
+        default=["native"],
+        metavar="LIST",
+        help=f"engines that run the bundles, separated by commas: {', '.join(PRECISIONS)} (default: native)",
+    )
     parser.add_argument(
         "--precisions",
         metavar="LIST",
@@ -229,7 +239,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of photos; default: examples and random ones")
     parser.add_argument("--json", type=Path, help="write every sample here")
     arguments = parser.parse_args(argv)
-    arguments.precisions = arguments.precisions or PRECISIONS[arguments.engine]
+    if unknown := set(arguments.engine) - set(PRECISIONS):
+        parser.error(f"--engine: unknown {min(unknown)!r}: choose from {', '.join(PRECISIONS)}")
+    arguments.precisions = arguments.precisions or PRECISIONS[arguments.engine[0]]
     for name in ("batch_size", "num_beams", "new_tokens", "threads", "repeats"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

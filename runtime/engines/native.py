@@ -54,7 +54,10 @@ class DecoderShape:
     visual_width: int
     epsilon: float
     activation: str
-    attention_scales: tuple[float, ...]
+    layers: int
+    attention_scale: float
+    inverse_layer_scale: bool
+    """Divide the scale on Q K^T by the number of the layer, from 1 on."""
     adapter_layers: tuple[int, ...]
     cross_attention: bool
 
@@ -62,8 +65,6 @@ class DecoderShape:
     def of(cls, manifest: Manifest, model: LanguageModelSettings) -> DecoderShape:
         """The decoder that a manifest describes."""
         own, tokens = manifest.decoder, manifest.tokens
-        scale = own.head_dim**-0.5 if model.scale_attn_weights else 1.0
-        layers = range(1, own.layers + 1)
         return cls(
             heads=own.heads,
             width=own.hidden_size,
@@ -74,7 +75,9 @@ class DecoderShape:
             visual_width=own.bottleneck or 0,
             epsilon=model.layer_norm_epsilon,
             activation=ACTIVATIONS[model.activation_function],
-            attention_scales=tuple(scale / (i if model.scale_attn_by_inverse_layer_idx else 1) for i in layers),
+            layers=own.layers,
+            attention_scale=own.head_dim**-0.5 if model.scale_attn_weights else 1.0,
+            inverse_layer_scale=model.scale_attn_by_inverse_layer_idx,
             adapter_layers=tuple(own.adapter_layers),
             cross_attention=manifest.method == "smallcap",
         )
@@ -165,10 +168,8 @@ class GraphEncoder:
         layers, prefix = self.shape.adapter_layers, f"{VISUAL}prefix"
         with reading("the vision graph does not fit the decoder", EngineError, "export the bundle again"):
             state = self.decoder.state(len(pixels), [(visual[keys(i)], visual[values(i)]) for i in layers])
-            if prefix in visual:
-                if visual[prefix].shape != (shape := (len(pixels), self.shape.prefix, self.shape.width)):
-                    raise ValueError(f"{prefix} has shape {visual[prefix].shape}, not {shape}")
-                state.set_prefix(visual[prefix])
+            if self.shape.prefix:
+                state.set_prefix(visual[prefix], self.decoder)
         return NativeState(state, visual.get(EMBEDDING))
 
 

@@ -36,7 +36,7 @@ struct Layer {
 
 struct DecoderConfig {
     std::size_t heads = 0, width = 0, inner = 0, vocabulary = 0, positions = 0, prefix = 0;
-    std::size_t visual_heads = 0, visual_width = 0;  // visual_width: all heads together
+    std::size_t adapters = 0, visual_width = 0;  // visual_width: all heads together
     float epsilon = 0;
     Activation activation = Activation::none;
     bool cross_attention = false;  // SmallCap
@@ -92,7 +92,8 @@ class Decoder {
         items_.clear();
         last_.clear();
         first_.assign(1, 0);
-        std::size_t by_image = rows / state.images().size();
+        std::size_t images = state.images().size(), by_image = images == 0 ? 0 : rows / images;
+        if (by_image == 0 || rows % images != 0) throw std::invalid_argument("rows that do not fit the images");
         for (std::size_t r = 0; r < rows; ++r) {
             std::vector<std::int32_t>& slots = state.rows[r];
             if (!before.empty()) slots = before.at(static_cast<std::size_t>(parents[r]));

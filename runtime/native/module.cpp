@@ -52,9 +52,20 @@ nb::tuple advance(itune::Search& search, Input<float, 2> logits, Input<std::int6
                           kept);
 }
 
+// Sizes come from a file; with this limit, sums and products of two do not overflow.
+std::size_t read_size(nb::object settings, const char* name) {
+    auto value = nb::cast<std::size_t>(settings.attr(name));
+    if (value >= std::size_t{1} << 30) throw nb::value_error((std::string(name) + " is too large").c_str());
+    return value;
+}
+
+void check_heads(std::size_t width, std::size_t heads) {
+    if (heads == 0 || width % heads != 0) throw nb::value_error("heads do not divide the width");
+}
+
 // `settings`: a DecoderShape of engines/native.py; `tensors`: the graph's weights by name.
 void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, int threads, const std::string& wanted) {
-    auto size = [&](const char* name) { return nb::cast<std::size_t>(settings.attr(name)); };
+    auto size = [&](const char* name) { return read_size(settings, name); };
     Weights weights(std::move(tensors));
     std::unique_ptr<itune::Decoder> decoder(new itune::Decoder(find_kernels(wanted), threads));
     itune::DecoderConfig& config = decoder->config;
@@ -68,13 +79,16 @@ void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, i
     config.epsilon = nb::cast<float>(settings.attr("epsilon"));
     config.cross_attention = nb::cast<bool>(settings.attr("cross_attention"));
     config.activation = find_activation(nb::cast<std::string>(settings.attr("activation")));
-    auto scales = nb::cast<std::vector<float>>(settings.attr("attention_scales"));
+    check_heads(config.width, config.heads);
+    float scale = nb::cast<float>(settings.attr("attention_scale"));
+    bool by_layer = nb::cast<bool>(settings.attr("inverse_layer_scale"));
     auto adapted = nb::cast<std::vector<std::size_t>>(settings.attr("adapter_layers"));
     std::size_t width = config.width;
-    for (std::size_t i = 0; i < scales.size(); ++i) {
+    decoder->config.adapters = adapted.size();
+    for (std::size_t i = 0; i < size("layers"); ++i) {
         std::string name = "transformer.h." + std::to_string(i), own = "layers." + std::to_string(i);
         itune::Layer layer;
-        layer.scale = scales[i];
+        layer.scale = by_layer ? scale / static_cast<float>(i + 1) : scale;
         auto place = std::find(adapted.begin(), adapted.end(), i);
         if (place != adapted.end()) layer.visual = static_cast<int>(place - adapted.begin());
         bool merged = layer.visual >= 0 && !config.cross_attention;
@@ -114,7 +128,7 @@ void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, i
 
 // `settings`: an EncoderShape of engines/native.py; `tensors`: the vision graph's weights by name.
 void make_encoder(itune::Encoder* self, nb::object settings, nb::dict tensors, int threads, const std::string& wanted) {
-    auto size = [&](const char* name) { return nb::cast<std::size_t>(settings.attr(name)); };
+    auto size = [&](const char* name) { return read_size(settings, name); };
     Weights weights(std::move(tensors));
     std::unique_ptr<itune::Encoder> encoder(new itune::Encoder(find_kernels(wanted), threads));
     itune::EncoderConfig& config = encoder->config;
@@ -128,6 +142,8 @@ void make_encoder(itune::Encoder* self, nb::object settings, nb::dict tensors, i
     config.visual_width = size("visual_width");
     config.epsilon = nb::cast<float>(settings.attr("epsilon"));
     config.activation = find_activation(nb::cast<std::string>(settings.attr("activation")));
+    check_heads(config.width, config.heads);
+    check_heads(config.visual_width, config.visual_heads);
     std::size_t width = config.width, outputs = config.adapters * 2 * config.visual_width;
     encoder->mean = weights.vector("clip.pixel_mean", config.patch());
     encoder->patches.matrix = weights.matrix("clip.embeddings.patch_embedding.weight", width, config.patch(), false);
@@ -151,8 +167,10 @@ void make_encoder(itune::Encoder* self, nb::object settings, nb::dict tensors, i
 
 itune::State encode(itune::Encoder& encoder, Input<std::uint8_t, 4> pixels, const itune::Decoder& decoder) {
     std::size_t side = encoder.config.image_size, images = pixels.shape(0);
-    if (pixels.shape(1) != side || pixels.shape(2) != side || pixels.shape(3) != 3) {
-        throw nb::value_error("pixels have a wrong shape");
+    bool fits = encoder.config.adapters == decoder.config.adapters &&
+                encoder.config.visual_width == decoder.config.visual_width;
+    if (!fits || pixels.shape(1) != side || pixels.shape(2) != side || pixels.shape(3) != 3) {
+        throw nb::value_error("pixels or decoder do not fit the encoder");
     }
     itune::State state(images, decoder.layers.size(), decoder.config.width);
     encoder.pool().start_once();
@@ -166,6 +184,7 @@ itune::State encode(itune::Encoder& encoder, Input<std::uint8_t, 4> pixels, cons
 itune::State make_state(const itune::Decoder& decoder, std::size_t images,
                         const std::vector<std::pair<Input<float, 4>, Input<float, 4>>>& visual) {
     itune::State state(images, decoder.layers.size(), decoder.config.width);
+    if (visual.size() != decoder.config.adapters) throw nb::value_error("wrong number of visual keys and values");
     for (const auto& [keys, values] : visual) {
         std::size_t heads = keys.shape(1), width = keys.shape(2), tokens = keys.shape(3);
         bool fits = keys.shape(0) == images && values.shape(0) == images && values.shape(1) == heads &&
@@ -176,13 +195,20 @@ itune::State make_state(const itune::Decoder& decoder, std::size_t images,
     return state;
 }
 
-void set_prefix(itune::State& state, Input<float, 3> prefix) {
+void set_prefix(itune::State& state, Input<float, 3> prefix, const itune::Decoder& decoder) {
+    if (prefix.shape(0) != state.images().size() || prefix.shape(1) != decoder.config.prefix ||
+        prefix.shape(2) != decoder.config.width) {
+        throw nb::value_error("the prefix has a wrong shape");
+    }
     state.prefix.assign(prefix.data(), prefix.data() + prefix.size());
 }
 
 nb::tuple step(itune::Decoder& decoder, itune::State& state, Input<std::int64_t, 2> tokens,
                Input<std::int64_t, 1> parents, Input<bool, 2> mask, std::size_t k) {
     std::size_t rows = tokens.shape(0);
+    if (parents.size() != rows || mask.shape(0) != rows || mask.shape(1) != tokens.shape(1)) {
+        throw nb::value_error("parents or mask do not fit the tokens");
+    }
     itune::Found found;
     decoder.pool().start_once();
     {

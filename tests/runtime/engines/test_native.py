@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -62,13 +63,10 @@ def export(model: ITuningModel, tower: ClipTower, folder: Path, precision: str, 
     return folder / "vision.onnx", decoder if precision == "fp32" else target
 
 
-def engine_of(model: ITuningModel, vision: Path, decoder: Path, kernels: str = "", threads: int = 2) -> NativeEngine:
+def shape_of(model: ITuningModel) -> DecoderShape:
     config = model.language_model.config
     head = config.n_embd // config.n_head
-    scales = [head**-0.5 if config.scale_attn_weights else 1.0] * config.n_layer
-    if config.scale_attn_by_inverse_layer_idx:
-        scales = [scale / (i + 1) for i, scale in enumerate(scales)]
-    shape = DecoderShape(
+    return DecoderShape(
         heads=config.n_head,
         width=config.n_embd,
         inner=config.n_inner or 4 * config.n_embd,
@@ -78,14 +76,23 @@ def engine_of(model: ITuningModel, vision: Path, decoder: Path, kernels: str = "
         visual_width=model.config.bottleneck,
         epsilon=config.layer_norm_epsilon,
         activation=ACTIVATIONS[config.activation_function],
-        attention_scales=tuple(scales),
+        layers=config.n_layer,
+        attention_scale=head**-0.5 if config.scale_attn_weights else 1.0,
+        inverse_layer_scale=config.scale_attn_by_inverse_layer_idx,
         adapter_layers=tuple(model.adapter_layers),
         cross_attention=False,
     )
-    weights = {
+
+
+def weights_of(decoder: Path) -> dict[str, np.ndarray]:
+    return {
         name.removesuffix(".fp16"): weight.astype(np.float32) if weight.dtype == np.float16 else weight
         for name, weight in read_weights(decoder).items()
     }
+
+
+def engine_of(model: ITuningModel, vision: Path, decoder: Path, kernels: str = "", threads: int = 2) -> NativeEngine:
+    shape, weights = shape_of(model), weights_of(decoder)
     decoder = native.Decoder(shape, weights, threads, kernels)
     return NativeEngine(GraphEncoder(open_session(vision, 1), decoder, shape), decoder)
 
@@ -285,6 +292,53 @@ def test_too_many_tokens_and_rows_without_any_are_refused(engines, pixels):
         engine.step(np.zeros((1, 33), np.int64), np.zeros(1, np.int64), engine.encode(pixels[:1]), 1)
     with pytest.raises(EngineError):
         step_without_tokens(engine, pixels)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"heads": 5},
+        {"inner": 2**63},
+        {"inner": 2**64 - 4},
+        {"inner": 100, "visual_width": 44},
+        {"layers": 2**29},
+        {"positions": 31},
+        {"positions": 2**40},
+        {"width": 2**62},
+        {"vocabulary": VOCABULARY + 1},
+        {"visual_width": 15},
+        {"adapter_layers": (0,)},
+        {"activation": "abs"},
+        {"cross_attention": True},
+    ],
+)
+def test_a_shape_that_does_not_fit_the_weights_is_refused(wrong, tower, tmp_path):
+    model = random_model(tower, heads=2, first=1)
+    _, decoder = export(model, tower, tmp_path, "fp32")
+    with pytest.raises(ValueError, match=r"weight|large|heads|activation"):
+        native.Decoder(replace(shape_of(model), **wrong), weights_of(decoder), 1, "")
+
+
+def test_wrong_arrays_are_refused(engines, pixels):
+    engine = engines["int8"]
+    one, pairs = np.zeros((2, 1), np.int64), visual_pairs(engine, pixels[:2])
+    state = engine.encode(pixels[:2])
+    for tokens, parents, mask in (
+        (one[:1], np.arange(1), None),  # fewer rows than images
+        (np.zeros((3, 1), np.int64), np.arange(3), None),
+        (one, np.arange(3), None),
+        (one, np.arange(2), np.ones((2, 2), np.bool_)),
+    ):
+        with pytest.raises(EngineError):
+            engine.step(tokens, parents, state, 1, mask=mask)
+    state = engine.encode(pixels[:2])
+    engine.step(one, np.arange(2), state, 1)
+    with pytest.raises(EngineError):
+        engine.step(one, np.array([0, 2]), state, 1)
+    swapped = [(own_values, own_keys) for own_keys, own_values in pairs]
+    for wrong in (pairs[:1], swapped, [(own_keys[:1], own_values) for own_keys, own_values in pairs]):
+        with pytest.raises(ValueError, match="visual"):
+            engine.decoder.state(2, wrong)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
