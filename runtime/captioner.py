@@ -230,7 +230,8 @@ class Captioner:
         """
         from .attention.explanation import Explainer
 
-        return Explainer.load(self.bundle, self.tokenizer, self.threads)
+        engine: Any = self.engine if hasattr(self.engine, "attention") else None
+        return Explainer.load(self.bundle, self.tokenizer, self.threads, engine)
 
     def explain(
         self, image: Source, caption: Caption | str | None = None, *, layer: Layer = "last", **options: Any
@@ -238,8 +239,9 @@ class Captioner:
         """Where the adapters look in an image while the model writes its caption: a heatmap for every token.
 
         `caption` is a result, or your own text, which the model is made to write; None: the best caption that the
-        search finds with `options`. Its tokens go through the decoder once, on the CPU, whichever engine captions; the
-        first call loads the bundle's ONNX graphs for that. `layer` is an adapted decoder layer, "last", or "mean".
+        search finds with `options`. Its tokens go through the decoder once, on the CPU, whichever engine captions;
+        where that is not the native one, the first call loads the bundle's ONNX graphs for it. `layer` is an adapted
+        decoder layer, "last", or "mean".
         `draw_heatmap` draws the result.
 
         Raises:

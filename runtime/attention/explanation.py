@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ..bundle import MANIFEST, Bundle, Manifest
 from ..cpus import available_cpus
-from ..engines.base import Float32
+from ..engines.base import Float32, UInt8
 from ..engines.onnxruntime import NAME, OnnxRuntimeEngine, OnnxRuntimeState, open_session
 from ..errors import BundleError, EngineError, ItuneError, reading
 from ..graph_names import visual_attention
@@ -78,19 +78,51 @@ def _plain(value: Any) -> float:
     return float(f"{value:.6g}")
 
 
+class AttentiveEngine(Protocol):
+    """An engine that shows the adapters' attention."""
+
+    def encode(self, pixels: UInt8) -> Any:
+        """Encode images, uint8 [B, H, W, 3], into a state."""
+
+    def attention(self, state: Any, tokens: Sequence[int]) -> Float32:
+        """Attention to the only image of `state` [adapted layers, heads, T, N] while `tokens` [T] are read.
+
+        Raises:
+            EngineError: the decoder cannot read the tokens.
+        """
+
+
+class AttentiveGraphs(OnnxRuntimeEngine):
+    """A bundle's ONNX graphs on the CPU, with the adapters' attention among the decoder's outputs."""
+
+    shown: Sequence[str] = ()
+    """The names of these outputs, one for each adapted layer."""
+
+    def attention(self, state: OnnxRuntimeState, tokens: Sequence[int]) -> Float32:
+        """As in AttentiveEngine."""
+        outputs = self.forward(np.array([tokens]), np.array([0]), state, 1)
+        weights = [outputs[name].numpy() for name in self.shown]
+        return np.stack([each.reshape(-1, len(tokens), each.shape[-1]) for each in weights]).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Explainer:
     """Explains captions by the attention of a bundle's decoder."""
 
-    engine: OnnxRuntimeEngine
-    """The bundle's ONNX graphs on the CPU, with the adapters' attention among the decoder's outputs."""
+    engine: AttentiveEngine
     tokenizer: Tokenizer
     manifest: Manifest
     grid: Size
 
     @classmethod
-    def load(cls, bundle: Bundle | None, tokenizer: Tokenizer, threads: int | None = None) -> Explainer:
-        """Load a bundle's ONNX graphs once more; `threads` None: one for each CPU this process may use.
+    def load(
+        cls,
+        bundle: Bundle | None,
+        tokenizer: Tokenizer,
+        threads: int | None = None,
+        engine: AttentiveEngine | None = None,
+    ) -> Explainer:
+        """Explain with `engine`, which runs the bundle; None: load its ONNX graphs, with `threads` as in their engine.
 
         Raises:
             BundleError: no bundle; a method without adapters; no ONNX graphs; an unknown position of the patches.
@@ -105,12 +137,16 @@ class Explainer:
                 f"{manifest.decoder.visual_tokens} visual tokens; if they form no square, export the bundle again "
                 "with --patch-grid ROWSxCOLUMNS)"
             )
-        vision, decoder = (bundle.path(bundle.graph(role, NAME).file) for role in ("vision", "decoder"))
-        with reading(decoder, BundleError):
-            attentive = decoder.read_bytes() + more_outputs(visual_attention(each, manifest.method) for each in layers)
-        count = threads or available_cpus()
-        sessions = open_session(vision, count), open_session(decoder, count, graph=attentive)
-        return cls(OnnxRuntimeEngine(*sessions, manifest.tokens.candidates), tokenizer, manifest, grid)
+        if engine is None:
+            vision, decoder = (bundle.path(bundle.graph(role, NAME).file) for role in ("vision", "decoder"))
+            shown = [visual_attention(each, manifest.method) for each in layers]
+            with reading(decoder, BundleError):
+                attentive = decoder.read_bytes() + more_outputs(shown)
+            count = threads or available_cpus()
+            sessions = open_session(vision, count), open_session(decoder, count, graph=attentive)
+            engine = graphs = AttentiveGraphs(*sessions, manifest.tokens.candidates)
+            graphs.shown = shown
+        return cls(engine, tokenizer, manifest, grid)
 
     def choose(self, layer: Layer) -> list[int]:
         """The decoder layers that `layer` stands for.
@@ -131,7 +167,7 @@ class Explainer:
         photo: Image.Image,
         tokens: Sequence[int],
         layer: Layer,
-        prompt: Callable[[OnnxRuntimeState], Sequence[int]],
+        prompt: Callable[[Any], Sequence[int]],
     ) -> Explanation:
         """Explain `tokens` as a caption of an RGB photo, in one step of the decoder.
 
@@ -144,9 +180,9 @@ class Explainer:
         state = self.engine.encode(preprocess(photo, self.manifest.image)[None])
         before, limits = prompt(state), self.manifest.tokens
         # The position that reads a token predicts the next one; nothing reads the last one.
-        read = np.array([[*before, *tokens[:-1]]])
+        read = [*before, *tokens[:-1]]
         try:
-            outputs = self.engine.forward(read, np.array([0]), state, 1)
+            weights = self.engine.attention(state, read)
         except EngineError as error:  # the graph has no embedding for such a token or position
             raise ItuneError(
                 f"the decoder cannot write the {len(tokens)} tokens of the caption: it has positions for "
@@ -154,9 +190,8 @@ class Explainer:
                 "in its vocabulary (itune-export --vocabulary)"
             ) from error
         with reading(f"{MANIFEST}: adapter_heads {heads}", BundleError, "export the bundle again"):
-            weights = np.stack([outputs[visual_attention(each, self.manifest.method)].numpy() for each in layers])
-            shape = len(layers) * heads, read.size, self.manifest.decoder.visual_tokens
-            by_head = weights.reshape(shape).astype(np.float32)
+            places = [self.manifest.decoder.adapter_layers.index(each) for each in layers]
+            by_head = weights[places].reshape(len(layers) * heads, len(read), self.manifest.decoder.visual_tokens)
         return Explanation(
             caption=decode_text(self.tokenizer, tokens),
             token_ids=tuple(tokens),

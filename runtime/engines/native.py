@@ -7,7 +7,7 @@ layout of their kernels (runtime/native/kernels/kernels.h). Other vision towers 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..bundle import BUNDLE_FOLDER, MANIFEST, Bundle, LanguageModelSettings, Manifest
+from ..bundle import BUNDLE_FOLDER, MANIFEST, Bundle, LanguageModelSettings, Manifest, TensorSpec
 from ..cpus import available_cpus
 from ..errors import BundleError, EngineError, ItuneError, SearchError, reading
-from ..graph_names import EMBEDDING, VISUAL, keys, values
+from ..graph_names import EMBEDDING, VISUAL, keys, past, values
 from ..onnx_files import read_weights
 from ..search.config import SearchConfig
 from ..settings import ACTIVATIONS
@@ -62,9 +62,14 @@ class DecoderShape:
     cross_attention: bool
 
     @classmethod
-    def of(cls, manifest: Manifest, model: LanguageModelSettings) -> DecoderShape:
-        """The decoder that a manifest describes."""
+    def of(cls, manifest: Manifest, model: LanguageModelSettings, inputs: Iterable[TensorSpec]) -> DecoderShape:
+        """The decoder that a manifest describes, with these inputs of its graph.
+
+        Raises:
+            ValueError: the heads of the cache are others.
+        """
         own, tokens = manifest.decoder, manifest.tokens
+        _check_shapes(inputs, {past(0, "key"): [own.heads, "P", own.head_dim]})
         return cls(
             heads=own.heads,
             width=own.hidden_size,
@@ -100,13 +105,19 @@ class EncoderShape:
     visual_width: int
 
     @classmethod
-    def of(cls, manifest: Manifest, outputs: Collection[str]) -> EncoderShape | None:
-        """The encoder that a manifest describes; None if the vision graph with these outputs is of another kind."""
+    def of(cls, manifest: Manifest, outputs: Sequence[TensorSpec]) -> EncoderShape | None:
+        """The encoder that a manifest describes; None if the vision graph with these outputs is of another kind.
+
+        Raises:
+            ValueError: the heads of the outputs are others.
+        """
         own, model = manifest.decoder, manifest.vision_model
         if model is None or own.adapter_heads is None or own.bottleneck is None:
             return None
-        if set(outputs) != {part(layer) for layer in own.adapter_layers for part in (keys, values)}:
+        if {spec.name for spec in outputs} != {part(i) for i in own.adapter_layers for part in (keys, values)}:
             return None
+        width = own.bottleneck // own.adapter_heads
+        _check_shapes(outputs, {keys(i): [own.adapter_heads, width, own.visual_tokens] for i in own.adapter_layers})
         return cls(
             width=model.hidden_size,
             heads=model.num_attention_heads,
@@ -204,13 +215,13 @@ class NativeEngine:
         with reading(bundle.folder / MANIFEST, EngineError, MEND):
             if (model := manifest.language_model) is None:
                 raise ValueError("restore and gpt2 are missing")
-            shape = DecoderShape.of(manifest, model)
+            shape = DecoderShape.of(manifest, model, entries[1].inputs)
         with reading(graph, BundleError, BUNDLE_FOLDER.mend):
             weights = read_weights(graph)
         with reading(graph, EngineError, MEND):
             decoder = _itune_native.Decoder(shape, dict(_floats(weights)), count, wanted)
         with reading(vision, EngineError, MEND):
-            encoder = EncoderShape.of(manifest, {output.name for output in entries[0].outputs})
+            encoder = EncoderShape.of(manifest, entries[0].outputs)
             if encoder is not None:
                 weights = read_weights(vision)
                 native = _itune_native.Encoder(encoder, dict(_floats(weights)), count, wanted)
@@ -242,6 +253,13 @@ class NativeEngine:
         with reading("the decoder", EngineError):
             weights: Float32 = self.decoder.attention(state.native, np.array(tokens, np.int64))
         return weights
+
+
+def _check_shapes(specs: Iterable[TensorSpec], expected: Mapping[str, list[Any]]) -> None:
+    """Raise ValueError if a tensor has another shape behind its first dimension: weights do not tell their heads."""
+    for spec in specs:
+        if spec.name in expected and spec.shape[1:] != expected[spec.name]:
+            raise ValueError(f"{spec.name} has shape {spec.shape}, but decoder says {expected[spec.name]}")
 
 
 def _floats(weights: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
