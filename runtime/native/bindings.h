@@ -76,7 +76,7 @@ class Weights {
 
     // `name`: [K, N], or [N, K] if `transposed`, as floats, as blocks of integers, which always are [N, K], or as
     // integers [K, N] with a scale for each column.
-    itune::Matrix matrix(const std::string& name, std::size_t outputs, std::size_t depth, bool transposed) const {
+    itune::Matrix matrix(const std::string& name, std::size_t outputs, std::size_t depth, bool transposed) {
         using itune::Matrix;
         for (auto [suffix, kind] : {std::pair{".int8", Matrix::Kind::int8}, std::pair{".int4", Matrix::Kind::int4}}) {
             std::string stored = name + (transposed ? "" : ".T") + suffix;
@@ -87,23 +87,23 @@ class Weights {
             auto scales = get<float, 2>(name + ".scales");
             if (codes.shape(0) != outputs || codes.shape(1) != blocks || codes.shape(2) != bytes) wrong(stored);
             if (scales.shape(0) != outputs || scales.shape(1) != blocks) wrong(name + ".scales");
-            return Matrix::pack_blocks(kind, codes.data(), scales.data(), outputs, depth);
+            return Matrix::pack_blocks(arena_, kind, codes.data(), scales.data(), outputs, depth);
         }
         if (std::string stored = name + ".int8"; !transposed && has(stored)) {
             auto codes = get<std::int8_t, 2>(stored);
             auto scales = get<float, 1>(name + ".scales");
             if (codes.shape(0) != depth || codes.shape(1) != outputs || depth > kLongest) wrong(stored);
             if (scales.shape(0) != outputs) wrong(name + ".scales");
-            return Matrix::pack_columns(codes.data(), copied(scales).data(), outputs, depth);
+            return Matrix::pack_columns(arena_, codes.data(), copied(scales).data(), outputs, depth);
         }
         auto array = get<float, 2>(name);
         if (array.shape(0) != (transposed ? outputs : depth) || array.shape(1) != (transposed ? depth : outputs)) {
             wrong(name);
         }
-        return Matrix::pack_float(array.data(), outputs, depth, transposed);
+        return Matrix::pack_float(arena_, array.data(), outputs, depth, transposed);
     }
 
-    itune::Linear linear(const std::string& name, std::size_t outputs, std::size_t depth) const {
+    itune::Linear linear(const std::string& name, std::size_t outputs, std::size_t depth) {
         return {matrix(name + ".weight", outputs, depth, false), vector(name + ".bias", outputs)};
     }
 
@@ -126,6 +126,7 @@ class Weights {
   private:
     static constexpr std::size_t kLongest = 65'536;  // sums of 127 * 255 stay below 2^31
     nb::dict tensors_;
+    itune::Arena arena_;
 };
 
 void add_kernels(nb::module_& m);

@@ -21,7 +21,8 @@ inline std::vector<std::vector<Caption>> find_captions(Decoder& decoder, State& 
         decoder.step(state, moves.tokens.data(), moves.parents.data(), mask.get(), moves.parents.size(), length,
                      static_cast<std::size_t>(search.k()), found);
         for (float value : found.logsumexp) {
-            if (!(value < std::numeric_limits<float>::infinity())) throw std::domain_error("logits that are no numbers");
+            if (!(value < std::numeric_limits<float>::infinity()))
+                throw std::domain_error("logits that are no numbers");
         }
         moves = search.advance({found.logits.data(), found.token_ids.data(), found.logsumexp.data(), found.k});
         if (!moves.all_kept) state.keep(moves.kept.data(), moves.kept.size());

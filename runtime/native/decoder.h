@@ -15,17 +15,9 @@
 
 #include "best_tokens.h"
 #include "state.h"
+#include "transformer.h"
 
 namespace itune {
-
-struct Norm {
-    std::vector<float> weight, bias;
-};
-
-struct Linear {
-    Matrix matrix;
-    std::vector<float> bias;
-};
 
 struct Layer {
     Norm attention_norm, feed_forward_norm, cross_norm;
@@ -50,10 +42,9 @@ struct Found {
     std::vector<float> logsumexp;         // [rows]
 };
 
-class Decoder {
+class Decoder : public Transformer {
   public:
-    Decoder(const Kernels& kernels, int threads) : kernels(&kernels), pool_(std::make_unique<Pool>(threads)) {}
-    Pool& pool() const { return *pool_; }
+    using Transformer::Transformer;
 
     // Feed tokens [rows, T] (mask [rows, T], or none: all are real) to rows that continue `parents` [rows].
     // `attention` [adapted layers, heads, tokens, N], if any: receives the attention to the image.
@@ -70,13 +61,12 @@ class Decoder {
         head(k, found);
     }
 
-    const Kernels* kernels;
     DecoderConfig config;
     std::vector<Layer> layers;
-    Matrix embeddings, untied_head;      // [vocabulary or shortlist, width]
-    std::vector<float> positions;        // [positions, width]
+    Matrix embeddings, untied_head;  // [vocabulary or shortlist, width]
+    std::vector<float> positions;    // [positions, width]
     Norm last_norm;
-    std::vector<std::int64_t> shortlist;     // the tokens of the embeddings' rows; empty: all
+    std::vector<std::int64_t> shortlist;       // the tokens of the embeddings' rows; empty: all
     std::vector<std::int32_t> shortlist_rows;  // the row of each token
 
   private:
@@ -131,38 +121,11 @@ class Decoder {
         }
     }
 
-    // normed_ = LayerNorm(hidden_), ready for a product with `next`.
-    void normalize(const Norm& norm, const Matrix& next) {
-        std::size_t count = items_.size();
-        normed_.resize(count, config.width);
-        normed_.prepare(count, next.block());
-        pool().run(count, [&](std::size_t i, int) {
-            kernels->layer_norm(hidden_.row(i), config.width, norm.weight.data(), norm.bias.data(), config.epsilon,
-                               normed_.row(i));
-            normed_.quantize(*kernels, i);
-        });
-    }
-
-    // hidden_ += x W + b.
-    void add_product(const Linear& linear, const Activations& x) {
-        const float* bias = linear.bias.data();
-        itune::multiply(*kernels, pool(), linear.matrix, x, items_.size(), [&](std::size_t panel, std::size_t r, float* tile) {
-            float* to = hidden_.row(r) + panel * kPanel;
-            std::size_t count = std::min<std::size_t>(kPanel, config.width - panel * kPanel);
-            for (std::size_t n = 0; n < count; ++n) to[n] += tile[n] + bias[panel * kPanel + n];
-        });
-    }
-
     void self_attention(State& state, const Layer& layer, std::size_t number) {
         std::size_t count = items_.size(), width = config.width, head_width = width / config.heads;
-        normalize(layer.attention_norm, layer.qkv.matrix);
-        const float* bias = layer.qkv.bias.data();
-        itune::multiply(*kernels, pool(), layer.qkv.matrix, normed_, count, [&](std::size_t panel, std::size_t r, float* tile) {
-            const Item& item = items_[r];
-            float* to = state.slot(number, state.rows[item.row][item.position]) + panel * kPanel;
-            std::size_t columns = std::min<std::size_t>(kPanel, 3 * width - panel * kPanel);
-            for (std::size_t n = 0; n < columns; ++n) to[n] = tile[n] + bias[panel * kPanel + n];
-        });
+        normalize(layer.attention_norm, config.epsilon, layer.qkv.matrix, count);
+        project(layer.qkv, normed_, count,
+                [&](std::size_t i) { return state.slot(number, state.rows[items_[i].row][items_[i].position]); });
         context_.resize(count, width);
         context_.prepare(count, layer.projection.matrix.block());
         scores_.reserve(static_cast<std::size_t>(pool().threads()) * config.positions);
@@ -180,52 +143,39 @@ class Decoder {
                 float* to = context_.row(i) + h * head_width;
                 std::fill(to, to + head_width, 0.0F);
                 for (std::size_t t = 0; t <= item.position; ++t) {
-                    kernels->add_scaled(scores[t], state.slot(number, slots[t]) + 2 * width + h * head_width, head_width, to);
+                    kernels->add_scaled(scores[t], state.slot(number, slots[t]) + 2 * width + h * head_width,
+                                        head_width, to);
                 }
             }
             context_.quantize(*kernels, i);
         });
-        add_product(layer.projection, context_);
+        add_product(layer.projection, context_, count);
     }
 
     void cross_attention(const State& state, const Layer& layer, float* attention) {
         std::size_t count = items_.size(), width = config.visual_width;
-        normalize(layer.cross_norm, layer.query.matrix);
+        normalize(layer.cross_norm, config.epsilon, layer.query.matrix, count);
         inner_.resize(count, width);
-        const float* bias = layer.query.bias.data();
-        itune::multiply(*kernels, pool(), layer.query.matrix, normed_, count, [&](std::size_t panel, std::size_t r, float* tile) {
-            store(tile, bias, panel, width, inner_.row(r));
-        });
+        project(layer.query, normed_, count, [&](std::size_t i) { return inner_.row(i); });
         context_.resize(count, width);
         context_.prepare(count, layer.output.matrix.block());
         attend_image(state, layer, inner_, 0, context_, 0, attention);
         pool().run(count, [&](std::size_t i, int) { context_.quantize(*kernels, i); });
-        add_product(layer.output, context_);
+        add_product(layer.output, context_, count);
     }
 
     void feed_forward(const State& state, const Layer& layer, float* attention) {
         std::size_t count = items_.size();
         bool adapted = layer.visual >= 0 && !config.cross_attention;
         std::size_t width = config.inner + (adapted ? config.visual_width : 0);
-        normalize(layer.feed_forward_norm, layer.inner.matrix);
+        normalize(layer.feed_forward_norm, config.epsilon, layer.inner.matrix, count);
         inner_.resize(count, width);
         inner_.prepare(count, layer.outer.matrix.block());
-        const float* bias = layer.inner.bias.data();
-        itune::multiply(*kernels, pool(), layer.inner.matrix, normed_, count, [&](std::size_t panel, std::size_t r, float* tile) {
-            store(tile, bias, panel, width, inner_.row(r));
-        });
+        project(layer.inner, normed_, count, [&](std::size_t i) { return inner_.row(i); });
         // Where S U goes, the queries were.
         if (adapted) attend_image(state, layer, inner_, config.inner, inner_, config.inner, attention);
-        pool().run(count, [&](std::size_t i, int) {
-            kernels->activate(config.activation, inner_.row(i), config.inner);
-            inner_.quantize(*kernels, i);
-        });
-        add_product(layer.outer, inner_);
-    }
-
-    static void store(const float* tile, const float* bias, std::size_t panel, std::size_t width, float* row) {
-        std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, width - first);
-        for (std::size_t n = 0; n < columns; ++n) row[first + n] = tile[n] + bias[first + n];
+        activate(config.activation, config.inner, count);
+        add_product(layer.outer, inner_, count);
     }
 
     // to[:, to_first:] = softmax(Q K^T) U with Q = from[:, from_first:]: all rows of an image meet its keys together.
@@ -242,18 +192,20 @@ class Decoder {
                 std::size_t image = part / (heads * panels), head = part / panels % heads, panel = part % panels;
                 for (std::size_t first = first_[image]; first < first_[image + 1]; first += kTile) {
                     std::size_t left = first_[image + 1] - first;
-                    f(state.images()[image], head, panel * kPanel, first, static_cast<int>(std::min<std::size_t>(kTile, left)));
+                    f(state.images()[image], head, panel * kPanel, first,
+                      static_cast<int>(std::min<std::size_t>(kTile, left)));
                 }
             });
         };
-        tiles(visual.key_stride / kPanel, [&](std::size_t image, std::size_t h, std::size_t n, std::size_t first, int rows) {
-            alignas(64) float tile[kTile * kPanel];
-            kernels->multiply_float(visual.keys_of(image, h) + n, visual.key_stride, width,
-                                   from.row(first) + from_first + h * width, from.width(), rows, tile);
-            for (int r = 0; r < rows; ++r) {
-                std::copy_n(tile + r * kPanel, kPanel, scores + (first + r) * stride + h * visual.key_stride + n);
-            }
-        });
+        tiles(visual.key_stride / kPanel,
+              [&](std::size_t image, std::size_t h, std::size_t n, std::size_t first, int rows) {
+                  alignas(64) float tile[kTile * kPanel];
+                  kernels->multiply_float(visual.keys_of(image, h) + n, visual.key_stride, width,
+                                          from.row(first) + from_first + h * width, from.width(), rows, tile);
+                  for (int r = 0; r < rows; ++r) {
+                      std::copy_n(tile + r * kPanel, kPanel, scores + (first + r) * stride + h * visual.key_stride + n);
+                  }
+              });
         pool().run(count, [&](std::size_t i, int) {
             for (std::size_t h = 0; h < heads; ++h) {
                 kernels->softmax(scores + i * stride + h * visual.key_stride, visual.tokens, 1);
@@ -268,15 +220,16 @@ class Decoder {
                 }
             }
         }
-        tiles(visual.value_stride / kPanel, [&](std::size_t image, std::size_t h, std::size_t n, std::size_t first, int rows) {
-            alignas(64) float tile[kTile * kPanel];
-            kernels->multiply_float(visual.values_of(image, h) + n, visual.value_stride, visual.tokens,
-                                   scores + first * stride + h * visual.key_stride, stride, rows, tile);
-            for (int r = 0; r < rows; ++r) {
-                std::copy_n(tile + r * kPanel, std::min<std::size_t>(kPanel, width - n),
-                            to.row(first + r) + to_first + h * width + n);
-            }
-        });
+        tiles(visual.value_stride / kPanel,
+              [&](std::size_t image, std::size_t h, std::size_t n, std::size_t first, int rows) {
+                  alignas(64) float tile[kTile * kPanel];
+                  kernels->multiply_float(visual.values_of(image, h) + n, visual.value_stride, visual.tokens,
+                                          scores + first * stride + h * visual.key_stride, stride, rows, tile);
+                  for (int r = 0; r < rows; ++r) {
+                      std::copy_n(tile + r * kPanel, std::min<std::size_t>(kPanel, width - n),
+                                  to.row(first + r) + to_first + h * width + n);
+                  }
+              });
     }
 
     // The logits are never written as a whole: each thread keeps the best of its panels, and chunks of a fixed size
@@ -290,7 +243,7 @@ class Decoder {
         normed_.prepare(rows, matrix.block());
         pool().run(rows, [&](std::size_t r, int) {
             kernels->layer_norm(hidden_.row(last_[r]), config.width, last_norm.weight.data(), last_norm.bias.data(),
-                               config.epsilon, normed_.row(r));
+                                config.epsilon, normed_.row(r));
             normed_.quantize(*kernels, r);
         });
         auto threads = static_cast<std::size_t>(pool().threads());
@@ -335,7 +288,8 @@ class Decoder {
             float largest = largest_[r];
             for (std::size_t c = 1; c < chunks; ++c) largest = std::max(largest, largest_[c * rows + r]);
             float sum = 0;
-            for (std::size_t c = 0; c < chunks; ++c) sum += sums_[c * rows + r] * std::exp(largest_[c * rows + r] - largest);
+            for (std::size_t c = 0; c < chunks; ++c)
+                sum += sums_[c * rows + r] * std::exp(largest_[c * rows + r] - largest);
             found.logsumexp[r] = largest + std::log(sum);
         }
         if (!shortlist.empty()) {
@@ -345,11 +299,9 @@ class Decoder {
 
     static constexpr std::size_t kChunk = 16;  // panels of the head whose exponentials are summed together
 
-    std::unique_ptr<Pool> pool_;
     // Reused between steps; the pool is held during a step.
     std::vector<Item> items_;
     std::vector<std::size_t> last_, first_;  // each row's last item; each image's first item, and the end
-    Activations hidden_, normed_, context_, inner_;
     Buffer<float> scores_, visual_scores_, logits_;
     std::vector<BestTokens> best_;  // [threads, rows]
     std::vector<float> largest_, sums_;

@@ -24,10 +24,9 @@ struct EncoderConfig {
     std::size_t patch() const { return patch_size * patch_size * 3; }
 };
 
-class Encoder {
+class Encoder : public Transformer {
   public:
-    Encoder(const Kernels& kernels, int threads) : kernels(&kernels), pool_(std::make_unique<Pool>(threads)) {}
-    Pool& pool() const { return *pool_; }
+    using Transformer::Transformer;
 
     // Encode pixels [images, image_size, image_size, 3] into `state`, which has no visual keys and values yet.
     void encode(const std::uint8_t* pixels, std::size_t images, State& state) {
@@ -42,11 +41,10 @@ class Encoder {
                 self_attention(layer);
                 feed_forward(layer);
             }
-            project(state, image);
+            project_visual(state, image);
         }
     }
 
-    const Kernels* kernels;
     EncoderConfig config;
     std::vector<float> mean, class_embedding, positions;  // mean [patch]; positions [tokens, width]
     Linear patches;                                       // without a bias
@@ -71,7 +69,7 @@ class Encoder {
         hidden_.resize(tokens, width);
         normed_.resize(tokens, width);
         std::copy(class_embedding.begin(), class_embedding.end(), normed_.row(0));
-        itune::multiply(*kernels, pool(), patches.matrix, inner_, tokens - 1, [&](std::size_t panel, std::size_t r, float* tile) {
+        multiply(patches.matrix, inner_, tokens - 1, [&](std::size_t panel, std::size_t r, float* tile) {
             std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, width - first);
             std::copy_n(tile, columns, normed_.row(r + 1) + first);
         });
@@ -82,36 +80,13 @@ class Encoder {
         });
     }
 
-    // normed_ = LayerNorm(hidden_), ready for a product with `next`.
-    void normalize(const Norm& norm, const Matrix& next) {
-        normed_.resize(config.tokens(), config.width);
-        normed_.prepare(config.tokens(), next.block());
-        pool().run(config.tokens(), [&](std::size_t r, int) {
-            kernels->layer_norm(hidden_.row(r), config.width, norm.weight.data(), norm.bias.data(), config.epsilon,
-                                normed_.row(r));
-            normed_.quantize(*kernels, r);
-        });
-    }
-
-    void add_product(const Linear& linear, const Activations& x) {
-        itune::multiply(*kernels, pool(), linear.matrix, x, config.tokens(), [&](std::size_t panel, std::size_t r, float* tile) {
-            std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, config.width - first);
-            const float* bias = linear.bias.data() + first;
-            float* to = hidden_.row(r) + first;
-            for (std::size_t n = 0; n < columns; ++n) to[n] += tile[n] + bias[n];
-        });
-    }
-
     void self_attention(const EncoderLayer& layer) {
         std::size_t tokens = config.tokens(), width = config.width, head_width = width / config.heads;
         std::size_t stride = State::padded(tokens);
-        normalize(layer.attention_norm, layer.qkv.matrix);
+        normalize(layer.attention_norm, config.epsilon, layer.qkv.matrix, tokens);
         qkv_.resize(tokens + 1, 3 * width);  // the last panel of values may be read beyond its end
         std::fill_n(qkv_.row(tokens), kPanel, 0.0F);
-        itune::multiply(*kernels, pool(), layer.qkv.matrix, normed_, tokens, [&](std::size_t panel, std::size_t r, float* tile) {
-            std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, 3 * width - first);
-            for (std::size_t n = 0; n < columns; ++n) qkv_.row(r)[first + n] = tile[n] + layer.qkv.bias[first + n];
-        });
+        project(layer.qkv, normed_, tokens, [&](std::size_t r) { return qkv_.row(r); });
         context_.resize(tokens, width);
         context_.prepare(tokens, layer.projection.matrix.block());
         std::size_t size = (head_width + kTile) * stride;  // of a thread: keys [head_width, tokens], scores of a tile
@@ -128,14 +103,14 @@ class Encoder {
             for (std::size_t first = 0; first < tokens; first += kTile) {
                 int rows = static_cast<int>(std::min<std::size_t>(kTile, tokens - first));
                 for (std::size_t n = 0; n < stride; n += kPanel) {
-                    kernels->multiply_float(keys + n, stride, head_width, qkv_.row(first) + h * head_width, 3 * width, rows,
-                                            tile);
+                    kernels->multiply_float(keys + n, stride, head_width, qkv_.row(first) + h * head_width, 3 * width,
+                                            rows, tile);
                     for (int r = 0; r < rows; ++r) std::copy_n(tile + r * kPanel, kPanel, scores + r * stride + n);
                 }
                 for (int r = 0; r < rows; ++r) kernels->softmax(scores + r * stride, tokens, 1);
                 for (std::size_t n = 0; n < head_width; n += kPanel) {
-                    kernels->multiply_float(qkv_.row(0) + 2 * width + h * head_width + n, 3 * width, tokens, scores, stride,
-                                            rows, tile);
+                    kernels->multiply_float(qkv_.row(0) + 2 * width + h * head_width + n, 3 * width, tokens, scores,
+                                            stride, rows, tile);
                     std::size_t columns = std::min<std::size_t>(kPanel, head_width - n);
                     for (int r = 0; r < rows; ++r) {
                         std::copy_n(tile + r * kPanel, columns, context_.row(first + r) + h * head_width + n);
@@ -144,27 +119,21 @@ class Encoder {
             }
         });
         pool().run(tokens, [&](std::size_t r, int) { context_.quantize(*kernels, r); });
-        add_product(layer.projection, context_);
+        add_product(layer.projection, context_, tokens);
     }
 
     void feed_forward(const EncoderLayer& layer) {
         std::size_t tokens = config.tokens();
-        normalize(layer.feed_forward_norm, layer.inner.matrix);
+        normalize(layer.feed_forward_norm, config.epsilon, layer.inner.matrix, tokens);
         inner_.resize(tokens, config.inner);
         inner_.prepare(tokens, layer.outer.matrix.block());
-        itune::multiply(*kernels, pool(), layer.inner.matrix, normed_, tokens, [&](std::size_t panel, std::size_t r, float* tile) {
-            std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, config.inner - first);
-            for (std::size_t n = 0; n < columns; ++n) inner_.row(r)[first + n] = tile[n] + layer.inner.bias[first + n];
-        });
-        pool().run(tokens, [&](std::size_t r, int) {
-            kernels->activate(config.activation, inner_.row(r), config.inner);
-            inner_.quantize(*kernels, r);
-        });
-        add_product(layer.outer, inner_);
+        project(layer.inner, normed_, tokens, [&](std::size_t r) { return inner_.row(r); });
+        activate(config.activation, config.inner, tokens);
+        add_product(layer.outer, inner_, tokens);
     }
 
     // Keys and values of all adapted layers, each where attention reads it.
-    void project(State& state, std::size_t image) {
+    void project_visual(State& state, std::size_t image) {
         std::size_t tokens = config.tokens(), heads = config.visual_heads, width = config.visual_width / heads;
         std::size_t outputs = visual.matrix.outputs();
         places_.clear();
@@ -174,7 +143,8 @@ class Encoder {
             if (n / config.visual_width % 2 == 0) {
                 places_.push_back({layer.keys.data() + (head * width + column) * layer.key_stride, 1});
             } else {
-                places_.push_back({layer.values.data() + head * tokens * layer.value_stride + column, layer.value_stride});
+                places_.push_back(
+                    {layer.values.data() + head * tokens * layer.value_stride + column, layer.value_stride});
             }
         }
         normed_.resize(tokens, config.width);
@@ -183,7 +153,7 @@ class Encoder {
             std::copy_n(hidden_.row(r), config.width, normed_.row(r));
             normed_.quantize(*kernels, r);
         });
-        itune::multiply(*kernels, pool(), visual.matrix, normed_, tokens, [&](std::size_t panel, std::size_t r, float* tile) {
+        multiply(visual.matrix, normed_, tokens, [&](std::size_t panel, std::size_t r, float* tile) {
             std::size_t first = panel * kPanel, columns = std::min<std::size_t>(kPanel, outputs - first);
             for (std::size_t n = 0; n < columns; ++n) {
                 const Place& place = places_[first + n];
@@ -197,9 +167,8 @@ class Encoder {
         std::size_t stride;
     };
 
-    std::unique_ptr<Pool> pool_;
     // Reused between images; the pool is held meanwhile.
-    Activations hidden_, normed_, context_, qkv_, inner_;
+    Activations qkv_;
     Buffer<float> scratch_;
     std::vector<Place> places_;
 };

@@ -16,7 +16,7 @@
 
 namespace itune {
 
-// Memory for vectors: aligned to a page, not initialised.
+// Memory for vectors: aligned to a cache line, not initialised.
 template <typename T>
 class Buffer {
   public:
@@ -27,11 +27,6 @@ class Buffer {
         if (size <= size_) return;
         memory_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{kAlignment})));
         size_ = size;
-#if defined(MADV_HUGEPAGE)
-        // Weights are read at the speed of memory, which small pages would limit.
-        std::size_t bytes = size * sizeof(T) / kHugePage * kHugePage;
-        if (bytes > 0) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
-#endif
     }
     T* data() const { return memory_.get(); }
 
@@ -39,9 +34,37 @@ class Buffer {
     struct Free {
         void operator()(T* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
     };
-    static constexpr std::size_t kAlignment = 4096, kHugePage = std::size_t{2} << 20;
+    static constexpr std::size_t kAlignment = 64;
     std::unique_ptr<T, Free> memory_;
     std::size_t size_ = 0;
+};
+
+// Memory for matrices, one behind the other: small pages would limit the speed at which many matrices are read.
+class Arena {
+  public:
+    // `bytes` that live as long as the result.
+    std::shared_ptr<std::uint8_t> take(std::size_t bytes) {
+        bytes = (bytes + 63) / 64 * 64;
+        if (bytes > left_) {
+            left_ = std::max(bytes, kChunk);
+            chunk_.reset(static_cast<std::uint8_t*>(::operator new(left_, std::align_val_t{kHugePage})),
+                         [](std::uint8_t* memory) { ::operator delete(memory, std::align_val_t{kHugePage}); });
+            next_ = chunk_.get();
+#if defined(MADV_HUGEPAGE)
+            madvise(next_, left_, MADV_HUGEPAGE);
+#endif
+        }
+        std::shared_ptr<std::uint8_t> taken(chunk_, next_);
+        next_ += bytes;
+        left_ -= bytes;
+        return taken;
+    }
+
+  private:
+    static constexpr std::size_t kHugePage = std::size_t{2} << 20, kChunk = 16 * kHugePage;
+    std::shared_ptr<std::uint8_t> chunk_;
+    std::uint8_t* next_ = nullptr;
+    std::size_t left_ = 0;
 };
 
 // Rows of activations [rows, width], and the same in integers, by blocks, for a product that needs them.
@@ -87,8 +110,9 @@ class Matrix {
     Matrix() = default;
 
     // weight [K, N], or [N, K] if `transposed`; it may lie anywhere in a mapped file.
-    static Matrix pack_float(const float* weight, std::size_t outputs, std::size_t depth, bool transposed) {
-        Matrix matrix(Kind::float32, outputs, depth, depth * kPanel * sizeof(float), 0);
+    static Matrix pack_float(Arena& arena, const float* weight, std::size_t outputs, std::size_t depth,
+                             bool transposed) {
+        Matrix matrix(arena, Kind::float32, outputs, depth, depth * kPanel * sizeof(float), 0);
         for (std::size_t number = 0; number < matrix.panels(); ++number) {
             float* to = reinterpret_cast<float*>(matrix.panel(number));
             std::size_t first = number * kPanel, columns = std::min<std::size_t>(kPanel, outputs - first);
@@ -104,12 +128,12 @@ class Matrix {
     }
 
     // codes [N, blocks, bytes of a block] and scales [N, blocks], as in MatMulNBits.
-    static Matrix pack_blocks(Kind kind, const std::uint8_t* codes, const float* scales, std::size_t outputs,
-                              std::size_t depth) {
+    static Matrix pack_blocks(Arena& arena, Kind kind, const std::uint8_t* codes, const float* scales,
+                              std::size_t outputs, std::size_t depth) {
         std::size_t block = kind == Kind::int8 ? 64 : 32, blocks = (depth + block - 1) / block;
         std::size_t bytes = kind == Kind::int8 ? 64 : 16;  // of a block of one output
         std::size_t size = bytes * kPanel + kPanel * sizeof(float);
-        Matrix matrix(kind, outputs, depth, blocks * size, block);
+        Matrix matrix(arena, kind, outputs, depth, blocks * size, block);
         for (std::size_t n = 0; n < matrix.panels() * kPanel; ++n) {
             std::uint8_t* to = matrix.panel(n / kPanel);
             std::size_t lane = n % kPanel;
@@ -130,9 +154,10 @@ class Matrix {
     }
 
     // codes [K, N] from -127 to 127 and scales [N]: all of K is one block.
-    static Matrix pack_columns(const std::int8_t* codes, const float* scales, std::size_t outputs, std::size_t depth) {
+    static Matrix pack_columns(Arena& arena, const std::int8_t* codes, const float* scales, std::size_t outputs,
+                               std::size_t depth) {
         std::size_t block = (depth + 63) / 64 * 64, size = block * kPanel + kPanel * sizeof(float);
-        Matrix matrix(Kind::int8, outputs, depth, size, block);
+        Matrix matrix(arena, Kind::int8, outputs, depth, size, block);
         for (std::size_t number = 0; number < matrix.panels(); ++number) {
             std::uint8_t* to = matrix.panel(number);
             std::size_t columns = std::min<std::size_t>(kPanel, outputs - number * kPanel);
@@ -205,32 +230,48 @@ class Matrix {
         return spread;
     }
 
-    Matrix(Kind kind, std::size_t outputs, std::size_t depth, std::size_t stride, std::size_t block)
-        : kind_(kind), outputs_(outputs), depth_(depth), stride_(stride), block_(block), memory_(panels() * stride) {}
-    std::uint8_t* panel(std::size_t number) const { return memory_.data() + number * stride_; }
+    Matrix(Arena& arena, Kind kind, std::size_t outputs, std::size_t depth, std::size_t stride, std::size_t block)
+        : kind_(kind),
+          outputs_(outputs),
+          depth_(depth),
+          stride_(stride),
+          block_(block),
+          memory_(arena.take(panels() * stride)) {}
+    std::uint8_t* panel(std::size_t number) const { return memory_.get() + number * stride_; }
 
     Kind kind_ = Kind::float32;
     std::size_t outputs_ = 0, depth_ = 0, stride_ = 0, block_ = 0;  // stride: bytes of a panel
-    Buffer<std::uint8_t> memory_;
+    std::shared_ptr<std::uint8_t> memory_;
 };
 
-// Calls store(panel, row, tile of one row [32]) for all products of x [rows, K] with a matrix.
-// A thread takes several panels that follow each other, and multiplies all rows by one panel before the next: weights
-// come from memory once.
-template <typename Store>
-void multiply(const Kernels& kernels, Pool& pool, const Matrix& matrix, const Activations& x, std::size_t rows,
-              Store&& store) {
-    std::size_t panels = matrix.panels(), parts = std::min<std::size_t>(panels, 4 * pool.threads());
-    pool.run(parts, [&](std::size_t part, int) {
-        alignas(64) float tile[kTile * kPanel];
-        for (std::size_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
-            for (std::size_t first = 0; first < rows; first += kTile) {
-                int count = static_cast<int>(std::min<std::size_t>(kTile, rows - first));
-                matrix.multiply(kernels, panel, x, first, count, tile);
-                for (int r = 0; r < count; ++r) store(panel, first + r, tile + r * kPanel);
+// Kernels and threads: what computes.
+class Executor {
+  public:
+    Executor(const Kernels& kernels, int threads) : kernels(&kernels), pool_(std::make_unique<Pool>(threads)) {}
+    Pool& pool() const { return *pool_; }
+
+    // Calls store(panel, row, tile of one row [32]) for all products of x [rows, K] with a matrix.
+    // A thread takes several panels that follow each other, and multiplies all rows by one panel before the next:
+    // weights come from memory once.
+    template <typename Store>
+    void multiply(const Matrix& matrix, const Activations& x, std::size_t rows, Store&& store) const {
+        std::size_t panels = matrix.panels(), parts = std::min<std::size_t>(panels, 4 * pool_->threads());
+        pool_->run(parts, [&](std::size_t part, int) {
+            alignas(64) float tile[kTile * kPanel];
+            for (std::size_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
+                for (std::size_t first = 0; first < rows; first += kTile) {
+                    int count = static_cast<int>(std::min<std::size_t>(kTile, rows - first));
+                    matrix.multiply(*kernels, panel, x, first, count, tile);
+                    for (int r = 0; r < count; ++r) store(panel, first + r, tile + r * kPanel);
+                }
             }
-        }
-    });
-}
+        });
+    }
+
+    const Kernels* kernels;
+
+  private:
+    std::unique_ptr<Pool> pool_;
+};
 
 }  // namespace itune

@@ -117,7 +117,8 @@ void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, i
         outputs = decoder->shortlist.size();
         decoder->shortlist_rows.assign(config.vocabulary, -1);
         for (std::size_t row = 0; row < outputs; ++row) {
-            decoder->shortlist_rows.at(static_cast<std::size_t>(decoder->shortlist[row])) = static_cast<std::int32_t>(row);
+            decoder->shortlist_rows.at(static_cast<std::size_t>(decoder->shortlist[row])) =
+                static_cast<std::int32_t>(row);
         }
     }
     decoder->embeddings = weights.matrix("transformer.wte.weight", outputs, width, true);
@@ -188,7 +189,8 @@ itune::State make_state(const itune::Decoder& decoder, std::size_t images,
     for (const auto& [keys, values] : visual) {
         std::size_t heads = keys.shape(1), width = keys.shape(2), tokens = keys.shape(3);
         bool fits = keys.shape(0) == images && values.shape(0) == images && values.shape(1) == heads &&
-                    values.shape(2) == tokens && values.shape(3) == width && heads * width == decoder.config.visual_width;
+                    values.shape(2) == tokens && values.shape(3) == width &&
+                    heads * width == decoder.config.visual_width;
         if (!fits || tokens == 0) throw nb::value_error("visual keys or values have a wrong shape");
         state.add_visual(keys.data(), values.data(), heads, width, tokens);
     }

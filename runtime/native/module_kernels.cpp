@@ -17,14 +17,14 @@ nb::ndarray<nb::numpy, float> multiply(const std::string& kernels_name, nb::dict
         std::copy_n(x.data() + r * depth, depth, activations.row(r));
         activations.quantize(kernels, r);
     }
-    itune::Pool pool(threads);
+    itune::Executor executor(kernels, threads);
     std::vector<float> found(rows * outputs);
     {
         nb::gil_scoped_release release;
-        auto held = pool.hold();
-        itune::multiply(kernels, pool, matrix, activations, rows, [&](std::size_t panel, std::size_t r, float* tile) {
-            std::size_t first = panel * itune::kPanel;
-            std::copy_n(tile, std::min<std::size_t>(itune::kPanel, outputs - first), found.data() + r * outputs + first);
+        auto held = executor.pool().hold();
+        executor.multiply(matrix, activations, rows, [&](std::size_t panel, std::size_t r, float* tile) {
+            std::size_t first = panel * itune::kPanel, columns = std::min<std::size_t>(itune::kPanel, outputs - first);
+            std::copy_n(tile, columns, found.data() + r * outputs + first);
         });
     }
     return to_numpy(std::move(found), {rows, outputs});

@@ -1,7 +1,7 @@
 // A pool of threads that work on the parts of one job at a time.
 //
-// A decoder's step is a hundred short jobs, so a thread that waits for the next one spins for a moment before it sleeps.
-// `ticket_` holds the parts of the job and the next part to be taken, in one number:
+// A decoder's step is a hundred short jobs, so a thread that waits for the next one spins for a moment before it
+// sleeps. `ticket_` holds the parts of the job and the next part to be taken, in one number:
 //
 //     parts << 32 | next         a thread takes part `next` by raising the number by 1; next == parts: nothing to do
 //

@@ -84,7 +84,8 @@ class State {
     static std::size_t padded(std::size_t size) { return (size + kPanel - 1) / kPanel * kPanel; }
 
   private:
-    static void copy_rows(const float* from, std::size_t rows, std::size_t size, std::size_t stride, Buffer<float>& to) {
+    static void copy_rows(const float* from, std::size_t rows, std::size_t size, std::size_t stride,
+                          Buffer<float>& to) {
         for (std::size_t r = 0; r < rows; ++r) std::copy_n(from + r * size, size, to.data() + r * stride);
     }
 

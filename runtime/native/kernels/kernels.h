@@ -21,9 +21,9 @@ constexpr int kTile = 6;    // rows that a kernel multiplies at a time, at most
 
 // Rows of activations in integers: codes from -127 to 127 with a scale for each row and block.
 struct QuantizedRows {
-    std::int8_t* codes;    // [rows, blocks * block size]
-    float* scales;         // [rows, blocks]
-    std::int32_t* sums;    // [rows, blocks]: of the codes
+    std::int8_t* codes;         // [rows, blocks * block size]
+    float* scales;              // [rows, blocks]
+    std::int32_t* sums;         // [rows, blocks]: of the codes
     std::size_t blocks, block;  // number and size, a multiple of 32
 };
 
@@ -39,7 +39,8 @@ struct Kernels {
     // One row of activations in blocks, the last one padded with zeros.
     void (*quantize)(const float* x, std::size_t size, std::size_t block, std::int8_t* codes, float* scales,
                      std::int32_t* sums);
-    void (*layer_norm)(const float* x, std::size_t size, const float* weight, const float* bias, float epsilon, float* y);
+    void (*layer_norm)(const float* x, std::size_t size, const float* weight, const float* bias, float epsilon,
+                       float* y);
     void (*activate)(Activation kind, float* x, std::size_t size);
     // x = softmax(x * scale).
     void (*softmax)(float* x, std::size_t size, float scale);

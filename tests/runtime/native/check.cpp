@@ -13,6 +13,7 @@
 using namespace itune;
 
 std::mt19937 generator(7);
+Arena arena;
 
 std::vector<float> normal(std::size_t size, float scale = 1) {
     std::normal_distribution<float> distribution(0, scale);
@@ -35,16 +36,17 @@ bool near(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 Matrix random_matrix(int kind, std::size_t outputs, std::size_t depth, float scale) {
-    if (kind == 0) return Matrix::pack_float(normal(outputs * depth, scale).data(), outputs, depth, true);
+    if (kind == 0) return Matrix::pack_float(arena, normal(outputs * depth, scale).data(), outputs, depth, true);
     std::vector<std::uint8_t> codes(outputs * (depth + 64));
     for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(generator() % 255 + 1);
     float step = scale / (kind == 2 ? 4.0F : 64.0F);
     std::vector<float> scales(outputs * (depth / 32 + 2), step);
     if (kind == 3) {
         std::vector<std::int8_t> columns(codes.begin(), codes.end());
-        return Matrix::pack_columns(columns.data(), scales.data(), outputs, depth);
+        return Matrix::pack_columns(arena, columns.data(), scales.data(), outputs, depth);
     }
-    return Matrix::pack_blocks(kind == 1 ? Matrix::Kind::int8 : Matrix::Kind::int4, codes.data(), scales.data(), outputs, depth);
+    Matrix::Kind own = kind == 1 ? Matrix::Kind::int8 : Matrix::Kind::int4;
+    return Matrix::pack_blocks(arena, own, codes.data(), scales.data(), outputs, depth);
 }
 
 std::vector<float> product(const Kernels& kernels, const Matrix& matrix, const std::vector<float>& x, std::size_t rows,
@@ -56,10 +58,10 @@ std::vector<float> product(const Kernels& kernels, const Matrix& matrix, const s
         std::copy_n(x.data() + r * matrix.depth(), matrix.depth(), activations.row(r));
         activations.quantize(kernels, r);
     }
-    Pool pool(threads);
-    auto held = pool.hold();
+    Executor executor(kernels, threads);
+    auto held = executor.pool().hold();
     std::vector<float> y(rows * matrix.outputs());
-    multiply(kernels, pool, matrix, activations, rows, [&](std::size_t panel, std::size_t r, float* tile) {
+    executor.multiply(matrix, activations, rows, [&](std::size_t panel, std::size_t r, float* tile) {
         std::size_t first = panel * kPanel, count = std::min<std::size_t>(kPanel, matrix.outputs() - first);
         std::copy_n(tile, count, y.data() + r * matrix.outputs() + first);
     });
@@ -100,7 +102,8 @@ void check_kernels(const Kernels& kernels) {
     }
 }
 
-constexpr std::size_t kWidth = 48, kInner = 70, kVocabulary = 700, kHeads = 2, kVisual = 20, kImages = 3, kSide = 24, kPatch = 8;
+constexpr std::size_t kWidth = 48, kInner = 70, kVocabulary = 700, kHeads = 2, kVisual = 20;
+constexpr std::size_t kImages = 3, kSide = 24, kPatch = 8;
 
 Norm random_norm() { return {normal(kWidth), normal(kWidth)}; }
 Linear random_linear(int kind, std::size_t outputs, std::size_t depth) {
