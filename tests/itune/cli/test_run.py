@@ -74,7 +74,7 @@ def test_json(run: Callable[..., Result], paint: Paint) -> None:
     assert result.status == 1
     assert result.err == ""
     caption, error = lines
-    assert list(caption) == ["image", "caption", "score", "tokens", "candidates", "ms"]
+    assert list(caption) == ["image", "caption", "score", "tokens", "candidates", "ms", "engine"]
     assert caption["image"] == str(red)
     assert caption["caption"] == RED
     assert caption["tokens"] == [1, 2, 3, 4, 5]
