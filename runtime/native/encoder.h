@@ -141,10 +141,10 @@ class Encoder : public Transformer {
             State::Visual& layer = state.visual[n / (2 * config.visual_width)];
             std::size_t head = image * heads + n % config.visual_width / width, column = n % width;
             if (n / config.visual_width % 2 == 0) {
-                places_.push_back({layer.keys.data() + (head * width + column) * layer.key_stride, 1});
+                places_.push_back({layer.keys.get() + (head * width + column) * layer.key_stride, 1});
             } else {
                 places_.push_back(
-                    {layer.values.data() + head * tokens * layer.value_stride + column, layer.value_stride});
+                    {layer.values.get() + head * tokens * layer.value_stride + column, layer.value_stride});
             }
         }
         normed_.resize(tokens, config.width);

@@ -19,13 +19,13 @@ class State {
     // Keys [images, heads, w, N] and values [images, heads, N, w] of an adapted layer, copied into padded rows.
     struct Visual {
         std::size_t heads = 0, width = 0, tokens = 0, key_stride = 0, value_stride = 0;
-        Buffer<float> keys, values;
+        std::shared_ptr<float> keys, values;
 
         const float* keys_of(std::size_t image, std::size_t head) const {
-            return keys.data() + (image * heads + head) * width * key_stride;
+            return keys.get() + (image * heads + head) * width * key_stride;
         }
         const float* values_of(std::size_t image, std::size_t head) const {
-            return values.data() + (image * heads + head) * tokens * value_stride;
+            return values.get() + (image * heads + head) * tokens * value_stride;
         }
     };
 
@@ -35,7 +35,7 @@ class State {
 
     State(State&&) = default;
 
-    // Keys and values of another layer, all zero.
+    // Keys and values of another layer, to be written.
     Visual& add_visual(std::size_t heads, std::size_t width, std::size_t tokens) {
         Visual layer;
         layer.heads = heads;
@@ -43,11 +43,8 @@ class State {
         layer.tokens = tokens;
         layer.key_stride = padded(tokens);
         layer.value_stride = padded(width);
-        for (auto [buffer, size] : {std::pair{&layer.keys, width * layer.key_stride},
-                                    std::pair{&layer.values, tokens * layer.value_stride}}) {
-            buffer->reserve(images_.size() * heads * size);
-            std::fill_n(buffer->data(), images_.size() * heads * size, 0.0F);
-        }
+        layer.keys = padded_rows(images_.size() * heads * width, tokens);
+        layer.values = padded_rows(images_.size() * heads * tokens, width);
         visual.push_back(std::move(layer));
         return visual.back();
     }
@@ -55,8 +52,8 @@ class State {
     // The same with keys [images, heads, w, N] and values [images, heads, N, w].
     void add_visual(const float* keys, const float* values, std::size_t heads, std::size_t width, std::size_t tokens) {
         Visual& layer = add_visual(heads, width, tokens);
-        copy_rows(keys, images_.size() * heads * width, tokens, layer.key_stride, layer.keys);
-        copy_rows(values, images_.size() * heads * tokens, width, layer.value_stride, layer.values);
+        copy_rows(keys, images_.size() * heads * width, tokens, layer.key_stride, layer.keys.get());
+        copy_rows(values, images_.size() * heads * tokens, width, layer.value_stride, layer.values.get());
     }
 
     // Images still here, as numbers among those of the start.
@@ -84,12 +81,21 @@ class State {
     static std::size_t padded(std::size_t size) { return (size + kPanel - 1) / kPanel * kPanel; }
 
   private:
-    static void copy_rows(const float* from, std::size_t rows, std::size_t size, std::size_t stride,
-                          Buffer<float>& to) {
-        for (std::size_t r = 0; r < rows; ++r) std::copy_n(from + r * size, size, to.data() + r * stride);
+    // Rows of `size` numbers to be written, and zeros behind each.
+    std::shared_ptr<float> padded_rows(std::size_t rows, std::size_t size) {
+        std::size_t stride = padded(size);
+        std::shared_ptr<std::uint8_t> memory = arena_.take(rows * stride * sizeof(float));
+        std::shared_ptr<float> start(memory, reinterpret_cast<float*>(memory.get()));
+        for (std::size_t r = 0; r < rows; ++r) std::fill_n(start.get() + r * stride + size, stride - size, 0.0F);
+        return start;
+    }
+
+    static void copy_rows(const float* from, std::size_t rows, std::size_t size, std::size_t stride, float* to) {
+        for (std::size_t r = 0; r < rows; ++r) std::copy_n(from + r * size, size, to + r * stride);
     }
 
     static constexpr std::size_t kChunk = 32;
+    Arena arena_;
     std::size_t layers_, width_;
     std::vector<std::size_t> images_;
     std::int32_t slots_ = 0;
