@@ -25,7 +25,10 @@ _FIELDS = {
 }
 """Of each message, the fields that can contain a tensor, and their types."""
 _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 13, 14, 1
+_GRAPH, _TENSOR = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 1, 2, 8, 9
+_MAPPED = 1 << 16
+"""Bytes from which on a tensor is mapped."""
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16}
 _FIXED = {1: 8, 5: 4}
 """Bytes of a value by its wire type."""
@@ -55,38 +58,50 @@ def external_files(graph: Path) -> list[str]:
 
 
 def read_weights(graph: Path) -> dict[str, NDArray[Any]]:
-    """The initializers of a graph by name, mapped read-only; those of other types than numbers' are left out.
+    """The initializers of a graph by name; those of other types than numbers' are left out.
 
-    The files that the graph refers to were checked by `check_external_files`.
+    Large ones are mapped, each on its own, so that its memory is free again when the array is. The files that the graph
+    refers to were checked by `check_external_files`.
 
     Raises:
         ValueError: the file is no protobuf, or a tensor lies outside its file.
         OSError: a file cannot be read.
     """
-    mapped = {graph: np.memmap(graph, np.uint8, "r")}
     weights = {}
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        graphs = [v for n, v in _fields(content, 0, len(content)) if n == 7 and isinstance(v, range)]
-        tensors = [v for g in graphs for n, v in _fields(content, g.start, g.stop) if n == 5 and isinstance(v, range)]
-        for tensor in tensors:
+        graphs = _messages(content, range(len(content)), _GRAPH)
+        for tensor in (each for message in graphs for each in _messages(content, message, _TENSOR)):
             fields = list(_fields(content, tensor.start, tensor.stop))
-            single = dict(fields)
-            name, kind, raw = (single.get(number) for number in (_NAME, _DATA_TYPE, _RAW_DATA))
+            name, kind, raw = (dict(fields).get(number) for number in (_NAME, _DATA_TYPE, _RAW_DATA))
             if not isinstance(name, range) or not isinstance(kind, int) or kind not in _TYPES:
                 continue
-            path, start = graph, raw.start if isinstance(raw, range) else 0
             external = _external_data(content, tensor.start, tensor.stop)
             if external is not None:
                 path, start = graph.parent / external[b"location"].decode(), int(external.get(b"offset", b"0"))
-            elif not isinstance(raw, range):
+                stop = path.stat().st_size
+            elif isinstance(raw, range):
+                path, start, stop = graph, raw.start, raw.stop
+            else:
                 continue
             shape, dtype = _dims(content, fields), np.dtype(_TYPES[kind])
-            data = mapped.setdefault(path, np.memmap(path, np.uint8, "r"))
-            end = start + prod(shape) * dtype.itemsize
-            if not 0 <= start <= end <= (raw.stop if external is None and isinstance(raw, range) else len(data)):
+            if not 0 <= start <= start + prod(shape) * dtype.itemsize <= stop:
                 raise ValueError(f"tensor {content[name.start : name.stop]!r} of shape {shape} is cut off")
-            weights[content[name.start : name.stop].decode()] = data[start:end].view(dtype).reshape(shape)
+            weights[content[name.start : name.stop].decode()] = _load(path, dtype, start, shape)
     return weights
+
+
+def _messages(content: mmap.mmap, outer: range, number: int) -> Iterator[range]:
+    """The bytes of the messages in a field of the message `outer`."""
+    for found, value in _fields(content, outer.start, outer.stop):
+        if found == number and isinstance(value, range):
+            yield value
+
+
+def _load(path: Path, dtype: np.dtype[Any], start: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    count = prod(shape)
+    if count * dtype.itemsize < _MAPPED:
+        return np.fromfile(path, dtype, count, offset=start).reshape(shape)
+    return np.memmap(path, dtype, "r", start, shape)
 
 
 def _dims(content: mmap.mmap, fields: list[tuple[int, int | range]]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ layout of their kernels (runtime/native/kernels/kernels.h). Other vision towers 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,15 +217,14 @@ class NativeEngine:
                 raise ValueError("restore and gpt2 are missing")
             shape = DecoderShape.of(manifest, model, entries[1].inputs)
         with reading(graph, BundleError, BUNDLE_FOLDER.mend):
-            weights = read_weights(graph)
+            weights = _floats(read_weights(graph))
         with reading(graph, EngineError, MEND):
-            decoder = _itune_native.Decoder(shape, dict(_floats(weights)), count, wanted)
+            decoder = _itune_native.Decoder(shape, weights, count, wanted)
         with reading(vision, EngineError, MEND):
             encoder = EncoderShape.of(manifest, entries[0].outputs)
             if encoder is not None:
-                weights = read_weights(vision)
-                native = _itune_native.Encoder(encoder, dict(_floats(weights)), count, wanted)
-                return cls(ClipEncoder(native, decoder), decoder)
+                weights = _floats(read_weights(vision))
+                return cls(ClipEncoder(_itune_native.Encoder(encoder, weights, count, wanted), decoder), decoder)
         return cls(GraphEncoder(open_session(vision, count), decoder, shape), decoder)
 
     def step(
@@ -262,8 +261,11 @@ def _check_shapes(specs: Iterable[TensorSpec], expected: Mapping[str, list[Any]]
             raise ValueError(f"{spec.name} has shape {spec.shape}, but decoder says {expected[spec.name]}")
 
 
-def _floats(weights: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+def _floats(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The weights of a graph, those in half precision as floats under the names that they have in the fp32 graph."""
-    for name, array in weights.items():
-        half = array.dtype == np.float16
-        yield (name.removesuffix(_HALF), array.astype(np.float32)) if half else (name, array)
+    return {
+        name.removesuffix(_HALF) if array.dtype == np.float16 else name: (
+            array.astype(np.float32) if array.dtype == np.float16 else array
+        )
+        for name, array in weights.items()
+    }

@@ -54,7 +54,8 @@ auto copied(const Array& array) {
     return values;
 }
 
-// Weights by the names of the decoder's graph; whatever a file says is checked here.
+// Weights by the names of a graph; whatever a file says is checked here. A tensor that was packed leaves `tensors`, so
+// that large models are not in memory twice.
 class Weights {
   public:
     explicit Weights(nb::dict tensors) : tensors_(std::move(tensors)) {}
@@ -87,20 +88,26 @@ class Weights {
             auto scales = get<float, 2>(name + ".scales");
             if (codes.shape(0) != outputs || codes.shape(1) != blocks || codes.shape(2) != bytes) wrong(stored);
             if (scales.shape(0) != outputs || scales.shape(1) != blocks) wrong(name + ".scales");
-            return Matrix::pack_blocks(arena_, kind, codes.data(), scales.data(), outputs, depth);
+            Matrix packed = Matrix::pack_blocks(arena_, kind, codes.data(), scales.data(), outputs, depth);
+            release(stored);
+            return packed;
         }
         if (std::string stored = name + ".int8"; !transposed && has(stored)) {
             auto codes = get<std::int8_t, 2>(stored);
             auto scales = get<float, 1>(name + ".scales");
             if (codes.shape(0) != depth || codes.shape(1) != outputs || depth > kLongest) wrong(stored);
             if (scales.shape(0) != outputs) wrong(name + ".scales");
-            return Matrix::pack_columns(arena_, codes.data(), copied(scales).data(), outputs, depth);
+            Matrix packed = Matrix::pack_columns(arena_, codes.data(), copied(scales).data(), outputs, depth);
+            release(stored);
+            return packed;
         }
         auto array = get<float, 2>(name);
         if (array.shape(0) != (transposed ? outputs : depth) || array.shape(1) != (transposed ? depth : outputs)) {
             wrong(name);
         }
-        return Matrix::pack_float(arena_, array.data(), outputs, depth, transposed);
+        Matrix packed = Matrix::pack_float(arena_, array.data(), outputs, depth, transposed);
+        release(name);
+        return packed;
     }
 
     itune::Linear linear(const std::string& name, std::size_t outputs, std::size_t depth) {
@@ -118,6 +125,8 @@ class Weights {
         if (!nb::try_cast(nb::object(tensors_[name.c_str()]), array, false)) wrong(name);
         return array;
     }
+
+    void release(const std::string& name) { nb::del(tensors_[name.c_str()]); }
 
     [[noreturn]] static void wrong(const std::string& name) {
         throw nb::value_error(("weight " + name + " has a wrong type or shape").c_str());
