@@ -1,12 +1,13 @@
 """Read an ONNX graph's weights, and the files that it refers to, from protobuf's wire format.
 
-onnx.proto has the numbers. The runtime needs no `onnx` library for that, and the weights stay on disk, mapped.
+onnx.proto has the numbers. The runtime needs no `onnx` library for that.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,8 +28,6 @@ _FIELDS = {
 _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 13, 14, 1
 _GRAPH, _TENSOR = 7, 5
 _DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 1, 2, 8, 9
-_MAPPED = 1 << 16
-"""Bytes from which on a tensor is mapped."""
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16}
 _FIXED = {1: 8, 5: 4}
 """Bytes of a value by its wire type."""
@@ -57,11 +56,29 @@ def external_files(graph: Path) -> list[str]:
     return sorted(locations)
 
 
-def read_weights(graph: Path) -> dict[str, NDArray[Any]]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, which is read when it is needed."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    start: int
+    shape: tuple[int, ...]
+
+    def load(self) -> NDArray[Any]:
+        """Read it; half precision becomes float32.
+
+        Raises:
+            OSError, ValueError: the file has changed.
+        """
+        array = np.fromfile(self.path, self.dtype, prod(self.shape), offset=self.start).reshape(self.shape)
+        return array.astype(np.float32) if self.dtype == np.float16 else array
+
+
+def find_weights(graph: Path) -> dict[str, StoredTensor]:
     """The initializers of a graph by name; those of other types than numbers' are left out.
 
-    Large ones are mapped, each on its own, so that its memory is free again when the array is. The files that the graph
-    refers to were checked by `check_external_files`.
+    The files that the graph refers to were checked by `check_external_files`.
 
     Raises:
         ValueError: the file is no protobuf, or a tensor lies outside its file.
@@ -83,10 +100,10 @@ def read_weights(graph: Path) -> dict[str, NDArray[Any]]:
                 path, start, stop = graph, raw.start, raw.stop
             else:
                 continue
-            shape, dtype = _dims(content, fields), np.dtype(_TYPES[kind])
-            if not 0 <= start <= start + prod(shape) * dtype.itemsize <= stop:
-                raise ValueError(f"tensor {content[name.start : name.stop]!r} of shape {shape} is cut off")
-            weights[content[name.start : name.stop].decode()] = _load(path, dtype, start, shape)
+            stored = StoredTensor(path, np.dtype(_TYPES[kind]), start, _dims(content, fields))
+            if not 0 <= start <= start + prod(stored.shape) * stored.dtype.itemsize <= stop:
+                raise ValueError(f"tensor {content[name.start : name.stop]!r} of shape {stored.shape} is cut off")
+            weights[content[name.start : name.stop].decode()] = stored
     return weights
 
 
@@ -95,13 +112,6 @@ def _messages(content: mmap.mmap, outer: range, number: int) -> Iterator[range]:
     for found, value in _fields(content, outer.start, outer.stop):
         if found == number and isinstance(value, range):
             yield value
-
-
-def _load(path: Path, dtype: np.dtype[Any], start: int, shape: tuple[int, ...]) -> NDArray[Any]:
-    count = prod(shape)
-    if count * dtype.itemsize < _MAPPED:
-        return np.fromfile(path, dtype, count, offset=start).reshape(shape)
-    return np.memmap(path, dtype, "r", start, shape)
 
 
 def _dims(content: mmap.mmap, fields: list[tuple[int, int | range]]) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from itune.runtime.search.numpy_search import NumpySearch
 
 Search = NumpySearch  # the same interface
 
+class NotNumbersError(ArithmeticError): ...
+
 class State:
     @property
     def images(self) -> int: ...

@@ -19,7 +19,7 @@ from ..bundle import BUNDLE_FOLDER, MANIFEST, Bundle, LanguageModelSettings, Man
 from ..cpus import available_cpus
 from ..errors import BundleError, EngineError, ItuneError, SearchError, reading
 from ..graph_names import EMBEDDING, VISUAL, keys, past, values
-from ..onnx_files import read_weights
+from ..onnx_files import StoredTensor, find_weights
 from ..search.config import SearchConfig
 from ..settings import ACTIVATIONS
 from .base import NOT_NUMBERS, Bool, Candidates, Float32, Int64, UInt8
@@ -38,6 +38,7 @@ NAME = "native"
 CHOICE = "ITUNE_KERNELS"
 """Environment variable that names other kernels than the fastest."""
 MEND = "export the bundle again, or use --engine onnxruntime"
+PREFIX = f"{VISUAL}prefix"
 _HALF = ".fp16"
 
 
@@ -114,7 +115,7 @@ class EncoderShape:
         own, model = manifest.decoder, manifest.vision_model
         if model is None or own.adapter_heads is None or own.bottleneck is None:
             return None
-        if {spec.name for spec in outputs} != {part(i) for i in own.adapter_layers for part in (keys, values)}:
+        if [spec.name for spec in outputs] != [part(i) for i in own.adapter_layers for part in (keys, values)]:
             return None
         width = own.bottleneck // own.adapter_heads
         _check_shapes(outputs, {keys(i): [own.adapter_heads, width, own.visual_tokens] for i in own.adapter_layers})
@@ -168,20 +169,38 @@ class GraphEncoder:
 
     session: ort.InferenceSession
     decoder: Any
-    shape: DecoderShape
+    pixels: str
+    names: list[str]
+    """Of the graph's outputs."""
+    visual: list[tuple[str, str]]
+    """Keys and values of the adapted layers."""
+
+    @classmethod
+    def of(cls, session: ort.InferenceSession, decoder: Any, shape: DecoderShape) -> GraphEncoder:
+        """An encoder whose graph gives what a decoder of this shape reads.
+
+        Raises:
+            ValueError: outputs are missing.
+        """
+        names = [output.name for output in session.get_outputs()]
+        visual = [(keys(layer), values(layer)) for layer in shape.adapter_layers]
+        needed = {name for pair in visual for name in pair} | ({PREFIX} if shape.prefix else set())
+        if missing := needed - set(names):
+            raise ValueError(f"its outputs lack {min(missing)}")
+        return cls(session, decoder, session.get_inputs()[0].name, names, visual)
 
     def __call__(self, pixels: UInt8) -> NativeState:
         """Encode images, uint8 [B, H, W, 3]."""
-        names = [output.name for output in self.session.get_outputs()]
         with reading("ONNX Runtime cannot run the bundle", EngineError):
-            outputs = self.session.run(names, {self.session.get_inputs()[0].name: np.ascontiguousarray(pixels)})
-        visual: dict[str, NDArray[Any]] = dict(zip(names, outputs, strict=True))
-        layers, prefix = self.shape.adapter_layers, f"{VISUAL}prefix"
+            outputs = self.session.run(self.names, {self.pixels: np.ascontiguousarray(pixels)})
+        found: dict[str, NDArray[Any]] = dict(zip(self.names, outputs, strict=True))
         with reading("the vision graph does not fit the decoder", EngineError, "export the bundle again"):
-            state = self.decoder.state(len(pixels), [(visual[keys(i)], visual[values(i)]) for i in layers])
-            if self.shape.prefix:
-                state.set_prefix(visual[prefix], self.decoder)
-        return NativeState(state, visual.get(EMBEDDING))
+            if wrong := {name: array.shape for name, array in found.items() if len(array) != len(pixels)}:
+                raise ValueError(f"outputs {wrong} for {len(pixels)} images")
+            state = self.decoder.state(len(pixels), [(found[key], found[value]) for key, value in self.visual])
+            if PREFIX in found:
+                state.set_prefix(found[PREFIX], self.decoder)
+        return NativeState(state, found.get(EMBEDDING))
 
 
 class NativeEngine:
@@ -217,15 +236,17 @@ class NativeEngine:
                 raise ValueError("restore and gpt2 are missing")
             shape = DecoderShape.of(manifest, model, entries[1].inputs)
         with reading(graph, BundleError, BUNDLE_FOLDER.mend):
-            weights = _floats(read_weights(graph))
+            stored = find_weights(graph)
         with reading(graph, EngineError, MEND):
-            decoder = _itune_native.Decoder(shape, weights, count, wanted)
+            decoder = _itune_native.Decoder(shape, _loaders(stored), count, wanted)
         with reading(vision, EngineError, MEND):
             encoder = EncoderShape.of(manifest, entries[0].outputs)
             if encoder is not None:
-                weights = _floats(read_weights(vision))
+                weights = _loaders(find_weights(vision))
                 return cls(ClipEncoder(_itune_native.Encoder(encoder, weights, count, wanted), decoder), decoder)
-        return cls(GraphEncoder(open_session(vision, count), decoder, shape), decoder)
+        session = open_session(vision, count)
+        with reading(vision, EngineError, MEND):
+            return cls(GraphEncoder.of(session, decoder, shape), decoder)
 
     def step(
         self, tokens: Int64, parents: Int64, state: NativeState, k: int, *, mask: Bool | None = None
@@ -239,12 +260,13 @@ class NativeEngine:
         self, state: NativeState, prompts: Int64, config: SearchConfig, end_token: int
     ) -> list[list[tuple[list[int], float]]]:
         """The search as a whole; `prompts` [images, length] as in `search.loop`."""
-        try:
-            found: list[list[tuple[list[int], float]]] = self.decoder.captions(
-                state.native, prompts, config, end_token, self.most_candidates
-            )
-        except ValueError as error:
-            raise SearchError(NOT_NUMBERS) from error
+        with reading("the decoder", EngineError):
+            try:
+                found: list[list[tuple[list[int], float]]] = self.decoder.captions(
+                    state.native, prompts, config, end_token, self.most_candidates
+                )
+            except _itune_native.NotNumbersError as error:
+                raise SearchError(NOT_NUMBERS) from error
         return found
 
     def attention(self, state: NativeState, tokens: Sequence[int]) -> Float32:
@@ -261,11 +283,9 @@ def _check_shapes(specs: Iterable[TensorSpec], expected: Mapping[str, list[Any]]
             raise ValueError(f"{spec.name} has shape {spec.shape}, but decoder says {expected[spec.name]}")
 
 
-def _floats(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The weights of a graph, those in half precision as floats under the names that they have in the fp32 graph."""
+def _loaders(weights: Mapping[str, StoredTensor]) -> dict[str, Callable[[], NDArray[Any]]]:
+    """Functions that read the weights of a graph, under the names that they have in the fp32 graph."""
     return {
-        name.removesuffix(_HALF) if array.dtype == np.float16 else name: (
-            array.astype(np.float32) if array.dtype == np.float16 else array
-        )
-        for name, array in weights.items()
+        name.removesuffix(_HALF) if stored.dtype == np.float16 else name: stored.load
+        for name, stored in weights.items()
     }

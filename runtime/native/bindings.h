@@ -46,16 +46,12 @@ inline itune::Activation find_activation(const std::string& name) {
     throw nb::value_error(("no activation " + name).c_str());
 }
 
-// Arrays in a mapped file may lie anywhere, not at a multiple of their elements' size.
 template <typename Array>
 auto copied(const Array& array) {
-    std::vector<std::remove_const_t<typename Array::Scalar>> values(array.size());
-    std::memcpy(values.data(), array.data(), array.nbytes());
-    return values;
+    return std::vector<std::remove_const_t<typename Array::Scalar>>(array.data(), array.data() + array.size());
 }
 
-// Weights by the names of a graph; whatever a file says is checked here. A tensor that was packed leaves `tensors`, so
-// that large models are not in memory twice.
+// Weights by the names of a graph, arrays or functions that return them; whatever a file says is checked here.
 class Weights {
   public:
     explicit Weights(nb::dict tensors) : tensors_(std::move(tensors)) {}
@@ -88,26 +84,20 @@ class Weights {
             auto scales = get<float, 2>(name + ".scales");
             if (codes.shape(0) != outputs || codes.shape(1) != blocks || codes.shape(2) != bytes) wrong(stored);
             if (scales.shape(0) != outputs || scales.shape(1) != blocks) wrong(name + ".scales");
-            Matrix packed = Matrix::pack_blocks(arena_, kind, codes.data(), scales.data(), outputs, depth);
-            release(stored);
-            return packed;
+            return Matrix::pack_blocks(arena_, kind, codes.data(), scales.data(), outputs, depth);
         }
         if (std::string stored = name + ".int8"; !transposed && has(stored)) {
             auto codes = get<std::int8_t, 2>(stored);
             auto scales = get<float, 1>(name + ".scales");
             if (codes.shape(0) != depth || codes.shape(1) != outputs || depth > kLongest) wrong(stored);
             if (scales.shape(0) != outputs) wrong(name + ".scales");
-            Matrix packed = Matrix::pack_columns(arena_, codes.data(), copied(scales).data(), outputs, depth);
-            release(stored);
-            return packed;
+            return Matrix::pack_columns(arena_, codes.data(), scales.data(), outputs, depth);
         }
         auto array = get<float, 2>(name);
         if (array.shape(0) != (transposed ? outputs : depth) || array.shape(1) != (transposed ? depth : outputs)) {
             wrong(name);
         }
-        Matrix packed = Matrix::pack_float(arena_, array.data(), outputs, depth, transposed);
-        release(name);
-        return packed;
+        return Matrix::pack_float(arena_, array.data(), outputs, depth, transposed);
     }
 
     itune::Linear linear(const std::string& name, std::size_t outputs, std::size_t depth) {
@@ -121,12 +111,12 @@ class Weights {
     template <typename T, int Dimensions>
     Input<T, Dimensions> get(const std::string& name) const {
         if (!has(name)) throw nb::value_error(("weight " + name + " is missing").c_str());
+        nb::object found = tensors_[name.c_str()];
+        if (PyCallable_Check(found.ptr()) != 0) found = found();
         Input<T, Dimensions> array;
-        if (!nb::try_cast(nb::object(tensors_[name.c_str()]), array, false)) wrong(name);
+        if (!nb::try_cast(found, array, false)) wrong(name);
         return array;
     }
-
-    void release(const std::string& name) { nb::del(tensors_[name.c_str()]); }
 
     [[noreturn]] static void wrong(const std::string& name) {
         throw nb::value_error(("weight " + name + " has a wrong type or shape").c_str());

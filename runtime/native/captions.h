@@ -6,10 +6,17 @@
 
 namespace itune {
 
-// Caption the images of `state`. prompts [images, length], left-padded with kNoToken.
-// Raises std::domain_error if a logit is NaN or infinite.
-inline std::vector<std::vector<Caption>> find_captions(Decoder& decoder, State& state, const std::int64_t* prompts,
-                                                       std::size_t images, std::size_t length, Config config) {
+// A logit is NaN or infinite.
+struct NotNumbers : std::runtime_error {
+    NotNumbers() : std::runtime_error("logits that are no numbers") {}
+};
+
+// Caption the images of `state`. prompts [images, length], left-padded with kNoToken. `interrupted` is called now and
+// then, and may throw. Throws NotNumbers.
+template <typename Interrupted>
+std::vector<std::vector<Caption>> find_captions(Decoder& decoder, State& state, const std::int64_t* prompts,
+                                                std::size_t images, std::size_t length, Config config,
+                                                Interrupted&& interrupted) {
     Search search(prompts, images, length, std::move(config));
     Moves moves;
     moves.tokens.assign(prompts, prompts + images * length);
@@ -17,13 +24,14 @@ inline std::vector<std::vector<Caption>> find_captions(Decoder& decoder, State& 
     std::unique_ptr<bool[]> mask(new bool[moves.tokens.size()]);
     for (std::size_t i = 0; i < moves.tokens.size(); ++i) mask[i] = moves.tokens[i] != kNoToken;
     Found found;
+    std::size_t steps = 0;
     while (!moves.parents.empty()) {
         decoder.step(state, moves.tokens.data(), moves.parents.data(), mask.get(), moves.parents.size(), length,
                      static_cast<std::size_t>(search.k()), found);
         for (float value : found.logsumexp) {
-            if (!(value < std::numeric_limits<float>::infinity()))
-                throw std::domain_error("logits that are no numbers");
+            if (!(value < std::numeric_limits<float>::infinity())) throw NotNumbers();
         }
+        if (++steps % 16 == 0) interrupted();
         moves = search.advance({found.logits.data(), found.token_ids.data(), found.logsumexp.data(), found.k});
         if (!moves.all_kept) state.keep(moves.kept.data(), moves.kept.size());
         mask.reset();

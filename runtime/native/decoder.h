@@ -113,6 +113,7 @@ class Decoder : public Transformer {
                 embeddings.read(row, x);
             } else if (item.token >= 0 && token - config.vocabulary < config.prefix) {
                 std::size_t place = state.images()[item.image] * config.prefix + token - config.vocabulary;
+                if ((place + 1) * width > state.prefix.size()) throw std::out_of_range("a token without its prefix");
                 std::copy_n(state.prefix.data() + place * width, width, x);
             } else {
                 throw std::out_of_range("a token outside the vocabulary");

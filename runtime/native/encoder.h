@@ -84,7 +84,7 @@ class Encoder : public Transformer {
         std::size_t tokens = config.tokens(), width = config.width, head_width = width / config.heads;
         std::size_t stride = State::padded(tokens);
         normalize(layer.attention_norm, config.epsilon, layer.qkv.matrix, tokens);
-        qkv_.resize(tokens + 1, 3 * width);  // the last panel of values may be read beyond its end
+        qkv_.resize(tokens + 1 + kPanel / (3 * width), 3 * width);  // the last panel of values is read beyond its end
         std::fill_n(qkv_.row(tokens), kPanel, 0.0F);
         project(layer.qkv, normed_, tokens, [&](std::size_t r) { return qkv_.row(r); });
         context_.resize(tokens, width);

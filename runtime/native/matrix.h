@@ -109,7 +109,7 @@ class Matrix {
 
     Matrix() = default;
 
-    // weight [K, N], or [N, K] if `transposed`; it may lie anywhere in a mapped file.
+    // weight [K, N], or [N, K] if `transposed`.
     static Matrix pack_float(Arena& arena, const float* weight, std::size_t outputs, std::size_t depth,
                              bool transposed) {
         Matrix matrix(arena, Kind::float32, outputs, depth, depth * kPanel * sizeof(float), 0);
@@ -121,7 +121,7 @@ class Matrix {
                 std::memcpy(to + k * kPanel, weight + k * outputs + first, columns * sizeof(float));
             }
             for (std::size_t n = 0; n < columns && transposed; ++n) {
-                for (std::size_t k = 0; k < depth; ++k) to[k * kPanel + n] = read(weight + (first + n) * depth + k);
+                for (std::size_t k = 0; k < depth; ++k) to[k * kPanel + n] = weight[(first + n) * depth + k];
             }
         }
         return matrix;
@@ -146,7 +146,7 @@ class Matrix {
                     if (kind == Kind::int4) four = spread_pairs(four);
                     std::memcpy(to + (i * kPanel + lane * 4), &four, 4);
                 }
-                float scale = real ? read(scales + n * blocks + b) : 0.0F;
+                float scale = real ? scales[n * blocks + b] : 0.0F;
                 std::memcpy(to + bytes * kPanel + lane * sizeof(float), &scale, sizeof scale);
             }
         }
@@ -215,12 +215,6 @@ class Matrix {
     }
 
   private:
-    static float read(const float* from) {
-        float value;
-        std::memcpy(&value, from, sizeof value);
-        return value;
-    }
-
     // Eight codes of 4 bits, neighbours in a byte: 10 32 54 76 -> 40 51 62 73.
     static std::uint32_t spread_pairs(std::uint32_t pairs) {
         std::uint32_t spread = 0;

@@ -114,12 +114,9 @@ void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, i
     std::size_t outputs = config.vocabulary;
     if (weights.has("vocabulary.token_ids")) {
         decoder->shortlist = copied(weights.get<std::int64_t, 1>("vocabulary.token_ids"));
+        decoder->shortlist_rows = copied(weights.get<std::int32_t, 1>("vocabulary.rows"));
         outputs = decoder->shortlist.size();
-        decoder->shortlist_rows.assign(config.vocabulary, -1);
-        for (std::size_t row = 0; row < outputs; ++row) {
-            decoder->shortlist_rows.at(static_cast<std::size_t>(decoder->shortlist[row])) =
-                static_cast<std::int32_t>(row);
-        }
+        if (decoder->shortlist_rows.size() != config.vocabulary) Weights::wrong("vocabulary.rows");
     }
     decoder->embeddings = weights.matrix("transformer.wte.weight", outputs, width, true);
     bool untied = weights.has("lm_head.weight") || weights.has("lm_head.weight.int8");
@@ -186,11 +183,13 @@ itune::State make_state(const itune::Decoder& decoder, std::size_t images,
                         const std::vector<std::pair<Input<float, 4>, Input<float, 4>>>& visual) {
     itune::State state(images, decoder.layers.size(), decoder.config.width);
     if (visual.size() != decoder.config.adapters) throw nb::value_error("wrong number of visual keys and values");
+    const auto& first = visual.empty() ? Input<float, 4>() : visual[0].first;
     for (const auto& [keys, values] : visual) {
         std::size_t heads = keys.shape(1), width = keys.shape(2), tokens = keys.shape(3);
         bool fits = keys.shape(0) == images && values.shape(0) == images && values.shape(1) == heads &&
                     values.shape(2) == tokens && values.shape(3) == width &&
                     heads * width == decoder.config.visual_width;
+        fits = fits && heads == first.shape(1) && tokens == first.shape(3);  // all layers alike
         if (!fits || tokens == 0) throw nb::value_error("visual keys or values have a wrong shape");
         state.add_visual(keys.data(), values.data(), heads, width, tokens);
     }
@@ -242,16 +241,23 @@ nb::ndarray<nb::numpy, float> attention(itune::Decoder& decoder, itune::State& s
 std::vector<std::vector<itune::Caption>> captions(itune::Decoder& decoder, itune::State& state,
                                                   Input<std::int64_t, 2> prompts, nb::object config,
                                                   std::int64_t end_token, std::int64_t most_candidates) {
+    if (prompts.shape(0) != state.images().size()) throw nb::value_error("prompts do not fit the images");
     itune::Config own = search_config(config, end_token, most_candidates);
     decoder.pool().start_once();
     nb::gil_scoped_release release;
     auto held = decoder.pool().hold();
-    return itune::find_captions(decoder, state, prompts.data(), prompts.shape(0), prompts.shape(1), std::move(own));
+    auto interrupted = [] {
+        nb::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    };
+    return itune::find_captions(decoder, state, prompts.data(), prompts.shape(0), prompts.shape(1), std::move(own),
+                                interrupted);
 }
 
 }  // namespace
 
 NB_MODULE(_itune_native, m) {
+    nb::exception<itune::NotNumbers>(m, "NotNumbersError", PyExc_ArithmeticError);
     nb::class_<itune::Search>(m, "Search")
         .def("__init__", &make_search)
         .def_prop_ro("k", &itune::Search::k)

@@ -9,7 +9,7 @@ nb::ndarray<nb::numpy, float> multiply(const std::string& kernels_name, nb::dict
                                        std::size_t outputs, bool transposed, int threads) {
     const itune::Kernels& kernels = find_kernels(kernels_name);
     std::size_t rows = x.shape(0), depth = x.shape(1);
-    itune::Matrix matrix = Weights(nb::borrow<nb::dict>(tensors.attr("copy")())).matrix("weight", outputs, depth, transposed);
+    itune::Matrix matrix = Weights(std::move(tensors)).matrix("weight", outputs, depth, transposed);
     itune::Activations activations;
     activations.resize(rows, depth);
     activations.prepare(rows, matrix.block());

@@ -11,10 +11,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(_WIN32)
@@ -49,7 +51,8 @@ class Pool {
     // Hold the pool for a series of jobs: several threads of the process may share it.
     std::unique_lock<std::mutex> hold() { return std::unique_lock<std::mutex>(*mutex_); }
 
-    // Call body(part, thread) for each part from 0 to parts - 1. The caller holds the pool; `body` must not throw.
+    // Call body(part, thread) for each part from 0 to parts - 1, all of them even if one throws. The caller holds the
+    // pool.
     template <typename Body>
     void run(std::size_t parts, Body&& body) {
         if (threads_ == 1 || parts <= 1) {
@@ -70,16 +73,14 @@ class Pool {
     class Crew {
       public:
         explicit Crew(int helpers) {
-            for (int i = 0; i < helpers; ++i) threads_.emplace_back([this, i] { help(i + 1); });
-        }
-        ~Crew() {
-            {
-                std::lock_guard<std::mutex> lock(mutex_);
-                stopping_ = true;
+            try {
+                for (int i = 0; i < helpers; ++i) threads_.emplace_back([this, i] { help(i + 1); });
+            } catch (...) {  // the system refuses more threads
+                stop();
+                throw;
             }
-            wake_.notify_all();
-            for (std::thread& thread : threads_) thread.join();
         }
+        ~Crew() { stop(); }
 
         void run(std::size_t parts, Job job) {
             job_ = job;
@@ -91,9 +92,19 @@ class Pool {
             }
             work(0);
             for (int spins = 0; done_.load(std::memory_order_acquire) < parts; ++spins) pause(spins);
+            if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
         }
 
       private:
+        void stop() {
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                stopping_ = true;
+            }
+            wake_.notify_all();
+            for (std::thread& thread : threads_) thread.join();
+        }
+
         static bool has_work(std::uint64_t ticket) { return (ticket & 0xFFFFFFFF) < ticket >> 32; }
 
         static void pause(int spins) {
@@ -110,7 +121,12 @@ class Pool {
             std::uint64_t ticket = ticket_.load();
             while (has_work(ticket)) {
                 if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
-                job_.call(job_.body, static_cast<std::size_t>(ticket & 0xFFFFFFFF), thread);
+                try {
+                    job_.call(job_.body, static_cast<std::size_t>(ticket & 0xFFFFFFFF), thread);
+                } catch (...) {  // out of memory
+                    std::lock_guard<std::mutex> lock(mutex_);
+                    failure_ = std::current_exception();
+                }
                 done_.fetch_add(1, std::memory_order_release);
                 ticket = ticket_.load();
             }
@@ -135,7 +151,8 @@ class Pool {
         std::atomic<std::uint64_t> ticket_{0};
         std::atomic<std::size_t> done_{0};
         std::atomic<int> asleep_{0};
-        std::mutex mutex_;  // for sleeping
+        std::mutex mutex_;  // for sleeping, and of failure_
+        std::exception_ptr failure_;
         std::condition_variable wake_;
         bool stopping_ = false;
         std::vector<std::thread> threads_;

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from itune.runtime.engines.native import (
 )
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, open_session
 from itune.runtime.errors import EngineError, ItuneError, SearchError
-from itune.runtime.onnx_files import read_weights
+from itune.runtime.onnx_files import find_weights
 from itune.runtime.search import SearchConfig
 from itune.runtime.search.loop import search
 from itune.runtime.search.numpy_search import NumpySearch
@@ -84,17 +85,14 @@ def shape_of(model: ITuningModel) -> DecoderShape:
     )
 
 
-def weights_of(decoder: Path) -> dict[str, np.ndarray]:
-    return {
-        name.removesuffix(".fp16"): weight.astype(np.float32) if weight.dtype == np.float16 else weight
-        for name, weight in read_weights(decoder).items()
-    }
+def weights_of(graph: Path) -> dict[str, Any]:
+    return {name.removesuffix(".fp16"): stored.load for name, stored in find_weights(graph).items()}
 
 
 def engine_of(model: ITuningModel, vision: Path, decoder: Path, kernels: str = "", threads: int = 2) -> NativeEngine:
     shape, weights = shape_of(model), weights_of(decoder)
     decoder = native.Decoder(shape, weights, threads, kernels)
-    return NativeEngine(GraphEncoder(open_session(vision, 1), decoder, shape), decoder)
+    return NativeEngine(GraphEncoder.of(open_session(vision, 1), decoder, shape), decoder)
 
 
 def visual_pairs(engine: NativeEngine, pixels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -199,7 +197,7 @@ def clip_encoder_of(model: ITuningModel, tower: ClipTower, vision: Path, decoder
         visual_heads=model.config.heads,
         visual_width=model.config.bottleneck,
     )
-    return ClipEncoder(native.Encoder(shape, read_weights(vision), threads, kernels), decoder)
+    return ClipEncoder(native.Encoder(shape, weights_of(vision), threads, kernels), decoder)
 
 
 def after_one_step(engine: NativeEngine, pixels: np.ndarray) -> np.ndarray:
@@ -270,6 +268,8 @@ def test_a_shortlist_keeps_token_ids(tower, pixels, tmp_path):
     assert engine.most_candidates == 6
     found = engine.step(np.array([[3]]), np.zeros(1, np.int64), engine.encode(pixels[:1]), 99)
     assert sorted(found.token_ids[0]) == vocabulary.tolist()
+    with pytest.raises(ValueError, match=r"vocabulary\.rows"):
+        native.Decoder(replace(shape_of(model), vocabulary=2**29), weights_of(tmp_path / "int8.onnx"), 1, "")
     with pytest.raises(EngineError):
         engine.step(np.array([[4]]), np.zeros(1, np.int64), engine.encode(pixels[:1]), 1)
 
@@ -339,6 +339,32 @@ def test_wrong_arrays_are_refused(engines, pixels):
     for wrong in (pairs[:1], swapped, [(own_keys[:1], own_values) for own_keys, own_values in pairs]):
         with pytest.raises(ValueError, match="visual"):
             engine.decoder.state(2, wrong)
+
+
+def test_layers_that_see_the_image_differently_are_refused(engines, pixels):
+    pairs = visual_pairs(engines["int8"], pixels[:1])
+    shorter = [(pairs[0][0][..., :5].copy(), pairs[0][1][:, :, :5].copy()), *pairs[1:]]
+    with pytest.raises(ValueError, match="visual"):
+        engines["int8"].decoder.state(1, shorter)
+
+
+def test_a_search_refuses_what_its_steps_refuse(engines, pixels):
+    engine, config = engines["int8"], SearchConfig(num_beams=2)
+    for prompts in ([[VOCABULARY]], [[1] * 40], [[1], [1]]):  # unknown token, too many positions, too many prompts
+        with pytest.raises(EngineError):
+            search(engine, engine.encode(pixels[:1]), prompts, config, 0)
+
+
+def test_a_prefix_that_the_encoder_does_not_give_is_refused(tower, pixels, tmp_path):
+    model = random_model(tower)
+    vision, graph = export(model, tower, tmp_path, "fp32")
+    shape = replace(shape_of(model), prefix=3)
+    decoder = native.Decoder(shape, weights_of(graph), 1, "")
+    with pytest.raises(ValueError, match="prefix"):
+        GraphEncoder.of(open_session(vision, 1), decoder, shape)
+    engine = NativeEngine(clip_encoder_of(model, tower, vision, decoder), decoder)
+    with pytest.raises(EngineError):
+        engine.step(np.array([[VOCABULARY]]), np.zeros(1, np.int64), engine.encode(pixels[:1]), 1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

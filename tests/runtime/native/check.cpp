@@ -169,10 +169,28 @@ std::vector<std::vector<Caption>> captions(Decoder& decoder, Encoder& encoder) {
     config.warpers = {1, 50, 1};
     std::int64_t prompts[] = {kNoToken, 5, 3, 2, kNoToken, 8};
     auto held = decoder.pool().hold();
-    return find_captions(decoder, state, prompts, kImages, 2, config);
+    return find_captions(decoder, state, prompts, kImages, 2, config, [] {});
+}
+
+void check_pool() {
+    Pool pool(3);
+    auto held = pool.hold();
+    std::atomic<int> done{0};
+    bool thrown = false;
+    try {
+        pool.run(50, [&](std::size_t part, int) {
+            ++done;
+            if (part == 7) throw std::bad_alloc();
+        });
+    } catch (const std::bad_alloc&) {
+        thrown = true;
+    }
+    pool.run(50, [&](std::size_t, int) { ++done; });
+    require(thrown && done == 100, "pool", "what it does after an exception");
 }
 
 int main() {
+    check_pool();
     KernelList list = runnable_kernels();
     for (int i = 0; i < list.count; ++i) {
         const Kernels& kernels = *list.all[i];
