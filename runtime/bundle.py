@@ -249,7 +249,8 @@ class Manifest(Settings):
 
     def to_json(self) -> str:
         """The text of `bundle.json`."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+        unneeded = {"gpt2"} if self.gpt2 is None else None  # so that earlier versions can read the bundle
+        return self.model_dump_json(by_alias=True, indent=2, exclude=unneeded) + "\n"
 
 
 BUNDLE_FOLDER = ManifestFolder(MANIFEST, Manifest, BundleError, "copy the bundle again, or export it with itune-export")

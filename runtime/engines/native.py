@@ -204,7 +204,7 @@ class GraphEncoder:
 
 
 class NativeEngine:
-    """The C++ decoder behind the engine protocol, and as one call for a whole search."""
+    """The C++ decoder, and what encodes for it, behind the engine protocol and as one call for a whole search."""
 
     def __init__(self, encode: Callable[[UInt8], NativeState], decoder: Any) -> None:
         self.encode, self.decoder = encode, decoder
@@ -217,11 +217,12 @@ class NativeEngine:
 
     @classmethod
     def load(cls, bundle: Bundle, *, threads: int | None = None) -> NativeEngine:
-        """Load a bundle's vision graph and the weights of its decoder graph.
+        """Load the weights of a bundle's graphs; `threads` None is one for each CPU this process may use.
 
         Raises:
             EngineError: this engine was not built, or cannot run the bundle: another engine may.
-            BundleError: the bundle lacks a graph, or its weights do not fit its manifest.
+            BundleError: the bundle lacks a graph, or a graph is damaged.
+            ItuneError: ITUNE_KERNELS names none that this processor can run.
         """
         if not KERNELS:
             raise EngineError("the native engine was not built: install itune where there is a C++ compiler")

@@ -11,7 +11,7 @@ namespace itune {
 namespace {
 
 #if defined(ITUNE_X86)
-// GCC 12 cannot ask for AVX-VNNI by name: leaf 7, subleaf 1, EAX bit 4.
+// Not every compiler knows AVX-VNNI by name: leaf 7, subleaf 1, EAX bit 4.
 bool has_avxvnni() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
