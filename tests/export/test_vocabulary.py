@@ -18,6 +18,7 @@ from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle, TokenSettings
 from itune.runtime.engines.base import Candidates
+from itune.runtime.engines.native import KERNELS
 from itune.runtime.errors import BundleError, EngineError, ItuneError
 from itune.runtime.settings import TextSettings
 
@@ -133,8 +134,9 @@ def test_captions_are_those_of_pytorch_with_these_tokens_only(num_beams, bundle,
     assert len(written) > 5
 
 
-def test_penalties_and_bans_follow_the_ids_of_the_whole_vocabulary(bundle, shortlist, onnx_checkpoint, pixels):
-    captioner = Captioner.load(bundle.folder)
+@pytest.mark.parametrize("engine", [*(["native"] if KERNELS else []), "onnxruntime"])
+def test_penalties_and_bans_follow_the_ids_of_the_whole_vocabulary(engine, bundle, shortlist, onnx_checkpoint, pixels):
+    captioner = Captioner.load(bundle.folder, engine=engine)
     eager = eager_captioner(LoadedCheckpoint.load(onnx_checkpoint), shortlist)
     options = {"num_beams": 3, "max_new_tokens": 10, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
     free, found, expected = (
