@@ -6,6 +6,7 @@ no CPU.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -60,6 +61,10 @@ class Entry:
     """The input of `convert`."""
     requires: tuple[str, ...] = ()
     """Modules that itune's other extras do not install."""
+    install: str = "'itune-captioner[benchmark]'"
+    """What pip installs for them."""
+    python: str = ""
+    """The environment variable that names the Python of the contestant's own environment."""
     clip_only: bool = False
     """It exports the tower from PyTorch, so an ONNX tower will not do."""
     note: str = ""
@@ -71,7 +76,9 @@ class Entry:
             return "needs a CLIP tower, but this checkpoint's tower is an ONNX graph"
         missing = [module for module in self.requires if find_spec(module) is None]
         if missing:
-            return f"needs {', '.join(missing)}: pip install 'itune-captioner[benchmark]'"
+            return f"needs {', '.join(missing)}: pip install {self.install}"
+        if self.python and self.python not in os.environ:
+            return f"needs {self.python}, the Python of an environment of its own: see docs/benchmarks.md"
         if self.options.get("device") == "cuda":
             import torch
 
@@ -83,6 +90,12 @@ class Entry:
 
 
 _TORCH, _PLAIN, _OPENVINO = "peers.torch_eager:Eager", "peers.plain_onnx:PlainOnnx", "peers.openvino_graphs:OpenVino"
+_LLAMA, _PLAIN_GPT2 = "peers.llama:LlamaCpp", "decodes a plain GPT-2, without adapters and image"
+_LLAMA_CPP: dict[str, Any] = {
+    "requires": ("llama_cpp", "gguf"),
+    "install": "llama-cpp-python gguf",  # not in the extra, because it takes ten minutes to compile
+    "note": f"{_PLAIN_GPT2}; the search is not timed",
+}
 PEERS = {
     "eager": Entry("eager", _TORCH, reads="checkpoint"),
     "eager-bf16": Entry("eager bf16", _TORCH, {"dtype": "bfloat16"}, reads="checkpoint"),
@@ -103,7 +116,16 @@ PEERS = {
         "CTranslate2 int8",
         "peers.ctranslate:CTranslate2",
         requires=("ctranslate2",),
-        note="decodes a plain GPT-2, without adapters and image",
+        note=_PLAIN_GPT2,
+    ),
+    "llama-q8": Entry("llama.cpp Q8_0", _LLAMA, {"file": "q8_0.gguf"}, **_LLAMA_CPP),
+    "llama-q4": Entry("llama.cpp Q4_0", _LLAMA, {"file": "q4_0.gguf"}, **_LLAMA_CPP),
+    "optimum": Entry(
+        "optimum, ViT + GPT-2",
+        "peers.optimum_onnx:Optimum",
+        clip_only=True,
+        python="ITUNE_OPTIMUM_PYTHON",
+        note="another model of the same size, with cross-attention and random weights; its memory is not counted",
     ),
 }
 """The alternatives to a bundle, by their names on the command line."""

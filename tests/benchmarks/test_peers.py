@@ -19,10 +19,11 @@ from tests.clipcap import SHAPES, save_clipcap
 
 EXACT = ("onnx-plain", "openvino-f32")
 ROUNDED = ("eager-bf16", "onnx-plain-int8", "openvino-bf16", "openvino-int8")
-DECODING = ("ctranslate2-int8",)
+DECODING = ("ctranslate2-int8", "llama-q8", "llama-q4")
+OTHER_MODELS = ("optimum",)
 
 
-@pytest.mark.parametrize("name", [*EXACT, *ROUNDED, *DECODING])
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED, *DECODING, *OTHER_MODELS])
 def test_captions(name: str, artifacts: ModuleType, contest: Contest) -> None:
     reason = artifacts.PEERS[name].lacks("clip")
     if reason:
@@ -32,6 +33,10 @@ def test_captions(name: str, artifacts: ModuleType, contest: Contest) -> None:
         assert row.keys() == {"decode", "peak_mb"}
         assert all(sample["encode"] is None for sample in contest.result["samples"][name])
         assert "without adapters and image" in contest.printed
+    elif name in OTHER_MODELS:
+        assert {len(tokens) for sample in contest.result["samples"][name] for tokens in sample["tokens"]} == {
+            NEW_TOKENS
+        }
     elif name in EXACT:
         assert row["identical_captions"] == photos
     else:

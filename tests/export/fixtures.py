@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ PREPROCESSOR = {
     "image_mean": [0.48, 0.46, 0.41],
     "image_std": [0.27, 0.26, 0.28],
 }
+EACH_ENGINE = pytest.mark.parametrize(
+    "engine",
+    [
+        "onnxruntime",
+        pytest.param("native", marks=pytest.mark.skipif(find_spec("_itune_native") is None, reason="not compiled")),
+    ],
+)
 CORPUS = ["a dog runs through the green grass .", "two men in red shirts stand on a snowy hill ."]
 
 

@@ -24,7 +24,7 @@ from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle
 from tests.clipcap import SHAPES, save_clipcap
-from tests.export.fixtures import int8_codes
+from tests.export.fixtures import EACH_ENGINE, int8_codes
 
 CASES = ("transformer", "mlp", "projected", "onnx")
 ALL = pytest.mark.parametrize("case", CASES)
@@ -71,10 +71,12 @@ def test_vision_graph_computes_the_mapper(
 
 
 @ALL
+@EACH_ENGINE
 def test_captions_are_those_of_pytorch(
-    case: str, checkpoints: dict[str, Path], bundles: dict[str, Path], pixels: Any
+    engine: str, case: str, checkpoints: dict[str, Path], bundles: dict[str, Path], pixels: Any
 ) -> None:
-    exported, eager = Captioner.load(bundles[case]), eager_captioner(LoadedCheckpoint.load(checkpoints[case]))
+    exported = Captioner.load(bundles[case], engine=engine)
+    eager = eager_captioner(LoadedCheckpoint.load(checkpoints[case]))
     for num_beams, penalty in ((1, 1.0), (3, 1.3), (5, 1.0)):
         options: dict[str, Any] = {
             "num_beams": num_beams, "max_new_tokens": 12, "repetition_penalty": penalty, "no_repeat_ngram_size": 2

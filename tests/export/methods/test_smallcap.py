@@ -30,7 +30,7 @@ from itune.runtime.image import decode, preprocess
 from itune.runtime.search import SearchConfig
 from itune.runtime.settings import RetrievalSettings, TextSettings
 from tests.conftest import CAPTIONS, REPOSITORY, assert_same_weights, make_language_model, random_photo
-from tests.export.fixtures import int8_codes
+from tests.export.fixtures import EACH_ENGINE, int8_codes
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +105,11 @@ def test_the_export_verifies_itself(precision: Any, tmp_path: Path, checkpoint: 
     assert {"visual.0.keys", "visual.2.values", "visual.embedding"} <= {check.output for check in checks}
 
 
+@EACH_ENGINE
 def test_captions_are_those_of_pytorch_alone_and_beside_other_prompts(
-    bundles: dict[str, Path], checkpoint: Path, store: Path, photos: list[Path]
+    engine: str, bundles: dict[str, Path], checkpoint: Path, store: Path, photos: list[Path]
 ) -> None:
-    captioner = Captioner.load(bundles["fp32"], datastore=store, threads=1)
+    captioner = Captioner.load(bundles["fp32"], datastore=store, engine=engine, threads=1)
     eager = load_captioner(checkpoint, datastore=store).caption(photos, num_beams=3, max_new_tokens=12)
     together = captioner.caption(photos, batch_size=8)  # beam 3 and 12 tokens, as in training
     lengths = {len(" ".join(each.retrieved or ())) for each in together}
