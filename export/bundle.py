@@ -31,6 +31,7 @@ from ..runtime.bundle import (
     LanguageModelSettings,
     Manifest,
     TensorSpec,
+    VisionModelSettings,
     square_grid,
 )
 from ..runtime.captioner import Captioner
@@ -219,6 +220,8 @@ def _describe(loaded: LoadedCheckpoint, checkpoint: Path, plan: _Plan, search: M
     if plan.vocabulary is not None:  # without the other tokens' embeddings there is nothing to restore
         fields["provenance"]["vocabulary"] = plan.vocabulary.sha256
         fields["gpt2"] = LanguageModelSettings.model_validate(gpt2.to_dict())
+        if isinstance(tower, ClipTower):
+            fields["clip"] = VisionModelSettings.model_validate(tower.model.config.to_dict())
     else:
         fields["restore"] = {
             "language_model": json.loads(gpt2.to_json_string()),

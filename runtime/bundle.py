@@ -218,6 +218,8 @@ class Manifest(Settings):
     """Of the weights; the code has its own."""
     gpt2: LanguageModelSettings | None = None
     """Of a bundle without `restore`."""
+    clip: VisionModelSettings | None = None
+    """The same of its tower, if that is a CLIP."""
 
     @property
     def language_model(self) -> LanguageModelSettings | None:
@@ -238,7 +240,7 @@ class Manifest(Settings):
             ValueError: a field is wrong.
         """
         if self.restore is None or self.restore.vision is None:
-            return None
+            return self.clip
         return VisionModelSettings.model_validate(self.restore.vision)
 
     @property
@@ -249,7 +251,8 @@ class Manifest(Settings):
 
     def to_json(self) -> str:
         """The text of `bundle.json`."""
-        unneeded = {"gpt2"} if self.gpt2 is None else None  # so that earlier versions can read the bundle
+        # So that earlier versions can read the bundle.
+        unneeded = {name for name in ("gpt2", "clip") if getattr(self, name) is None}
         return self.model_dump_json(by_alias=True, indent=2, exclude=unneeded) + "\n"
 
 

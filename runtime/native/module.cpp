@@ -63,23 +63,29 @@ void check_heads(std::size_t width, std::size_t heads) {
     if (heads == 0 || width % heads != 0) throw nb::value_error("heads do not divide the width");
 }
 
+// What a DecoderShape and an EncoderShape have in common.
+template <typename Config>
+void read_transformer(nb::object settings, Config& config) {
+    config.heads = read_size(settings, "heads");
+    config.width = read_size(settings, "width");
+    config.inner = read_size(settings, "inner");
+    config.visual_width = read_size(settings, "visual_width");
+    config.epsilon = nb::cast<float>(settings.attr("epsilon"));
+    config.activation = find_activation(nb::cast<std::string>(settings.attr("activation")));
+    check_heads(config.width, config.heads);
+}
+
 // `settings`: a DecoderShape of engines/native.py; `tensors`: the graph's weights by name.
 void make_decoder(itune::Decoder* self, nb::object settings, nb::dict tensors, int threads, const std::string& wanted) {
     auto size = [&](const char* name) { return read_size(settings, name); };
     Weights weights(std::move(tensors));
     std::unique_ptr<itune::Decoder> decoder(new itune::Decoder(find_kernels(wanted), threads));
     itune::DecoderConfig& config = decoder->config;
-    config.heads = size("heads");
-    config.width = size("width");
-    config.inner = size("inner");
+    read_transformer(settings, config);
     config.vocabulary = size("vocabulary");
     config.positions = size("positions");
     config.prefix = size("prefix");
-    config.visual_width = size("visual_width");
-    config.epsilon = nb::cast<float>(settings.attr("epsilon"));
     config.cross_attention = nb::cast<bool>(settings.attr("cross_attention"));
-    config.activation = find_activation(nb::cast<std::string>(settings.attr("activation")));
-    check_heads(config.width, config.heads);
     float scale = nb::cast<float>(settings.attr("attention_scale"));
     bool by_layer = nb::cast<bool>(settings.attr("inverse_layer_scale"));
     auto adapted = nb::cast<std::vector<std::size_t>>(settings.attr("adapter_layers"));
@@ -130,17 +136,11 @@ void make_encoder(itune::Encoder* self, nb::object settings, nb::dict tensors, i
     Weights weights(std::move(tensors));
     std::unique_ptr<itune::Encoder> encoder(new itune::Encoder(find_kernels(wanted), threads));
     itune::EncoderConfig& config = encoder->config;
-    config.width = size("width");
-    config.heads = size("heads");
-    config.inner = size("inner");
+    read_transformer(settings, config);
     config.image_size = size("image_size");
     config.patch_size = size("patch_size");
     config.adapters = size("adapters");
     config.visual_heads = size("visual_heads");
-    config.visual_width = size("visual_width");
-    config.epsilon = nb::cast<float>(settings.attr("epsilon"));
-    config.activation = find_activation(nb::cast<std::string>(settings.attr("activation")));
-    check_heads(config.width, config.heads);
     check_heads(config.visual_width, config.visual_heads);
     std::size_t width = config.width, outputs = config.adapters * 2 * config.visual_width;
     encoder->mean = weights.vector("clip.pixel_mean", config.patch());

@@ -18,7 +18,7 @@ from itune.loading import LoadedCheckpoint, eager_captioner
 from itune.runtime import Captioner
 from itune.runtime.bundle import Bundle, TokenSettings
 from itune.runtime.engines.base import Candidates
-from itune.runtime.engines.native import KERNELS
+from itune.runtime.engines.native import KERNELS, ClipEncoder
 from itune.runtime.errors import BundleError, EngineError, ItuneError
 from itune.runtime.settings import TextSettings
 
@@ -144,6 +144,17 @@ def test_penalties_and_bans_follow_the_ids_of_the_whole_vocabulary(engine, bundl
         for each, words in ((captioner, []), (captioner, BAD_WORDS), (eager, BAD_WORDS))
     )
     assert [caption.tokens for caption in found] != [caption.tokens for caption in free]
+    assert [caption.tokens for caption in found] == [caption.tokens for caption in expected]
+
+
+@pytest.mark.skipif(not KERNELS, reason="not compiled")
+def test_a_clip_tower_runs_natively_too(clip_checkpoint, words, tmp_path, pixels):
+    export_bundle(clip_checkpoint, tmp_path / "b", ExportOptions(vocabulary=words, verify=False))
+    captioner = Captioner.load(tmp_path / "b", engine="native")
+    assert isinstance(captioner.engine.encode, ClipEncoder)
+    shortlist = Graph.load(tmp_path / "b" / "decoder.onnx").weights["vocabulary.token_ids"].copy()
+    eager = eager_captioner(LoadedCheckpoint.load(clip_checkpoint), shortlist)
+    found, expected = (each.caption(list(pixels), num_beams=3, max_new_tokens=10) for each in (captioner, eager))
     assert [caption.tokens for caption in found] == [caption.tokens for caption in expected]
 
 
