@@ -29,6 +29,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
+class NoSpaceError(ItuneError):
+    """The disk, or the user's share of it, is full: whatever comes next would fail as well."""
+
+
 def hash_files(paths: list[Path]) -> str:
     """SHA-256 of the files' contents, concatenated in the order of their paths."""
     digest = hashlib.sha256()
@@ -57,7 +61,7 @@ def atomic_folder(folder: Path, own: Collection[str] | None = None) -> Iterator[
             yield temporary
         except OSError as error:
             if error.errno in _FULL:
-                raise ItuneError(f"{folder}: {reason(error)}; make room, or choose another place") from error
+                raise unwritable(folder, error) from error
             raise
         except ItuneError as error:  # users know the folder by its own name
             raise type(error)(str(error).replace(str(temporary), str(folder))) from error
@@ -123,8 +127,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _flush(folder)
             temporary.replace(path)
             _flush(path.parent, recursive=False)
+    except BrokenPipeError:  # of standard output, which the block may write as well
+        raise
     except OSError as error:
-        raise ItuneError(f"{path}: {reason(error)}; make room, or choose another place") from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> ItuneError:
+    """The error for a path that cannot be written."""
+    kind = NoSpaceError if error.errno in _FULL else ItuneError
+    return kind(f"{path}: {reason(error)}; make room, or choose another place")
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
