@@ -26,6 +26,8 @@ from .runtime.recovery import lock, recover_folder, temporary_stem
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SMALL = ".itune-tmp"
+"""Suffix of the temporary files of `write_small`."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -137,6 +139,40 @@ def unwritable(path: Path, error: OSError) -> ItuneError:
     """The error for a path that cannot be written."""
     kind = NoSpaceError if error.errno in _FULL else ItuneError
     return kind(f"{path}: {reason(error)}; make room, or choose another place")
+
+
+def write_small(path: Path, content: bytes) -> None:
+    """Write a small file atomically, one of many in its folder.
+
+    Cheaper than `atomic_path`: no folder, no look at the others. `sweep_small` deletes what a killed process left.
+    Raises ItuneError, naming `path`, if it cannot be written.
+    """
+    temporary = path.with_name(f"{temporary_stem(path)}.{secrets.token_hex(4)}{_SMALL}")
+    held = None
+    try:
+        with temporary.open("xb") as file:
+            held = lock(temporary)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):  # names may be too long
+            temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+
+
+def sweep_small(folder: Path) -> None:
+    """Delete the temporary files in a folder that belong to no living `write_small`."""
+    for left in folder.glob(f".*{_SMALL}"):
+        if (held := lock(left)) is not None:
+            left.unlink(missing_ok=True)
+            os.close(held)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -161,7 +161,10 @@ def photos_in(folder: Path, recursive: bool, skipped: Counter[tuple[str, str]]) 
             yield path
         elif path.suffix.lower() in HEIF_SUFFIXES:
             skipped[f"{path.suffix} file", "pip install 'itune-captioner[heif]'"] += 1
-        elif (guess_type(path.name)[0] or "").partition("/")[0] not in ("text", "application"):
+        elif path.suffix != ".xmp" and (guess_type(path.name)[0] or "").partition("/")[0] not in (
+            "text",
+            "application",
+        ):
             skipped[f"{path.suffix} file" if path.suffix else "other file", ""] += 1
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from ...files import atomic_path
+from ...files import sweep_small, write_small
 from ...runtime.errors import ImageError, ItuneError, printable, reading
 from .. import common
 from ..photos import STDIN
 from .base import Captioned, Writer
-from .xmp import Sidecar
+
+if TYPE_CHECKING:
+    from .xmp import Sidecar
 
 _MEND = "repair it, or move it away"
 _MOST_BYTES = 1 << 26
@@ -25,6 +27,7 @@ class Sidecars(Writer):
     def __init__(self, *, resume: bool, overwrite: bool) -> None:
         self.resume, self.overwrite = resume, overwrite
         self._ours: set[Path] = set()
+        self._folders: set[Path] = set()
 
     @abstractmethod
     def path(self, image: str) -> Path:
@@ -75,8 +78,10 @@ class Sidecars(Writer):
         if not (self.overwrite or path in self._ours) and self.is_captioned(path):
             raise ItuneError(f"{path}: there is a caption already; --overwrite replaces it")
         content = self.content(path, captioned.result.caption)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
+        if path.parent not in self._folders:
+            sweep_small(path.parent)
+            self._folders.add(path.parent)
+        write_small(path, content)
         self._ours.add(path)
 
 
@@ -88,8 +93,8 @@ class TextSidecars(Sidecars):
         return Path(image).parent / f"{Path(image).stem}.txt"
 
     def is_captioned(self, path: Path) -> bool:
-        """As in Sidecars."""
-        return path.exists()
+        """As in Sidecars; a power failure may leave an empty file."""
+        return path.exists() and (not path.is_file() or path.stat().st_size > 0)
 
     def content(self, path: Path, caption: str) -> bytes:  # noqa: ARG002
         """As in Sidecars."""
@@ -120,6 +125,8 @@ class XmpSidecars(Sidecars):
 
 def _load(path: Path) -> Sidecar:
     """The XMP sidecar at a path; an empty one if there is none."""
+    from .xmp import Sidecar  # takes 6 ms, as the parser does
+
     with reading(path, mend=_MEND):
         if not path.exists():
             return Sidecar()
