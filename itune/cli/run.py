@@ -12,12 +12,12 @@ from pydantic import Field
 
 from ..runtime.errors import ImageError, ItuneError
 from ..runtime.search.config import SearchConfig
-from . import common, program
+from . import common
 from .heatmap import HeatmapError, HeatmapOptions, Heatmaps
 from .outputs.base import Captioned, SidecarError
 from .outputs.options import OutputOptions, Outputs
 from .photos import STDIN, PhotoOptions, watch
-from .program import Flags, Options, chosen
+from .program import Flags, Options, Program, chosen
 
 
 class _Model(Options, title="Model"):
@@ -39,7 +39,7 @@ class _Model(Options, title="Model"):
 
 def run(
     images: Annotated[
-        list[str] | None,
+        list[str | Path] | None,  # becomes str, as typed; because of Path, shells complete file names
         Parameter(
             name="IMAGE",
             help="Files, folders, quoted globs, or - for one image on stdin.",
@@ -72,7 +72,7 @@ def run(
         itune-run photo.jpg --heatmap heatmap.png
 
     """
-    named = images or []
+    named = [str(image) for image in images or ()]
     if not named and photos.from_file is None:
         raise ItuneError("IMAGE or --from-file is missing: name photos or folders; see itune-run --help")
     sources = photos.find(named)
@@ -131,10 +131,8 @@ def _explained(name: str, error: ImageError) -> ImageError:
     return ImageError(f"{name}: there are no photos in this folder") if Path(name).is_dir() else error
 
 
-def main() -> None:
-    """Entry point."""
-    program.run("itune-run", run)
-
+PROGRAM = Program("itune-run", run)
+main = PROGRAM.run
 
 if __name__ == "__main__":
     main()

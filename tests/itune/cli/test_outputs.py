@@ -34,7 +34,8 @@ EXISTING = b"""<?xml version="1.0" encoding="UTF-8"?>
   <rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:darktable="http://darktable.sf.net/"
     xmlns:dc="http://purl.org/dc/elements/1.1/" xmp:Rating="4" darktable:note="two&#10;lines">
    <!-- kept -->
-   <darktable:history><rdf:Seq><rdf:li darktable:operation="blur">a&#13;&#10;b</rdf:li></rdf:Seq></darktable:history>
+   <darktable:history><rdf:Seq><rdf:li darktable:operation="blur"/></rdf:Seq></darktable:history>
+   <darktable:text>a&#13;&#10;b</darktable:text>
    <dc:subject><rdf:Bag><rdf:li>holiday</rdf:li></rdf:Bag></dc:subject>
   </rdf:Description>
   <rdf:Description rdf:about="" xmlns:mine="urn:mine/"><mine:field>1 &lt; 2</mine:field></rdf:Description>
