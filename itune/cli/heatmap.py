@@ -14,7 +14,8 @@ from . import common
 from .program import Options
 
 if TYPE_CHECKING:
-    from ..runtime.captioner import Caption, Captioner
+    from ..runtime.caption import Caption
+    from ..runtime.captioner import Captioner
     from ..runtime.image import Source
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from itune.files import atomic_folder, atomic_path, only_writer, staged_folder, write_json
+from itune.files import (
+    atomic_folder,
+    atomic_path,
+    only_writer,
+    staged_folder,
+    sweep_small,
+    write_json,
+    write_small,
+)
 from itune.runtime.bundle import Bundle
 from itune.runtime.errors import BundleError, ItuneError
 from itune.runtime.recovery import lock, recover_folder
@@ -145,3 +153,28 @@ def test_every_program_recovers_what_a_killed_writer_left(tmp_path: Path) -> Non
     with pytest.raises(BundleError):
         Bundle.load(tmp_path / "out")  # which has no manifest
     assert (tmp_path / "out").exists()
+
+
+def test_small_files_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    write_small(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o640)
+    assert list(tmp_path.iterdir()) == [path]
+    for bad in (tmp_path / "none" / "b.txt", tmp_path / ("x" * 300), tmp_path):
+        with refused(ItuneError, bad):
+            write_small(bad, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_small_files_of_the_dead_are_swept(tmp_path: Path) -> None:
+    dead, living = (tmp_path / f".{name}.txt.0123abcd.itune-tmp" for name in ("dead", "living"))
+    mine = tmp_path / ".mine.tmp"
+    for path in (dead, living, mine):
+        path.touch()
+    held = lock(living)
+    sweep_small(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([living, mine])
+    assert held is not None
+    os.close(held)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...runtime.errors import ImageError, ItuneError
 
 if TYPE_CHECKING:
-    from ...runtime.captioner import Caption
+    from ...runtime.caption import Caption
 
 
 class SidecarError(ItuneError):

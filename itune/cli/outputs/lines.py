@@ -51,6 +51,7 @@ class JsonLines:
             fields: dict[str, object] = {"error": str(captioned.result)}
         else:
             fields = {**asdict(captioned.result), **captioned.engine}
+            del fields["picture"]
             for absent in [name for name in ("retrieved", "kernels") if fields.get(name) is None]:
                 fields.pop(absent, None)
         return json.dumps({"image": captioned.image, **fields}) + "\n"

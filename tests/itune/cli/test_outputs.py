@@ -22,7 +22,7 @@ from itune.cli.outputs.sidecars import TextSidecars, XmpSidecars
 from itune.cli.outputs.xmp import Sidecar
 from itune.data.records import load_records
 from itune.files import NoSpaceError
-from itune.runtime.captioner import Candidate, Caption, Timings
+from itune.runtime.caption import Candidate, Caption, Timings
 from itune.runtime.errors import ImageError, ItuneError
 from tests.conftest import refused
 from tests.itune.cli.conftest import BLUE, RED, Paint, Result, process
