@@ -99,7 +99,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
         "write_json(Path(sys.argv[1]), list(range(1000)))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
-    assert f"ItuneError: {path}: File too large" in done.stderr
+    assert f"NoSpaceError: {path}: File too large" in done.stderr
     assert contents(tmp_path) == {"out.json": '{\n  "old": 1\n}\n'}
 
 
@@ -131,7 +131,7 @@ def test_full_disks_in_a_folder_name_the_folder(tmp_path: Path) -> None:
     for body in ("np.save(folder / 'a.npy', np.zeros(1000))", "write_json(folder / 'a.json', list(range(1000)))"):
         command = [sys.executable, "-c", program + body, str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.stderr.splitlines()[-1].startswith(f"itune.runtime.errors.ItuneError: {tmp_path / 'out'}")
+        assert done.stderr.splitlines()[-1].startswith(f"itune.files.NoSpaceError: {tmp_path / 'out'}")
         assert list(tmp_path.iterdir()) == []
 
 
