@@ -128,7 +128,7 @@ def _explained(name: str, error: ImageError) -> ImageError:
     """The error of an image that is no file."""
     if name == STDIN:
         return ImageError(str(error).replace("the image:", "standard input:", 1))
-    return ImageError(f"{name}: there are no photos in this folder") if Path(name).is_dir() else error
+    return ImageError(f"{name}: no photos in this folder (a list takes no folders)") if Path(name).is_dir() else error
 
 
 PROGRAM = Program("itune-run", run)

@@ -46,7 +46,8 @@ class OutputOptions(Options, title="Output"):
             "--json and --csv: choose one": self.json_ and self.csv,
             "--output needs --json or --csv": self.output and not (self.json_ or self.csv),
             "--resume skips what exists, --overwrite replaces it: choose one": self.resume and self.overwrite,
-            "--resume needs --output or --sidecar": self.resume and not (self.output or self.sidecar),
+            "--resume and --overwrite need --output or --sidecar": (self.resume or self.overwrite)
+            and not (self.output or self.sidecar),
             "--resume cannot continue a Parquet file: leave out --parquet": self.resume and self.parquet,
         }
         for message, is_wrong in wrong.items():
@@ -79,7 +80,6 @@ class Outputs(Writer):
             self._others.append(Captions(named=named, beside_progress=beside_progress))
         elif not options.output:
             self._others.append(Printed(format, beside_progress=beside_progress))
-        self._stack = ExitStack()
 
     def has(self, image: str) -> bool:
         """As in Writer: whether all files that a run can resume have the image."""
@@ -90,8 +90,10 @@ class Outputs(Writer):
         return [*self.sidecars, *([self._record_file] if self._record_file else [])]
 
     def __enter__(self) -> Self:
-        for writer in (*self._kept, *self._others):
-            self._stack.enter_context(writer)
+        with ExitStack() as stack:
+            for writer in (*self._kept, *self._others):
+                stack.enter_context(writer)
+            self._stack = stack.pop_all()
         return self
 
     def write(self, captioned: Captioned) -> None:

@@ -25,7 +25,6 @@ class ParquetFile(Writer):
         common.require("parquet", "pyarrow")
         self.path = path
         self._rows: list[dict[str, Any]] = []
-        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         import pyarrow as pa
@@ -36,9 +35,11 @@ class ParquetFile(Writer):
         self._schema = pa.schema(
             [("image", text), ("caption", text), ("score", score), ("error", text), ("candidates", candidates)]
         )
-        temporary = self._stack.enter_context(atomic_path(self.path))
-        file = self._stack.enter_context(temporary.open("wb"))
-        self._writer = self._stack.enter_context(parquet.ParquetWriter(file, self._schema))
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self.path))
+            file = stack.enter_context(temporary.open("wb"))
+            self._writer = stack.enter_context(parquet.ParquetWriter(file, self._schema))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, captioned: Captioned) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -147,6 +148,7 @@ def test_files_of_others_are_neither_continued_nor_replaced(
         (["--json", "--csv"], ["--json", "--csv"]),
         (["-o", "x"], ["--output", "--json"]),
         (["--resume"], ["--resume", "--output"]),
+        (["--overwrite"], ["--overwrite", "--output"]),
         (["--resume", "--overwrite", "--sidecar", "txt"], ["--resume", "--overwrite"]),
         (["--resume", "--sidecar", "txt", "--parquet", "x"], ["--resume", "--parquet"]),
         (["--sidecar", "xml"], ["--sidecar", "xml"]),
@@ -170,6 +172,17 @@ def test_options_that_do_not_fit(
     assert all(part in result.err for part in named)
     assert [path.name for path in tmp_path.iterdir() if path.name != "bundle"] == ["a.png"]
     assert Path("a.png").read_bytes() == content
+
+
+def test_csv_on_a_terminal_shows_no_control_characters(bundle: Path, paint: Paint) -> None:
+    ours, theirs = pty.openpty()
+    running = process(bundle, "--csv", paint("red", "a\x1b[2J.png"), stdout=theirs)
+    assert running.communicate(timeout=60)[1] == b""
+    os.close(theirs)
+    shown = os.read(ours, 10_000)
+    os.close(ours)
+    assert b"\x1b" not in shown
+    assert b"a\\x1b[2J.png" in shown
 
 
 # Parquet
