@@ -26,7 +26,13 @@ from .runtime.recovery import lock, recover_folder, temporary_stem
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SMALL = ".itune-tmp"
+"""Suffix of the temporary files of `write_small`."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+class NoSpaceError(ItuneError):
+    """The disk, or the user's share of it, is full: whatever comes next would fail as well."""
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -57,7 +63,7 @@ def atomic_folder(folder: Path, own: Collection[str] | None = None) -> Iterator[
             yield temporary
         except OSError as error:
             if error.errno in _FULL:
-                raise ItuneError(f"{folder}: {reason(error)}; make room, or choose another place") from error
+                raise unwritable(folder, error) from error
             raise
         except ItuneError as error:  # users know the folder by its own name
             raise type(error)(str(error).replace(str(temporary), str(folder))) from error
@@ -123,8 +129,50 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _flush(folder)
             temporary.replace(path)
             _flush(path.parent, recursive=False)
+    except BrokenPipeError:  # of standard output, which the block may write as well
+        raise
     except OSError as error:
-        raise ItuneError(f"{path}: {reason(error)}; make room, or choose another place") from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> ItuneError:
+    """The error for a path that cannot be written."""
+    kind = NoSpaceError if error.errno in _FULL else ItuneError
+    return kind(f"{path}: {reason(error)}; make room, or choose another place")
+
+
+def write_small(path: Path, content: bytes) -> None:
+    """Write a small file atomically, one of many in its folder.
+
+    Cheaper than `atomic_path`: no folder, no look at the others. `sweep_small` deletes what a killed process left.
+    Raises ItuneError, naming `path`, if it cannot be written.
+    """
+    temporary = path.with_name(f"{temporary_stem(path)}.{secrets.token_hex(4)}{_SMALL}")
+    held = None
+    try:
+        with temporary.open("xb") as file:
+            held = lock(temporary)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):  # names may be too long
+            temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+
+
+def sweep_small(folder: Path) -> None:
+    """Delete the temporary files in a folder that belong to no living `write_small`."""
+    for left in folder.glob(f".*{_SMALL}"):
+        if (held := lock(left)) is not None:
+            left.unlink(missing_ok=True)
+            os.close(held)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from .attention.explanation import Explanation
     from .attention.heatmap import draw_heatmap
     from .bundle import Bundle
-    from .captioner import Candidate, Caption, Captioner
+    from .caption import Candidate, Caption
+    from .captioner import Captioner
     from .retrieval.datastore import Datastore
 
 _MODULES = {
     "Bundle": ".bundle",
-    "Candidate": ".captioner",
-    "Caption": ".captioner",
+    "Candidate": ".caption",
+    "Caption": ".caption",
     "Captioner": ".captioner",
     "Datastore": ".retrieval.datastore",
     "Explanation": ".attention.explanation",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import Field, StringConstraints
 from tokenizers import Tokenizer
 
 from .bundle import BUNDLE_FOLDER, DEFAULT, TOKENIZER, Bundle, TokenSettings
+from .caption import Candidate, Caption, Timings
 from .engines.base import Engine
 from .errors import BundleError, ImageError, ItuneError, SearchError, reading
-from .image import Source, decode, is_one, preprocess
+from .image import Source, decode, is_one, jpeg_url, preprocess
 from .pipeline import decode_ahead
 from .retrieval.prompts import Retriever
 from .search import SearchConfig
@@ -44,42 +46,9 @@ T = TypeVar("T", bound=Source)
 _Decoded = tuple[NDArray[np.uint8], float]  # pixels, and the milliseconds that they took
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One of the captions that the search found for an image."""
-
-    caption: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds spent on one image; a batch's time is divided evenly over its images."""
-
-    decode_image: float
-    encode: float
-    search: float
-
-
-@dataclass(frozen=True)
-class Caption:
-    """The best caption of an image, and the other candidates."""
-
-    caption: str
-    score: float
-    """Sum of the tokens' log-probabilities / their number ** length_penalty."""
-    tokens: tuple[int, ...]
-    """Token ids of `caption`, without the begin, prompt and end tokens."""
-    candidates: tuple[Candidate, ...]
-    """The captions of all beams, best first, or the samples in the order of drawing; the first is `caption`."""
-    ms: Timings
-    retrieved: tuple[str, ...] | None = None
-    """The datastore's captions in the prompt, the most similar first; None: nothing is retrieved."""
-
-
 class _StreamOptions(Settings):
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 1
-    workers: Annotated[int, Field(ge=0, le=MOST)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST)] | None = None
     bad_words: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
 
 
@@ -199,7 +168,8 @@ class Captioner:
         if is_one(images):
             return self.caption([images], batch_size=batch_size, workers=workers or 0, **options)[0]
         captions = []
-        for _, result in self.stream(images, batch_size=batch_size, workers=workers, **options):
+        own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
+        for _, result in self._stream(images, own, config, thumbnails=True):
             if isinstance(result, ImageError):
                 raise result
             captions.append(result)
@@ -217,9 +187,8 @@ class Captioner:
         """
         if is_one(images):
             raise SearchError("stream takes several images: give a list, or call caption for one")
-        workers = self.workers if workers is None else workers
         own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
-        return self._stream(images, own.batch_size, own.workers, config)
+        return self._stream(images, own, config)
 
     @cached_property
     def explainer(self) -> Explainer:
@@ -264,14 +233,21 @@ class Captioner:
         return explainer.explain(photo, tokens, layer, lambda state: self.prompts(state, config)[0][0])
 
     def _stream(
-        self, images: Iterable[T], batch_size: int, workers: int, config: SearchConfig
+        self, images: Iterable[T], options: _StreamOptions, config: SearchConfig, *, thumbnails: bool = False
     ) -> Iterator[tuple[T, Caption | ImageError]]:
-        with closing(decode_ahead(images, self._decode, batch_size=batch_size, workers=workers)) as batches:
+        workers = self.workers if options.workers is None else options.workers
+        with closing(decode_ahead(images, self._decode, batch_size=options.batch_size, workers=workers)) as batches:
             for batch in batches:
                 good = [image for _, image in batch if not isinstance(image, ImageError)]
                 captions = iter(self._caption_batch(good, config) if good else ())
                 for source, image in batch:
-                    yield source, image if isinstance(image, ImageError) else next(captions)
+                    if isinstance(image, ImageError):
+                        yield source, image
+                    else:
+                        yield (
+                            source,
+                            replace(next(captions), picture=_picture(source, image[0] if thumbnails else None)),
+                        )
                 del batch  # release its images before the next batch
 
     def _decode(self, source: Source) -> _Decoded | ImageError:
@@ -330,3 +306,10 @@ class Captioner:
                 "positions (for a TensorRT plan, export again with a larger --max-new-tokens)"
             )
         return own, config
+
+
+def _picture(source: Source, pixels: NDArray[np.uint8] | None) -> str | None:
+    """How a caption shows its photo: by its path, or else by the pixels that the tower saw, if they are given."""
+    if isinstance(source, str | Path):
+        return str(source)
+    return None if pixels is None else jpeg_url(Image.fromarray(pixels))

@@ -5,6 +5,7 @@ Resizing and cropping match transformers' `CLIPImageProcessor` (Pillow backend) 
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import threading
@@ -27,6 +28,7 @@ from .settings import ImageSettings
 Source: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | NDArray[Any]
 """An image: a path, an encoded file as bytes or open, a Pillow image, or an array (see `decode`)."""
 
+_THUMBNAIL = 320
 MAX_ASPECT = 500
 """Longest side / shortest side: a thinner strip, resized by its short edge, would fill the memory."""
 _LARGE = 25_000_000
@@ -90,6 +92,14 @@ def decode(source: Source) -> Image.Image:
                 if content is None:
                     raise
         return _read(io.BytesIO(content))  # here, where the first attempt's pixels are released
+
+
+def jpeg_url(image: Image.Image) -> str:
+    """A data: URL of an RGB image as a JPEG whose sides are at most _THUMBNAIL pixels."""
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.save(file, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.uint8]:

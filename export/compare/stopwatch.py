@@ -14,7 +14,8 @@ from statistics import median
 from time import sleep
 from typing import Any
 
-from ...runtime.captioner import Captioner, Timings
+from ...runtime.caption import Timings
+from ...runtime.captioner import Captioner
 from .worker import Worker
 
 _WARMUP = 2

@@ -10,7 +10,8 @@ import numpy as np
 
 from ...data.records import Record
 from ...metrics import evaluate
-from ...runtime.captioner import Caption, Captioner
+from ...runtime.caption import Caption
+from ...runtime.captioner import Captioner
 from ...runtime.errors import ImageError, ItuneError
 from ...runtime.settings import SearchDefaults, Settings
 from .limits import Limits

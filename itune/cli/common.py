@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..runtime.cpus import available_cpus
-from ..runtime.errors import ItuneError, printable
+from ..runtime.errors import ItuneError, printable, reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,5 +152,10 @@ def emit(line: str, *, beside_progress: bool = False) -> None:
         console().print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
         # One write: unbuffered, `print` would write the newline separately, and Ctrl-C could come in between.
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ItuneError(f"standard output: {reason(error)}") from error

@@ -1,4 +1,7 @@
-"""itune-datastore: Build, extend, describe and search a datastore of captions that a captioner can retrieve."""
+"""itune-datastore: Build, extend, describe and search a store of captions.
+
+A captioner retrieves captions of similar images from it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from ..retrieval.options import CaptionSource, DatastoreOptions
-from . import common, program
-from .program import Flags, Options, Switch, chosen
+from . import common
+from .program import Flags, Options, Program, Switch, chosen
 
 if TYPE_CHECKING:
     from ..progress import OnStage
@@ -190,10 +193,8 @@ def _summarise(store: Path, added: Added) -> None:
     common.say(f"{store}: {manifest.captions:,} captions of {manifest.images:,} photos, {manifest.entries:,} entries")
 
 
-def main() -> None:
-    """Entry point."""
-    program.run("itune-datastore", build, add, info, search, help=__doc__.partition(": ")[2])
-
+PROGRAM = Program("itune-datastore", build, add, info, search, help=__doc__.partition(": ")[2])
+main = PROGRAM.run
 
 if __name__ == "__main__":
     main()

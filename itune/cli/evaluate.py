@@ -11,8 +11,8 @@ from pydantic import Field
 
 from ..flags import flag
 from ..runtime.errors import ItuneError
-from . import common, program
-from .program import BeamSearch, Options, Switch, chosen
+from . import common
+from .program import BeamSearch, Options, Program, Switch, chosen
 
 if TYPE_CHECKING:
     from ..data.records import Record
@@ -84,7 +84,9 @@ def evaluate(
     file: _File,
     scores: _Scores,
 ) -> None:
-    """Caption a split, or take --captions, and print CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE with 95 % intervals.
+    """Score captions: CIDEr-D, BLEU, METEOR, ROUGE-L and SPICE.
+
+    Captions a split, or takes --captions, and prints the scores with 95 % intervals.
 
     Examples:
         itune-eval runs/flickr8k --data Flickr8k.token.txt --split test
@@ -202,10 +204,8 @@ def _captioned(
     return [Captioned(model, captions)], len(failed), search.get("num_beams", captioner.search.num_beams)
 
 
-def main() -> None:
-    """Entry point."""
-    program.run("itune-eval", evaluate)
-
+PROGRAM = Program("itune-eval", evaluate)
+main = PROGRAM.run
 
 if __name__ == "__main__":
     main()

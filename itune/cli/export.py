@@ -11,8 +11,8 @@ from cyclopts import Parameter
 from ..export.options import ExportOptions, ImportOptions
 from ..flags import flag
 from ..runtime.errors import ItuneError
-from . import common, program
-from .program import BeamSearch, Flags, Options, Switch, chosen
+from . import common
+from .program import BeamSearch, Flags, Options, Program, Switch, chosen
 
 if TYPE_CHECKING:
     from ..export.verify.report import Check
@@ -40,9 +40,10 @@ def export(
     search: BeamSearch,
     published: Annotated[Options, Flags(ImportOptions)],
 ) -> None:
-    """Export a checkpoint to ONNX graphs or TensorRT plans, verified against PyTorch.
+    """Export a checkpoint to ONNX graphs or TensorRT plans.
 
-    With --restore, write a bundle's parts; with --import, convert a published checkpoint.
+    The graphs are verified against PyTorch. With --restore, write a bundle's parts; with --import, convert a published
+    checkpoint.
 
     Examples:
         itune-export runs/flickr8k --precision int8 -o my-bundle
@@ -126,13 +127,16 @@ def _export(checkpoint: Path, output: Path, options: ExportOptions, search: dict
         )
 
 
+PROGRAM = Program("itune-export", export)
+
+
 def main() -> None:
     """Entry point; with --compare it is another command, with options of its own."""
     if "--compare" in sys.argv[1:]:
         from .compare import compare
 
-        program.run("itune-export", compare)
-    program.run("itune-export", export)
+        Program("itune-export", compare).run()
+    PROGRAM.run()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,15 @@ from . import common
 from .program import Options
 
 if TYPE_CHECKING:
-    from ..runtime.captioner import Caption, Captioner
+    from ..runtime.caption import Caption
+    from ..runtime.captioner import Captioner
     from ..runtime.image import Source
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+class HeatmapError(ItuneError):
+    """The heatmap of one image cannot be drawn; those of the next ones may."""
 
 
 class HeatmapOptions(Options, title="Heatmap"):
@@ -47,11 +52,10 @@ class Heatmaps:
             needed = "--heatmap-layer needs --heatmap or --heatmap-json"
             raise ItuneError("--heatmap-json - must be a file: the captions go to standard output" if self else needed)
         self._paths = [] if figures is None else _figure_paths(figures, images)
-        outputs = [("--heatmap", path) for path in self._paths]
-        outputs += [] if numbers is None else [("--heatmap-json", numbers)]
-        for option, path in outputs:
+        self.files = [("--heatmap", path) for path in self._paths]
+        self.files += [] if numbers is None else [("--heatmap-json", numbers)]
+        for option, path in self.files:
             common.check_writable(option, path, parents=False)
-        common.check_apart(outputs, (("the photo", Path(image)) for image in images if image != "-"))
 
     def __bool__(self) -> bool:
         """Whether any output is wanted."""
@@ -78,9 +82,16 @@ class Heatmaps:
         `options` are the search options that wrote the caption: its length decides how many captions fit the prompt.
 
         Raises:
-            ImageError: the image can no longer be read.
-            ItuneError: its figure cannot be written.
+            HeatmapError: the image can no longer be read, or its figure cannot be written.
         """
+        try:
+            self._add(captioner, number, name, image, caption, **options)
+        except ItuneError as error:
+            raise HeatmapError(f"no heatmap: {error}") from error
+
+    def _add(
+        self, captioner: Captioner, number: int, name: str, image: Source, caption: Caption, **options: Any
+    ) -> None:
         from ..runtime.attention.heatmap import draw_heatmap
 
         explanation = captioner.explain(image, caption, layer=self.layer, **options)

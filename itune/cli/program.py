@@ -27,6 +27,8 @@ from . import common
 
 Switch = Annotated[bool, Parameter(show_default=False)]
 """A flag without a value, off by default."""
+COMPLETION = "completion"
+"""The command whose output describes all flags, as `--help` does."""
 _OTHER_NAMES = {"model": "bundle", "o": "output", "out": "output"}
 group = cache(Group.create_ordered)
 """The group of this name in `--help`; groups appear in the order in which they are first named."""
@@ -110,7 +112,7 @@ def _with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]
         flags = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Flags)), None)
         model = flags.model if flags else hint
         if isinstance(model, type) and issubclass(model, Settings):
-            if {"--help", "-h"} & set(sys.argv):
+            if {"--help", "-h", COMPLETION} & set(sys.argv):
                 describe(model)
             model = flags.build() if flags else model
             title = None if flags else group(str(model.model_config.get("title", "Options")))
@@ -143,64 +145,82 @@ def _version() -> str:
     return ", ".join(parts)
 
 
-def run(name: str, *commands: Callable[..., int | None], help: str | None = None) -> NoReturn:
-    """Run the program `name` and exit: one command, or several that its first argument chooses from.
+class Program:
+    """A program with one command, or with several that its first argument chooses from.
 
-    A command's docstring is its help; what follows "Examples:" comes last. The exit status is what the command returns,
-    2 after an error of the user's and 130 after Ctrl-C.
+    A command's docstring is its help; what follows "Examples:" comes last. A command may be a whole program.
     """
-    _open_standard_streams()
-    common.exit_when_asked()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # the locale may lack characters of a file name or a caption
-            stream.reconfigure(errors="backslashreplace")
-    app = App(
-        name=name,
-        version=_version,
-        help=help,
-        help_format="markdown",
-        default_parameter=Parameter(
-            allow_leading_hyphen=True,
-            allow_repeating=True,
-            json_dict=False,
-            json_list=False,
-            negative_bool=(),
-            negative_iterable=(),
-        ),
-        result_action="return_value",
-        suppress_keyboard_interrupt=False,
-    )
-    group.cache_clear()
-    shown = []
-    for command in commands:
-        text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
-        shown.append(examples)
-        if len(commands) == 1:
-            app.help = text
-            app.default(_with_flags(command))
-        else:
-            app.command(_with_flags(command), help=text, help_epilogue=f"Examples:\n\n{examples}")
-    app.help_epilogue = "Examples:\n\n" + "\n".join(shown)
-    arguments = [_Dash(each) if each == "-" else each for each in sys.argv[1:]]
-    error: Exception
-    try:
-        if (empty := _empty_argument(sys.argv[1:])) is not None:
-            raise ItuneError(f"argument {empty} is empty, as from an unset shell variable: name a file or folder")
-        if arguments or len(commands) == 1:
-            status = app(arguments, exit_on_error=False, print_error=False, verbose=False)
+
+    def __init__(self, name: str, *commands: Callable[..., int | None] | Program, help: str | None = None) -> None:
+        self.name, self.commands, self.help = name, commands, help
+
+    @property
+    def command(self) -> str:
+        """Its name as a command of another program: "run" for itune-run."""
+        return self.name.rpartition("-")[2]
+
+    def app(self) -> App:
+        """The program for cyclopts."""
+        app = App(
+            name=self.name,
+            version=_version,
+            help=self.help,
+            help_format="markdown",
+            default_parameter=Parameter(
+                allow_leading_hyphen=True,
+                allow_repeating=True,
+                json_dict=False,
+                json_list=False,
+                negative_bool=(),
+                negative_iterable=(),
+            ),
+            result_action="return_value",
+            suppress_keyboard_interrupt=False,
+        )
+        group.cache_clear()
+        shown = []
+        for command in self.commands:
+            if isinstance(command, Program):
+                app.command(command.app(), name=command.command)
+                continue
+            text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
+            shown.append(examples)
+            if len(self.commands) == 1:
+                app.help = text
+                app.default(_with_flags(command))
+            else:
+                app.command(_with_flags(command), help=text, help_epilogue=f"Examples:\n\n{examples}")
+        app.help_epilogue = "Examples:\n\n" + "\n".join(shown)
+        return app
+
+    def run(self) -> NoReturn:
+        """Run the program and exit: with what the command returns, 2 after a user's error, or 130 after Ctrl-C."""
+        _open_standard_streams()
+        common.exit_when_asked()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # the locale may lack characters of a file name or a caption
+                stream.reconfigure(errors="backslashreplace")
+        arguments = [_Dash(each) if each == "-" else each for each in sys.argv[1:]]
+        error: Exception
+        try:
+            if (empty := _empty_argument(sys.argv[1:])) is not None:
+                raise ItuneError(f"argument {empty} is empty, as from an unset shell variable: name a file or folder")
+            if not arguments and len(self.commands) > 1:
+                names = (each.command if isinstance(each, Program) else each.__name__ for each in self.commands)
+                raise ItuneError(f"COMMAND is missing: choose one of {', '.join(names)}")
+            status = self.app()(arguments, exit_on_error=False, print_error=False, verbose=False)
             sys.stdout.flush()  # here, where a full disk is an error
             sys.exit(status)
-        error = ItuneError(f"COMMAND is missing: choose one of {', '.join(each.__name__ for each in commands)}")
-    except KeyboardInterrupt:
-        sys.exit(common.INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout left
-        _discard_output()
-        sys.exit(1)
-    except (CycloptsError, ValidationError, ItuneError, OSError) as caught:
-        error = caught
-        _discard_output()
-    print(f"{name}: error: {_sentence(error, name)}", file=sys.stderr)
-    sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(common.INTERRUPTED)
+        except BrokenPipeError:  # the reader of stdout left
+            _discard_output()
+            sys.exit(1)
+        except (CycloptsError, ValidationError, ItuneError, OSError) as caught:
+            error = caught
+            _discard_output()
+        print(f"{self.name}: error: {_sentence(error, self.name)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _open_standard_streams() -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
 
-from ..runtime.errors import ImageError, ItuneError, printable
+from ..runtime.errors import ImageError, ItuneError
 from ..runtime.search.config import SearchConfig
-from . import common, program
-from .heatmap import HeatmapOptions
-from .photos import STDIN, Found
-from .program import Flags, Options, Switch, chosen
+from . import common
+from .heatmap import HeatmapError, HeatmapOptions, Heatmaps
+from .outputs.base import Captioned, SidecarError
+from .outputs.options import OutputOptions, Outputs
+from .photos import STDIN, PhotoOptions, watch
+from .program import Flags, Options, Program, chosen
 
 
 class _Model(Options, title="Model"):
@@ -35,23 +35,21 @@ class _Model(Options, title="Model"):
     """Images at once through the model."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Threads that read images ahead. Default: threads less one, at most 4."""
-    json_: Switch = False
-    """One JSON object per line instead of text."""
-    recursive: Switch = False
-    """Caption the photos in sub-folders, too."""
 
 
 def run(
     images: Annotated[
-        list[str],
+        list[str | Path] | None,  # becomes str, as typed; because of Path, shells complete file names
         Parameter(
             name="IMAGE",
             help="Files, folders, quoted globs, or - for one image on stdin.",
             allow_leading_hyphen=False,
         ),
-    ],
+    ] = None,
     /,
     *,
+    photos: PhotoOptions,
+    output: OutputOptions,
     model: _Model,
     search: Annotated[
         Options,
@@ -64,24 +62,31 @@ def run(
     Prints the caption of a single image, and "path TAB caption" per line for several. With --json: image, caption,
     score (length-normalised log-probability), tokens, candidates, milliseconds, the engine (with its kernels, if it is
     the native one) and, with a datastore, the captions retrieved from it; or image and error. The exit status is 1 if
-    an image could not be read, after all others were captioned.
+    an image could not be read or a sidecar not written, after all others were captioned.
 
     Examples:
         itune-run photo.jpg
         itune-run photos/ --bundle my-bundle --json > captions.jsonl
+        itune-run photos/ --recursive --csv --output captions.csv --resume
+        itune-run inbox/ --watch --sidecar xmp
         itune-run photo.jpg --heatmap heatmap.png
 
     """
-    found = [Found.at(argument, recursive=model.recursive) for argument in images]
-    for each in found:
-        if each.skipped:
-            print(f"itune-run: {printable(each.place)}: skipped {each.summary}", file=sys.stderr)
-    sources = [source for each in found for source in each.sources]
-    if STDIN in sources and sys.stdin is None:
-        raise ItuneError("-: standard input is closed")
-    from .heatmap import Heatmaps
-
+    named = [str(image) for image in images or ()]
+    if not named and photos.from_file is None:
+        raise ItuneError("IMAGE or --from-file is missing: name photos or folders; see itune-run --help")
+    sources = photos.find(named)
+    several = len(sources) > 1 and not photos.watch
+    outputs = Outputs(output, named=several or sources != named, beside_progress=several)
     heatmaps = Heatmaps(heatmap, sources)
+    if heatmaps and (photos.watch or output.resume):
+        raise ItuneError("heatmaps are numbered by the photos of one run: leave out --watch and --resume, or --heatmap")
+    inputs = [("the photo", Path(source)) for source in sources if source != STDIN]
+    common.check_apart([*outputs.files, *heatmaps.files], inputs)
+    for sidecar in () if photos.watch else outputs.sidecars:
+        sidecar.check(sources)
+    if not photos.watch and all(map(outputs.has, sources)):
+        return 0
     from ..runtime.captioner import Captioner
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # ImageErrors carry what matters of its complaints
@@ -94,47 +99,40 @@ def run(
         captioner.explainer.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
     engine = {"engine": captioner.engine_name, "kernels": captioner.kernels}
     options = chosen(search)
-    results = captioner.stream(
-        (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
-        batch_size=model.batch_size,
-        workers=0 if STDIN in sources else model.workers,  # workers would wait for stdin before the first caption
-        **options,
-    )
-    several = len(sources) > 1
-    named = several or sources != images  # print the name even of a folder's only file
     failures = 0
-    with heatmaps, common.progress("images", enabled=several) as update:
-        for done, (name, (image, result)) in enumerate(zip(sources, results, strict=True), 1):
-            if isinstance(result, ImageError):
-                failures += 1
-                if name == STDIN:
-                    result = ImageError(str(result).replace("the image:", "standard input:", 1))
-                elif Path(name).is_dir():
-                    result = ImageError(f"{name}: there are no photos in this folder")
-            if model.json_:
-                record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result) | engine
-                for absent in [name for name in ("retrieved", "kernels") if record.get(name) is None]:
-                    record.pop(absent, None)
-                common.emit(json.dumps({"image": name, **record}), beside_progress=several)
-            elif isinstance(result, ImageError):
-                print(f"itune-run: {result}", file=sys.stderr)
-            else:
-                caption = printable(result.caption)
-                common.emit(f"{printable(name)}\t{caption}" if named else caption, beside_progress=several)
-            if heatmaps and not isinstance(result, ImageError):
-                try:
-                    heatmaps.add(captioner, done - 1, name, image, result, **options)
-                except ItuneError as error:  # the image has changed since, or the disk is full
+    with outputs, heatmaps, common.progress("images", enabled=several) as update:
+        for batch in watch(named, recursive=photos.recursive) if photos.watch else [sources]:
+            left = [source for source in batch if not outputs.has(source)]
+            results = captioner.stream(
+                (sys.stdin.buffer.read() if source == STDIN else source for source in left),
+                batch_size=model.batch_size,
+                workers=0 if STDIN in left else model.workers,  # they would wait for stdin before the first caption
+                **options,
+            )
+            for done, (name, (image, result)) in enumerate(zip(left, results, strict=True), 1):
+                if isinstance(result, ImageError):
                     failures += 1
-                    print(f"itune-run: no heatmap: {error}", file=sys.stderr)
-            update(done, len(sources))
+                    result = _explained(name, result)
+                try:
+                    outputs.write(Captioned(name, result, engine))
+                    if heatmaps and not isinstance(result, ImageError):
+                        heatmaps.add(captioner, done - 1, name, image, result, **options)
+                except (SidecarError, HeatmapError) as error:
+                    failures += 1
+                    print(f"itune-run: {error}", file=sys.stderr)
+                update(done, len(left))
     return 1 if failures else 0
 
 
-def main() -> None:
-    """Entry point."""
-    program.run("itune-run", run)
+def _explained(name: str, error: ImageError) -> ImageError:
+    """The error of an image that is no file."""
+    if name == STDIN:
+        return ImageError(str(error).replace("the image:", "standard input:", 1))
+    return ImageError(f"{name}: no photos in this folder (a list takes no folders)") if Path(name).is_dir() else error
 
+
+PROGRAM = Program("itune-run", run)
+main = PROGRAM.run
 
 if __name__ == "__main__":
     main()

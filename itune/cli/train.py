@@ -17,9 +17,9 @@ from ..flags import flag
 from ..methods.schemas import SETTINGS, load_config
 from ..runtime.errors import ItuneError, reading
 from ..training.config import PRESETS, TrainConfig, from_json, resolve
-from . import common, program
+from . import common
 from .display import TrainingDisplay
-from .program import Flags, Options, Switch, chosen
+from .program import Flags, Options, Program, Switch, chosen
 
 if TYPE_CHECKING:
     from ..data.records import Record
@@ -84,7 +84,7 @@ def train(
     run: _Run,
     settings: Annotated[Options, Flags(TrainConfig, omit=("preset", "begin"))],
 ) -> int:
-    """Train a captioner's adapters between a frozen vision tower and a frozen GPT-2.
+    """Train adapters between a frozen vision tower and GPT-2.
 
     Settings without a flag come from the preset.
 
@@ -270,10 +270,8 @@ def _train(trainer: Trainer) -> int:
     return 0
 
 
-def main() -> None:
-    """Entry point."""
-    program.run("itune-train", train)
-
+PROGRAM = Program("itune-train", train)
+main = PROGRAM.run
 
 if __name__ == "__main__":
     main()

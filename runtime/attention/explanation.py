@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,6 +59,14 @@ class Explanation:
         """[tokens]: attention of each token to visual tokens without a position in the image: CLS and registers."""
         share: Float32 = self.attention[:, : self.attention.shape[1] - self.grid[0] * self.grid[1]].sum(axis=1)
         return share
+
+    def _repr_jpeg_(self) -> bytes:
+        """The heatmap, for notebooks."""
+        from .. import draw_heatmap  # imports this module
+
+        file = io.BytesIO()
+        draw_heatmap(self).save(file, "JPEG", quality=92)
+        return file.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation for JSON; for each token: "id", "text", "cls" (share) and "attention" [rows][columns]."""

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from itune.files import atomic_folder, atomic_path, only_writer, staged_folder, write_json
+from itune.files import (
+    atomic_folder,
+    atomic_path,
+    only_writer,
+    staged_folder,
+    sweep_small,
+    write_json,
+    write_small,
+)
 from itune.runtime.bundle import Bundle
 from itune.runtime.errors import BundleError, ItuneError
 from itune.runtime.recovery import lock, recover_folder
@@ -91,7 +99,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
         "write_json(Path(sys.argv[1]), list(range(1000)))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
-    assert f"ItuneError: {path}: File too large" in done.stderr
+    assert f"NoSpaceError: {path}: File too large" in done.stderr
     assert contents(tmp_path) == {"out.json": '{\n  "old": 1\n}\n'}
 
 
@@ -123,7 +131,7 @@ def test_full_disks_in_a_folder_name_the_folder(tmp_path: Path) -> None:
     for body in ("np.save(folder / 'a.npy', np.zeros(1000))", "write_json(folder / 'a.json', list(range(1000)))"):
         command = [sys.executable, "-c", program + body, str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.stderr.splitlines()[-1].startswith(f"itune.runtime.errors.ItuneError: {tmp_path / 'out'}")
+        assert done.stderr.splitlines()[-1].startswith(f"itune.files.NoSpaceError: {tmp_path / 'out'}")
         assert list(tmp_path.iterdir()) == []
 
 
@@ -145,3 +153,28 @@ def test_every_program_recovers_what_a_killed_writer_left(tmp_path: Path) -> Non
     with pytest.raises(BundleError):
         Bundle.load(tmp_path / "out")  # which has no manifest
     assert (tmp_path / "out").exists()
+
+
+def test_small_files_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    write_small(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o640)
+    assert list(tmp_path.iterdir()) == [path]
+    for bad in (tmp_path / "none" / "b.txt", tmp_path / ("x" * 300), tmp_path):
+        with refused(ItuneError, bad):
+            write_small(bad, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_small_files_of_the_dead_are_swept(tmp_path: Path) -> None:
+    dead, living = (tmp_path / f".{name}.txt.0123abcd.itune-tmp" for name in ("dead", "living"))
+    mine = tmp_path / ".mine.tmp"
+    for path in (dead, living, mine):
+        path.touch()
+    held = lock(living)
+    sweep_small(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([living, mine])
+    assert held is not None
+    os.close(held)

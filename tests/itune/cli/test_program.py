@@ -50,7 +50,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["show", *arguments])
         monkeypatch.setattr(show, "__annotations__", show.__annotations__)  # undo what `run` does to them
         with pytest.raises(SystemExit) as ended:
-            program.run("show", show)
+            program.Program("show", show).run()
         return int(ended.value.code or 0), *capsys.readouterr()
 
     return run

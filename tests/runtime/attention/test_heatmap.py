@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -93,6 +94,14 @@ def test_the_figure_is_warm_where_a_token_looks() -> None:
         assert tile[int((row + 0.5) / 4 * height), int((place + 0.5) / 4 * column)] > 40
         assert tile[int(0.4 * height), int(0.4 * column)] < 20  # nobody looks at the middle
     assert abs(warmth[top : top + height, MARGIN : MARGIN + column]).max() == 0
+
+
+def test_a_notebook_shows_the_figure() -> None:
+    shown = explanation(np.full((1, 17), 1 / 17), ("<one>",), (80, 60))
+    picture = Image.open(io.BytesIO(shown._repr_jpeg_()))
+    expected = np.asarray(draw_heatmap(shown), float)
+    assert picture.format == "JPEG"
+    assert abs(np.asarray(picture, float) - expected).mean() < 2
 
 
 def test_labels_tell_the_pieces_of_a_word() -> None:

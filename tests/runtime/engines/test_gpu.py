@@ -11,7 +11,7 @@ import pytest
 
 from itune import Captioner
 from itune.runtime.bundle import Bundle
-from itune.runtime.captioner import Caption
+from itune.runtime.caption import Caption
 from itune.runtime.engines.cuda import CudaDevice
 from itune.runtime.engines.onnxruntime import OnnxRuntimeEngine, has_cuda
 from itune.runtime.engines.tensorrt import TensorRTEngine

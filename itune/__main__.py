@@ -1,0 +1,5 @@
+"""`python -m itune` is `itune`."""
+
+from .cli.umbrella import main
+
+main()
