@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from pydantic import Field
 from ..checkpoint import CheckpointConfig, find_checkpoint, resolve_source
 from ..flags import flag
 from ..methods.schemas import SETTINGS, load_config
+from ..methods.settings import Positive
 from ..runtime.errors import ItuneError, reading
 from ..training.config import PRESETS, TrainConfig, from_json, resolve
 from . import common, program
@@ -25,47 +27,66 @@ if TYPE_CHECKING:
     from ..data.records import Record
     from ..training.loop import Trainer
 
+    _Sets = Mapping[Path, Sequence[Record]]
+
 
 class _Data(Options, title="Data"):
-    data: Path
-    """Captions: CSV, JSONL, Flickr8k/30k token file, Karpathy or COCO JSON, or a folder with one of these."""
+    data: tuple[Path, ...]
+    """Captions: CSV, JSONL, Flickr8k/30k token file, Karpathy or COCO JSON, or a folder with one of these; again for
+    further data sets."""
+    data_weight: tuple[Positive, ...] = ()
+    """How many times an epoch draws each photo of a data set, such as 2 or 0.5, once for every --data. Default: 1."""
     images: Path | None = None
     """Folder of the photos. Default: beside the captions."""
     skip_missing: Switch = False
     """Leave out photos that do not exist."""
-    dev_data: Path | None = None
-    """Captions of the dev split, if in a file of their own."""
+    dev_data: tuple[Path, ...] = ()
+    """Captions of the dev split, if in a file of their own; again for further dev sets, of which the mean counts."""
     dev_fraction: float | None = None
-    """Hold out this fraction of the training photos as dev split."""
+    """Hold out this fraction of the training photos of each data set as dev split."""
     dev_images: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate on only the first N dev photos."""
+    """Evaluate on only the first N photos of each dev set."""
     cache_features: Path | None = None
     """Compute visual embeddings once and keep them (fp16) in this folder."""
 
-    def load(self, seed: int) -> tuple[list[Record], list[Record]]:
-        """The training and the dev records."""
-        from ..data.records import identical_photos, load_records, split_records
+    def load(self, seed: int) -> tuple[_Sets, _Sets]:
+        """The training and the dev records, by file."""
+        from ..data.records import identical_photos, load_records, short_names, split_records
 
+        for files in filter(None, (self.data, self.dev_data)):
+            short_names(files)  # refuses a file that is named twice
         if self.dev_data and self.dev_fraction is not None:
             raise ItuneError("--dev-data contradicts --dev-fraction: name a file or hold out a fraction")
+        weights = self.data_weight or [1.0] * len(self.data)
+        if len(weights) != len(self.data):
+            raise ItuneError(f"{len(weights)} --data-weight for {len(self.data)} --data: give one for each")
         places: dict[str, Any] = {"images": self.images, "skip_missing": self.skip_missing}
-        train = load_records(self.data, split="train", **places)
+        train = {file: load_records(file, split="train", **places) for file in self.data}
         if self.dev_fraction is not None:
-            train, dev = split_records(train, self.dev_fraction, seed)
+            splits = {file: split_records(records, self.dev_fraction, seed) for file, records in train.items()}
+            train, dev = ({file: split[side] for file, split in splits.items()} for side in (0, 1))
         elif self.dev_data:
-            dev = load_records(self.dev_data, split=None, **places)
+            dev = {file: load_records(file, split=None, **places) for file in self.dev_data}
         else:
             mend = "name a dev split with --dev-data, or hold one out with --dev-fraction 0.1"
-            dev = load_records(self.data, split="dev", mend=mend, **places)
-        dev = dev[: self.dev_images]
-        same = identical_photos([record.image for record in (*train, *dev)])
-        trained = {same[record.image] for record in train}
-        if known := [record for record in dev if same[record.image] in trained]:
+            dev = {file: load_records(file, split="dev", mend=mend, **places) for file in self.data}
+        train = {
+            file: [replace(record, weight=weight) for record in records]
+            for (file, records), weight in zip(train.items(), weights, strict=True)
+        }
+        dev = {file: records[: self.dev_images] for file, records in dev.items()}
+        same = identical_photos(_photos(train) + _photos(dev))
+        trained = {same[photo] for photo in _photos(train)}
+        if known := [photo for photo in _photos(dev) if same[photo] in trained]:
             common.warn(
-                f"{len(known)} of {len(dev)} dev photos are also training photos, such as {known[0].image}: dev scores "
-                "will be too good"
+                f"{len(known)} of {len(_photos(dev))} dev photos are also training photos, such as {known[0]}: dev "
+                "scores will be too good"
             )
         return train, dev
+
+
+def _photos(sets: _Sets) -> list[Path]:
+    return [record.image for records in sets.values() for record in records]
 
 
 class _Run(Options, title="Run"):
@@ -127,7 +148,10 @@ def _configuration(run: _Run, overrides: dict[str, Any], init_from: Path | None)
         return _saved_configuration(run.output, overrides | preset)
     if holds_run(run.output):
         raise ItuneError(f"{run.output} already has a run: --resume it, or choose another --output")
-    return resolve(run.preset, **(_inherit(overrides, find_checkpoint(init_from)) if init_from else overrides))
+    config = resolve(run.preset, **(_inherit(overrides, find_checkpoint(init_from)) if init_from else overrides))
+    if config.objective == "scst" and not init_from:
+        raise ItuneError("--objective scst continues a trained captioner: name its run or checkpoint with --init-from")
+    return config
 
 
 def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig:
@@ -195,23 +219,19 @@ def _prepare(
     cache = splits.cache_features
     features = FeatureCache(cache, tower) if cache else Features(tower)
     with common.progress("photos") as update:
-        unreadable = features.prepare([r.image for r in train], flip=config.flip, progress=update)
-        unreadable |= features.prepare([r.image for r in dev], progress=update)
+        unreadable = features.prepare(_photos(train), flip=config.flip, progress=update)
+        unreadable |= features.prepare(_photos(dev), progress=update)
     for reason in unreadable.values():
         common.warn(f"left out: {reason}")
-    readable = [[record for record in split if record.image not in unreadable] for split in (train, dev)]
-    for file, split, left in zip((splits.data, splits.dev_data or splits.data), (train, dev), readable, strict=True):
-        if split and not left:
-            raise ItuneError(f"{file}: none of the {len(split)} photos can be read")
-    train, dev = readable
-    batch_size = config.batch_size if keeps_batch or run.resume else fitting_batch_size(config, train)
+    data = TrainingData(_readable(train, unreadable), _readable(dev, unreadable), features)
+    records = [record for readable in data.train.values() for record in readable]
+    batch_size = config.batch_size if keeps_batch or run.resume else fitting_batch_size(config, records)
     if batch_size < config.batch_size:
         common.say(
             f"--batch-size {batch_size}, not {config.batch_size}: an epoch then has about {STEPS_PER_EPOCH} steps"
         )
         config = config.model_copy(update={"batch_size": batch_size})
     common.console().print_json(data=config.to_json())
-    data = TrainingData(train, dev, features)
     if config.datastore is not None:
         with common.progress("photos") as update:
             prompting = prepare_prompts(
@@ -236,14 +256,33 @@ def _prepare(
     license = inherit([find_license(checkpoint, terms), find_license(language.folder), find_license(tower.folder)])
     trainer = Trainer(config, language, tower, data, run.output, search=search, license=license)
     end = special_token(language.tokenizer, trainer.text.end, "end")
-    for advice in data_advice(train, trainer.records, language.tokenizer, end):
+    for advice in data_advice(records, trainer.records, language.tokenizer, end):
         common.warn(advice)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     common.say(
-        f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "
-        f"{trainer.total_steps} steps"
+        f"{_count(data.train)} training photos, {_count(data.dev)} dev photos, {trainable / 1e6:.2f}M trainable "
+        f"parameters, {trainer.total_steps} steps"
     )
     return trainer
+
+
+def _readable(sets: _Sets, unreadable: Collection[Path]) -> dict[str, list[Record]]:
+    """The records of readable photos, by the name of their set."""
+    from ..data.records import short_names
+
+    readable = {}
+    for (file, records), name in zip(sets.items(), short_names([*sets]), strict=True):
+        readable[name] = [record for record in records if record.image not in unreadable]
+        if not readable[name]:
+            raise ItuneError(f"{file}: none of the {len(records)} photos can be read")
+    return readable
+
+
+def _count(sets: Mapping[str, Sequence[Record]]) -> str:
+    """The number of photos, of several sets with each one's own."""
+    sizes = {name: len(records) for name, records in sets.items()}
+    each = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"{sum(sizes.values())}" + (f" ({each})" if len(sizes) > 1 else "")
 
 
 def _train(trainer: Trainer) -> int:
@@ -262,6 +301,8 @@ def _train(trainer: Trainer) -> int:
     except Interrupted:
         common.say(f"stopped and saved: add --resume to go on ({trainer.output / 'last'})")
         return common.INTERRUPTED
+    if not trainer.is_patient:
+        common.say(f"stopped early: no better score in {trainer.config.patience} epochs (--patience)")
     best = f", dev CIDEr-D {100 * progress.best_cider:.1f} in epoch {progress.best_epoch + 1}"
     common.say(
         f"done: {trainer.output / 'best'}{best if trainer.data.dev else ''}\n"

@@ -22,6 +22,10 @@ from ..runtime.settings import MOST_BEAMS, Method, Settings
 
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "flag", "from_json", "resolve"]
 DEFAULT_RETRIEVE = 4
+_OBJECTIVE_FIELDS = {
+    "cross-entropy": ("dropout", "visual_dropout", "label_smoothing"),
+    "scst": ("scst_samples",),
+}
 
 
 class ConfigError(ItuneError):
@@ -50,6 +54,11 @@ class OptimisationSettings(Settings):
 
     model_config = ConfigDict(title="Optimisation")
 
+    objective: Literal["cross-entropy", "scst"] = "cross-entropy"
+    """Cross-entropy of the captions, or self-critical sequence training (SCST), which raises the CIDEr-D of captions
+    that the model draws; it needs `--init-from`."""
+    scst_samples: Annotated[int, Field(ge=2, le=MOST_BEAMS)] = 5
+    """SCST: captions drawn of each photo; the others are the baseline of each one."""
     epochs: Count = 30
     """Passes over the training photos (paper: 30; 10 for the Visual Genome stage)."""
     batch_size: Count = 4096
@@ -107,7 +116,9 @@ class EvaluationSettings(Settings):
     num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] = 5
     """Beams of the dev evaluation."""
     max_new_tokens: Count = 32
-    """Longest caption of the dev evaluation, in tokens."""
+    """Longest caption of the dev evaluation, and of SCST's samples, in tokens."""
+    patience: Count | None = None
+    """Stop after this many evaluations in a row without a better score. Default: train all epochs."""
 
 
 class TrainConfig(
@@ -198,6 +209,16 @@ PRESETS: dict[str, TrainConfig] = {
         warmup=0.035,
         max_grad_norm=0.0,
     ),
+    # Ours: continues a captioner that was trained by cross-entropy.
+    "scst": TrainConfig(
+        preset="scst",
+        objective="scst",
+        epochs=5,
+        batch_size=320,
+        images_per_forward=32,
+        learning_rate=2e-5,
+        weight_decay=0.0,
+    ),
     "small-data": TrainConfig(
         preset="small-data",
         lambda_=4.0,
@@ -240,6 +261,8 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     foreign = {name: owner for name, owner in foreign.items() if name not in SETTINGS[config.method].model_fields}
     if config.mapper == "mlp":
         foreign |= dict.fromkeys(TRANSFORMER_FIELDS, "--mapper transformer, not to mlp")
+    other = "cross-entropy" if config.objective == "scst" else "scst"
+    foreign |= dict.fromkeys(_OBJECTIVE_FIELDS[other], f"--objective {other}, not to {config.objective}")
     if wrong := sorted(overrides.keys() & foreign.keys()):
         raise ConfigError(f"{flag(wrong[0])} belongs to {foreign[wrong[0]]}: leave it out")
     return config

@@ -265,7 +265,7 @@ def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
     records = load_records(data / "captions.jsonl")
     features = Features(load_vision_tower(str(clip_folder)))
     language, text = load_language_model(str(long_language)), TextSettings()
-    split = TrainingData(records[:8], records[8:], features)
+    split = TrainingData({"train": records[:8]}, {"dev": records[8:]}, features)
 
     def prepare(**settings: object) -> Prompting:
         config = resolve("small-data", **{"vision": str(clip_folder), "datastore": str(data / "store"), **settings})
