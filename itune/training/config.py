@@ -26,6 +26,7 @@ _OBJECTIVE_FIELDS = {
     "cross-entropy": ("dropout", "visual_dropout", "label_smoothing"),
     "scst": ("scst_samples",),
 }
+"""Settings of one objective alone; the others leave them at their defaults."""
 
 
 class ConfigError(ItuneError):
@@ -246,6 +247,9 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     method = overrides.get("method", values["method"])
     if method != values["method"] and (settings := SETTINGS.get(method)):
         values |= {name: field.default for name, field in settings.model_fields.items()} | settings.other_defaults
+    objective = overrides.get("objective", values["objective"])
+    others = [name for other, names in _OBJECTIVE_FIELDS.items() if other != objective for name in names]
+    values |= {name: TrainConfig.model_fields[name].default for name in others}
     if "retrieve" not in overrides:
         values["retrieve"] = None
     try:
@@ -261,8 +265,7 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     foreign = {name: owner for name, owner in foreign.items() if name not in SETTINGS[config.method].model_fields}
     if config.mapper == "mlp":
         foreign |= dict.fromkeys(TRANSFORMER_FIELDS, "--mapper transformer, not to mlp")
-    other = "cross-entropy" if config.objective == "scst" else "scst"
-    foreign |= dict.fromkeys(_OBJECTIVE_FIELDS[other], f"--objective {other}, not to {config.objective}")
+    foreign |= dict.fromkeys(others, f"another --objective than {objective}")
     if wrong := sorted(overrides.keys() & foreign.keys()):
         raise ConfigError(f"{flag(wrong[0])} belongs to {foreign[wrong[0]]}: leave it out")
     return config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 from ..data.records import Record
@@ -22,8 +21,8 @@ class DevResult:
     metrics: dict[str, float]
     """`cider`: CIDEr-D, the mean of the sets' own; of several sets also `cider_NAME`; `bad_endings`: share of captions
     that end in the middle of a phrase."""
-    samples: dict[Path, str]
-    """Captions of the sample photos."""
+    samples: dict[str, str]
+    """Captions of `DevSets.samples`."""
 
 
 class DevSets:
@@ -31,10 +30,12 @@ class DevSets:
 
     def __init__(self, sets: Mapping[str, Sequence[Record]]) -> None:
         self.images = [record.image for records in sets.values() for record in records]
-        self.samples = [
-            record.image for records in sets.values() for record in records[:: -(-len(records) // _SAMPLES)]
-        ]
-        """The same photos at every evaluation, spread over each set."""
+        self.samples = {
+            f"{name}/{record.id}": record.image
+            for name, records in sets.items()
+            for record in records[:: -(-len(records) // _SAMPLES)]
+        }
+        """A few photos spread over each set, by the set's name and their id."""
         self._ciders = {
             name: CiderD([list(map(split_words, record.references)) for record in records])
             for name, records in sets.items()
@@ -51,4 +52,4 @@ class DevSets:
         each = {f"cider_{name}": score for name, score in scores.items()} if len(scores) > 1 else {}
         metrics = {"cider": fmean(scores.values()), **each, "bad_endings": bad_endings(captions)}
         found = dict(zip(self.images, captions, strict=True))
-        return DevResult(metrics, {image: found[image] for image in self.samples})
+        return DevResult(metrics, {name: found[image] for name, image in self.samples.items()})

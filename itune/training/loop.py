@@ -294,10 +294,11 @@ class Trainer:
         return self.dev.result(captions)
 
     def _show_samples(self, result: DevResult, board: Any) -> None:
-        for image, caption in result.samples.items():
-            if self.progress.step == 0:
-                board.add_image(f"samples/{image.name}", self.data.features.pixels(image), 0, dataformats="HWC")
-            board.add_text(f"samples/{image.name}", caption, self.progress.step)
+        for name, caption in result.samples.items():
+            if self.dev is not None and self.progress.step == 0:
+                pixels = self.data.features.pixels(self.dev.samples[name])
+                board.add_image(f"samples/{name}", pixels, 0, dataformats="HWC")
+            board.add_text(f"samples/{name}", caption, self.progress.step)
 
     def _end_epoch(self, result: DevResult, reporter: Reporter, board: Any) -> None:
         metrics = result.metrics
@@ -312,8 +313,7 @@ class Trainer:
                 self._write_checkpoint(folder, self.output / BEST, metrics)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
-        samples = {image.name: caption for image, caption in result.samples.items()}
-        log_epoch(self.output, self.progress.epoch, {"step": self.progress.step, **metrics, "samples": samples})
+        log_epoch(self.output, self.progress.epoch, {"step": self.progress.step, **metrics, "samples": result.samples})
         self.save_last()
         reporter.epoch(self.progress, metrics, is_best)
 

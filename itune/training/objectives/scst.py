@@ -40,6 +40,7 @@ from ...runtime.search import SearchConfig
 from ...runtime.search.loop import search
 from ...runtime.search.numpy_search import NumpySearch
 from ...runtime.search.sampling import Float64
+from ...runtime.settings import MOST_BEAMS
 from ..batches import Batch, make_batch, pack_batch
 from ..config import TrainConfig
 from .base import Objective
@@ -144,6 +145,11 @@ class _DrawingEngine(EagerEngine):
     `SearchConfig.seed` would draw too. But its random numbers are the same for all photos, so that no caption depends
     on its batch; here they would correlate the noise of a step's gradients. It would also sort the whole vocabulary.
     """
+
+    @property
+    def most_candidates(self) -> int:
+        """Any number of tokens can be drawn, since they may repeat."""
+        return MOST_BEAMS
 
     def candidates(self, logits: Tensor, k: int) -> Candidates:
         """K tokens of each row of logits [rows, vocabulary], drawn independently."""
