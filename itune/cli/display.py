@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from ..training.batches import epoch_size
 from . import common
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class TrainingDisplay:
             self._shown[name] = value if before is None or progress.step_in_epoch == 1 else 0.95 * before + 0.05 * value
         if "attention_entropy" in metrics:
             self._entropy = f", attention entropy {metrics['attention_entropy']:.2f}"
-        images_left = (self.trainer.total_steps - progress.step) * epoch_size(self.trainer.records)
+        images_left = (self.trainer.total_steps - progress.step) * self.trainer.photos_per_epoch
         left = timedelta(seconds=round(images_left / self.trainer.steps_per_epoch / self._rate))
         status = f"{self._metrics(3)}{self._entropy}, {self._rate:.1f} images/s, {left} left"
         epoch = f"epoch {progress.epoch + 1}/{self.trainer.config.epochs}"

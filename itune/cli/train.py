@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,77 +15,15 @@ from pydantic import Field
 from ..checkpoint import CheckpointConfig, find_checkpoint, resolve_source
 from ..flags import flag
 from ..methods.schemas import SETTINGS, load_config
-from ..methods.settings import Positive
 from ..runtime.errors import ItuneError, reading
 from ..training.config import PRESETS, TrainConfig, from_json, resolve
 from . import common, program
+from .data_sets import DataSets, count, photos, readable
 from .display import TrainingDisplay
 from .program import Flags, Options, Switch, chosen
 
 if TYPE_CHECKING:
-    from ..data.records import Record
     from ..training.loop import Trainer
-
-    _Sets = Mapping[Path, Sequence[Record]]
-
-
-class _Data(Options, title="Data"):
-    data: tuple[Path, ...]
-    """Captions: CSV, JSONL, Flickr8k/30k token file, Karpathy or COCO JSON, or a folder with one of these; again for
-    further data sets."""
-    data_weight: tuple[Positive, ...] = ()
-    """How many times an epoch draws each photo of a data set, such as 2 or 0.5, once for every --data. Default: 1."""
-    images: Path | None = None
-    """Folder of the photos. Default: beside the captions."""
-    skip_missing: Switch = False
-    """Leave out photos that do not exist."""
-    dev_data: tuple[Path, ...] = ()
-    """Captions of the dev split, if in a file of their own; again for further dev sets, of which the mean counts."""
-    dev_fraction: float | None = None
-    """Hold out this fraction of the training photos of each data set as dev split."""
-    dev_images: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate on only the first N photos of each dev set."""
-    cache_features: Path | None = None
-    """Compute visual embeddings once and keep them (fp16) in this folder."""
-
-    def load(self, seed: int) -> tuple[_Sets, _Sets]:
-        """The training and the dev records, by file."""
-        from ..data.records import identical_photos, load_records, short_names, split_records
-
-        for files in filter(None, (self.data, self.dev_data)):
-            short_names(files)  # refuses a file that is named twice
-        if self.dev_data and self.dev_fraction is not None:
-            raise ItuneError("--dev-data contradicts --dev-fraction: name a file or hold out a fraction")
-        weights = self.data_weight or [1.0] * len(self.data)
-        if len(weights) != len(self.data):
-            raise ItuneError(f"{len(weights)} --data-weight for {len(self.data)} --data: give one for each")
-        places: dict[str, Any] = {"images": self.images, "skip_missing": self.skip_missing}
-        train = {file: load_records(file, split="train", **places) for file in self.data}
-        if self.dev_fraction is not None:
-            splits = {file: split_records(records, self.dev_fraction, seed) for file, records in train.items()}
-            train, dev = ({file: split[side] for file, split in splits.items()} for side in (0, 1))
-        elif self.dev_data:
-            dev = {file: load_records(file, split=None, **places) for file in self.dev_data}
-        else:
-            mend = "name a dev split with --dev-data, or hold one out with --dev-fraction 0.1"
-            dev = {file: load_records(file, split="dev", mend=mend, **places) for file in self.data}
-        train = {
-            file: [replace(record, weight=weight) for record in records]
-            for (file, records), weight in zip(train.items(), weights, strict=True)
-        }
-        dev = {file: records[: self.dev_images] for file, records in dev.items()}
-        same = identical_photos(_photos(train) + _photos(dev))
-        trained = {same[photo] for photo in _photos(train)}
-        if known := [photo for photo in _photos(dev) if same[photo] in trained]:
-            common.warn(
-                f"{len(known)} of {len(_photos(dev))} dev photos are also training photos, such as {known[0]}: dev "
-                "scores will be too good"
-            )
-        return train, dev
-
-
-def _photos(sets: _Sets) -> list[Path]:
-    return [record.image for records in sets.values() for record in records]
 
 
 class _Run(Options, title="Run"):
@@ -101,7 +38,7 @@ class _Run(Options, title="Run"):
 
 def train(
     *,
-    data: _Data,
+    data: DataSets,
     run: _Run,
     settings: Annotated[Options, Flags(TrainConfig, omit=("preset", "begin"))],
 ) -> int:
@@ -195,7 +132,7 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _prepare(
-    config: TrainConfig, splits: _Data, run: _Run, base: CheckpointConfig | None, keeps_batch: bool
+    config: TrainConfig, splits: DataSets, run: _Run, base: CheckpointConfig | None, keeps_batch: bool
 ) -> Trainer:
     """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps.
 
@@ -219,12 +156,12 @@ def _prepare(
     cache = splits.cache_features
     features = FeatureCache(cache, tower) if cache else Features(tower)
     with common.progress("photos") as update:
-        unreadable = features.prepare(_photos(train), flip=config.flip, progress=update)
-        unreadable |= features.prepare(_photos(dev), progress=update)
+        unreadable = features.prepare(photos(train), flip=config.flip, progress=update)
+        unreadable |= features.prepare(photos(dev), progress=update)
     for reason in unreadable.values():
         common.warn(f"left out: {reason}")
-    data = TrainingData(_readable(train, unreadable), _readable(dev, unreadable), features)
-    records = [record for readable in data.train.values() for record in readable]
+    data = TrainingData(readable(train, unreadable), readable(dev, unreadable), features)
+    records = [record for split in data.train.values() for record in split]
     batch_size = config.batch_size if keeps_batch or run.resume else fitting_batch_size(config, records)
     if batch_size < config.batch_size:
         common.say(
@@ -260,29 +197,10 @@ def _prepare(
         common.warn(advice)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     common.say(
-        f"{_count(data.train)} training photos, {_count(data.dev)} dev photos, {trainable / 1e6:.2f}M trainable "
+        f"{count(data.train)} training photos, {count(data.dev)} dev photos, {trainable / 1e6:.2f}M trainable "
         f"parameters, {trainer.total_steps} steps"
     )
     return trainer
-
-
-def _readable(sets: _Sets, unreadable: Collection[Path]) -> dict[str, list[Record]]:
-    """The records of readable photos, by the name of their set."""
-    from ..data.records import short_names
-
-    readable = {}
-    for (file, records), name in zip(sets.items(), short_names([*sets]), strict=True):
-        readable[name] = [record for record in records if record.image not in unreadable]
-        if not readable[name]:
-            raise ItuneError(f"{file}: none of the {len(records)} photos can be read")
-    return readable
-
-
-def _count(sets: Mapping[str, Sequence[Record]]) -> str:
-    """The number of photos, of several sets with each one's own."""
-    sizes = {name: len(records) for name, records in sets.items()}
-    each = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    return f"{sum(sizes.values())}" + (f" ({each})" if len(sizes) > 1 else "")
 
 
 def _train(trainer: Trainer) -> int:

@@ -47,7 +47,16 @@ from ..runtime.errors import SearchError, reading
 from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults
 from .advice import caption_advice
-from .batches import Batch, TokenizedRecord, epoch_steps, prompt_tokens, special_token, steps_per_epoch, tokenize
+from .batches import (
+    Batch,
+    TokenizedRecord,
+    epoch_size,
+    epoch_steps,
+    prompt_tokens,
+    special_token,
+    steps_per_epoch,
+    tokenize,
+)
 from .config import ConfigError, TrainConfig
 from .evaluation import DevResult, DevSets
 from .objectives.base import Objective
@@ -141,6 +150,7 @@ class Trainer:
         matrices = {"params": [w for w in self.weights.values() if w.ndim > 1], "weight_decay": config.weight_decay}
         vectors = {"params": [w for w in self.weights.values() if w.ndim < 2], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([matrices, vectors], lr=1.0)  # the schedule multiplies it by `learning_rate`
+        self.photos_per_epoch = epoch_size(self.records)
         self.steps_per_epoch = steps_per_epoch(self.records, config)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)

@@ -245,6 +245,10 @@ def test_trained_with_retrieved_captions_from_the_command_line(
     code, stderr = run(monkeypatch, capsys, *again, "-o", tmp_path / "again")
     assert code == 0, stderr
     assert json.loads((tmp_path / "again" / "last" / "itune.json").read_text())["retrieval"]["k"] == 2
+    # Self-critical training packs the captions that it draws.
+    code, stderr = run(monkeypatch, capsys, *again, "--preset", "scst", "-o", tmp_path / "scst")
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "scst" / "config.json").read_text())["objective"] == "scst"
     without = [argument for argument in again if argument not in ("--datastore", data / "store")]
     code, stderr = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
     assert code == 2

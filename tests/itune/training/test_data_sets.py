@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,9 @@ def test_two_data_sets(run: Run, records: list[Record], tmp_path: Path) -> None:
     assert board.Tags()["images"] == ["samples/d1/0", "samples/d2/0"]
     assert len(board.Tensors("samples/d1/0/text_summary")) == 3, "before the first step, and after each epoch"
 
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    earlier = {name: value for name, value in config.items() if name not in ("objective", "scst_samples", "patience")}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(earlier))
     assert run(*command, "--dev-images", 1, "-o", tmp_path / "run", "--resume").endswith(" 0")
     other = [*data, "--data-weight", 2, "--data-weight", 0.5, *command[8:], "--dev-images", 1]
     said = run(*other, "-o", tmp_path / "run", "--resume")
@@ -180,6 +184,7 @@ def test_two_data_sets(run: Run, records: list[Record], tmp_path: Path) -> None:
     assert str(tmp_path / "run" / "last") in "".join(said.split())
     for wrong, named in (
         ([*data, "--data-weight", 2], "1 --data-weight for 2 --data"),
+        ([*command, "--images", tmp_path, "--images", tmp_path], "2 --images for 4"),
         (["--data", few, "--data-weight", 0], "--data-weight"),
         (["--data", few, "--data", few], str(few)),
         (["--data", few, "--dev-data", dev1, "--dev-data", dev1], str(dev1)),
@@ -194,10 +199,12 @@ def test_two_data_sets(run: Run, records: list[Record], tmp_path: Path) -> None:
 def test_a_fraction_is_held_out_of_each_set(run: Run, records: list[Record], tmp_path: Path) -> None:
     data: list[object] = []
     for name, chosen in (("a", records[:2]), ("b", records[2:])):
-        (tmp_path / f"{name}.jsonl").write_text(
-            "\n".join(json.dumps({"image": str(r.image), "captions": r.captions}) for r in chosen)
-        )
-        data += ["--data", tmp_path / f"{name}.jsonl"]
+        (tmp_path / f"photos-{name}").mkdir()
+        for i, record in enumerate(chosen):  # the same names in both folders
+            shutil.copy(record.image, tmp_path / f"photos-{name}" / f"{i}.png")
+        lines = [json.dumps({"image": f"{i}.png", "captions": r.captions}) for i, r in enumerate(chosen)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        data += ["--data", tmp_path / f"{name}.jsonl", "--images", tmp_path / f"photos-{name}"]
     said = run(*data, "--dev-fraction", 0.3, "-o", tmp_path / "run")
     assert said.endswith(" 0"), said
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
