@@ -6,20 +6,23 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
 
-from ..data.records import Record, load_records, short_names, split_records
 from ..methods.settings import Positive
 from ..runtime.errors import ItuneError
 from . import common
 from .program import Options, Switch
 
+if TYPE_CHECKING:
+    from ..data.records import Record
+
+    Sets = Mapping[Path, Sequence[Record]]
+    """Records by the file or folder that they are from."""
+
 _NO_DEFAULT = Parameter(show_default=False)
-Sets = Mapping[Path, Sequence[Record]]
-"""Records by the file or folder that they are from."""
 
 
 class DataSets(Options, title="Data"):
@@ -46,7 +49,7 @@ class DataSets(Options, title="Data"):
 
     def load(self, seed: int) -> tuple[Sets, Sets]:
         """The training and the dev records, by file."""
-        from ..data.records import identical_photos, short_names
+        from ..data.records import identical_photos, load_records, short_names, split_records
 
         for files in filter(None, (self.data, self.dev_data)):
             short_names(files)  # refuses a file that is named twice
@@ -97,6 +100,8 @@ def photos(sets: Sets) -> list[Path]:
 
 def readable(sets: Sets, unreadable: Collection[Path]) -> dict[str, list[Record]]:
     """The records of readable photos, by the name of their set."""
+    from ..data.records import short_names
+
     found = {}
     for (file, records), name in zip(sets.items(), short_names([*sets]), strict=True):
         found[name] = [record for record in records if record.image not in unreadable]
