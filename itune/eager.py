@@ -89,9 +89,13 @@ class EagerEngine:
             ).logits
         logits = logits[:, -1].float()
         if self.vocabulary is None:
-            return candidates(logits, k)
-        found = candidates(logits[:, self.vocabulary], k)
+            return self.candidates(logits, k)
+        found = self.candidates(logits[:, self.vocabulary], k)
         return found._replace(token_ids=self.vocabulary[found.token_ids])
+
+    def candidates(self, logits: Tensor, k: int) -> Candidates:
+        """The candidates of rows of logits [rows, vocabulary]."""
+        return candidates(logits, k)
 
     @property
     def _device(self) -> torch.device:

@@ -18,54 +18,12 @@ from ..methods.schemas import SETTINGS, load_config
 from ..runtime.errors import ItuneError, reading
 from ..training.config import PRESETS, TrainConfig, from_json, resolve
 from . import common
+from .data_sets import DataSets, count, photos, readable
 from .display import TrainingDisplay
 from .program import Flags, Options, Program, Switch, chosen
 
 if TYPE_CHECKING:
-    from ..data.records import Record
     from ..training.loop import Trainer
-
-
-class _Data(Options, title="Data"):
-    data: Path
-    """Captions: CSV, JSONL, Flickr8k/30k token file, Karpathy or COCO JSON, or a folder with one of these."""
-    images: Path | None = None
-    """Folder of the photos. Default: beside the captions."""
-    skip_missing: Switch = False
-    """Leave out photos that do not exist."""
-    dev_data: Path | None = None
-    """Captions of the dev split, if in a file of their own."""
-    dev_fraction: float | None = None
-    """Hold out this fraction of the training photos as dev split."""
-    dev_images: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate on only the first N dev photos."""
-    cache_features: Path | None = None
-    """Compute visual embeddings once and keep them (fp16) in this folder."""
-
-    def load(self, seed: int) -> tuple[list[Record], list[Record]]:
-        """The training and the dev records."""
-        from ..data.records import identical_photos, load_records, split_records
-
-        if self.dev_data and self.dev_fraction is not None:
-            raise ItuneError("--dev-data contradicts --dev-fraction: name a file or hold out a fraction")
-        places: dict[str, Any] = {"images": self.images, "skip_missing": self.skip_missing}
-        train = load_records(self.data, split="train", **places)
-        if self.dev_fraction is not None:
-            train, dev = split_records(train, self.dev_fraction, seed)
-        elif self.dev_data:
-            dev = load_records(self.dev_data, split=None, **places)
-        else:
-            mend = "name a dev split with --dev-data, or hold one out with --dev-fraction 0.1"
-            dev = load_records(self.data, split="dev", mend=mend, **places)
-        dev = dev[: self.dev_images]
-        same = identical_photos([record.image for record in (*train, *dev)])
-        trained = {same[record.image] for record in train}
-        if known := [record for record in dev if same[record.image] in trained]:
-            common.warn(
-                f"{len(known)} of {len(dev)} dev photos are also training photos, such as {known[0].image}: dev scores "
-                "will be too good"
-            )
-        return train, dev
 
 
 class _Run(Options, title="Run"):
@@ -80,7 +38,7 @@ class _Run(Options, title="Run"):
 
 def train(
     *,
-    data: _Data,
+    data: DataSets,
     run: _Run,
     settings: Annotated[Options, Flags(TrainConfig, omit=("preset", "begin"))],
 ) -> int:
@@ -127,7 +85,10 @@ def _configuration(run: _Run, overrides: dict[str, Any], init_from: Path | None)
         return _saved_configuration(run.output, overrides | preset)
     if holds_run(run.output):
         raise ItuneError(f"{run.output} already has a run: --resume it, or choose another --output")
-    return resolve(run.preset, **(_inherit(overrides, find_checkpoint(init_from)) if init_from else overrides))
+    config = resolve(run.preset, **(_inherit(overrides, find_checkpoint(init_from)) if init_from else overrides))
+    if config.objective == "scst" and not init_from:
+        raise ItuneError("--objective scst continues a trained captioner: name its run or checkpoint with --init-from")
+    return config
 
 
 def _saved_configuration(output: Path, overrides: dict[str, Any]) -> TrainConfig:
@@ -171,7 +132,7 @@ def _inherit(overrides: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _prepare(
-    config: TrainConfig, splits: _Data, run: _Run, base: CheckpointConfig | None, keeps_batch: bool
+    config: TrainConfig, splits: DataSets, run: _Run, base: CheckpointConfig | None, keeps_batch: bool
 ) -> Trainer:
     """The trainer; `base` is the checkpoint that the run continues, whose prompts and search it keeps.
 
@@ -195,23 +156,19 @@ def _prepare(
     cache = splits.cache_features
     features = FeatureCache(cache, tower) if cache else Features(tower)
     with common.progress("photos") as update:
-        unreadable = features.prepare([r.image for r in train], flip=config.flip, progress=update)
-        unreadable |= features.prepare([r.image for r in dev], progress=update)
+        unreadable = features.prepare(photos(train), flip=config.flip, progress=update)
+        unreadable |= features.prepare(photos(dev), progress=update)
     for reason in unreadable.values():
         common.warn(f"left out: {reason}")
-    readable = [[record for record in split if record.image not in unreadable] for split in (train, dev)]
-    for file, split, left in zip((splits.data, splits.dev_data or splits.data), (train, dev), readable, strict=True):
-        if split and not left:
-            raise ItuneError(f"{file}: none of the {len(split)} photos can be read")
-    train, dev = readable
-    batch_size = config.batch_size if keeps_batch or run.resume else fitting_batch_size(config, train)
+    data = TrainingData(readable(train, unreadable), readable(dev, unreadable), features)
+    records = [record for split in data.train.values() for record in split]
+    batch_size = config.batch_size if keeps_batch or run.resume else fitting_batch_size(config, records)
     if batch_size < config.batch_size:
         common.say(
             f"--batch-size {batch_size}, not {config.batch_size}: an epoch then has about {STEPS_PER_EPOCH} steps"
         )
         config = config.model_copy(update={"batch_size": batch_size})
     common.console().print_json(data=config.to_json())
-    data = TrainingData(train, dev, features)
     if config.datastore is not None:
         with common.progress("photos") as update:
             prompting = prepare_prompts(
@@ -236,12 +193,12 @@ def _prepare(
     license = inherit([find_license(checkpoint, terms), find_license(language.folder), find_license(tower.folder)])
     trainer = Trainer(config, language, tower, data, run.output, search=search, license=license)
     end = special_token(language.tokenizer, trainer.text.end, "end")
-    for advice in data_advice(train, trainer.records, language.tokenizer, end):
+    for advice in data_advice(records, trainer.records, language.tokenizer, end):
         common.warn(advice)
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     common.say(
-        f"{len(train)} training photos, {len(dev)} dev photos, {trainable / 1e6:.2f}M trainable parameters, "
-        f"{trainer.total_steps} steps"
+        f"{count(data.train)} training photos, {count(data.dev)} dev photos, {trainable / 1e6:.2f}M trainable "
+        f"parameters, {trainer.total_steps} steps"
     )
     return trainer
 
@@ -262,6 +219,8 @@ def _train(trainer: Trainer) -> int:
     except Interrupted:
         common.say(f"stopped and saved: add --resume to go on ({trainer.output / 'last'})")
         return common.INTERRUPTED
+    if not trainer.is_patient:
+        common.say(f"stopped early: no better score in {trainer.config.patience} epochs (--patience)")
     best = f", dev CIDEr-D {100 * progress.best_cider:.1f} in epoch {progress.best_epoch + 1}"
     common.say(
         f"done: {trainer.output / 'best'}{best if trainer.data.dev else ''}\n"

@@ -37,6 +37,8 @@ class Record:
     """NoCaps' in-domain, near-domain or out-domain; other files may use other names."""
     wordless: tuple[str, ...] = ()
     """Captions without a letter or digit, such as ".": nothing to learn, but the COCO code scores against them."""
+    weight: float = 1.0
+    """How many times an epoch of training draws the photo; a fraction draws that share of the photos."""
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -129,6 +131,19 @@ def split_records(records: Sequence[Record], fraction: float, seed: int) -> tupl
     limit = min(max(fraction, positions[0]), positions[-2])
     train = [record for record in records if position(record) > limit]
     return train, [record for record in records if position(record) <= limit]
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """Name caption files or folders by their stems, with as many folders before these as tell them apart.
+
+    Raises DataError if a file is named twice.
+    """
+    parts = [(*path.parent.parts, path.name if path.is_dir() else path.stem) for path in map(Path.resolve, files)]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(each[-depth:]) for each in parts]
+        if len({*names}) == len(names):
+            return names
+    raise DataError(f"{max(files, key=files.count)} is named twice: name it once, with a --data-weight")
 
 
 def identical_photos(photos: Sequence[Path]) -> dict[Path, Path]:

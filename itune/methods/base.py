@@ -110,11 +110,19 @@ class CaptionModel(nn.Module, ABC):
         visual [images, N, d_v], rows grouped by image with equally many rows each; packing: for rows that hold several
         captions.
         """
+        logits = self.scored_logits(input_ids, mask, visual, packing)
+        return F.cross_entropy(logits, input_ids[mask], label_smoothing=label_smoothing, reduction="sum")
+
+    def scored_logits(self, input_ids: Tensor, mask: Tensor, visual: Tensor, packing: Packing | None = None) -> Tensor:
+        """Logits [tokens of `mask`, vocabulary] that predict these tokens, in float32.
+
+        The arguments are those of `loss`.
+        """
         with self.looking_at(self.project(visual)):
             hidden = self._hidden(input_ids, packing)
         # The output head is the most expensive product: only scored positions go through it.
-        logits = self.language_model.lm_head(hidden[_sources(mask, packing)])
-        return F.cross_entropy(logits.float(), input_ids[mask], label_smoothing=label_smoothing, reduction="sum")
+        logits: Tensor = self.language_model.lm_head(hidden[_sources(mask, packing)])
+        return logits.float()
 
     def _hidden(self, input_ids: Tensor, packing: Packing | None) -> Tensor:
         packed: dict[str, Tensor] = {}

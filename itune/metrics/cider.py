@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..runtime.retrieval.consensus import MAX_ORDER, NGram
@@ -28,19 +28,36 @@ class _Vector:
     length: int
 
 
+class DocumentFrequencies:
+    """How rare n-grams are among the images of a corpus."""
+
+    def __init__(self, images: Iterable[Collection[NGram]]) -> None:
+        """`images`: the different n-grams of each image's references."""
+        count, frequency = 0, Counter[NGram]()
+        for ngrams in images:
+            count += 1
+            frequency.update(ngrams)
+        self._unseen = math.log(count)  # of an n-gram without a reference: as if one image had it
+        self._idf = {ngram: self._unseen - math.log(images) for ngram, images in frequency.items()}
+
+    def idf(self, ngram: NGram) -> float:
+        """log(images / images with the n-gram)."""
+        return self._idf.get(ngram, self._unseen)
+
+
 class CiderD:
     """CIDEr-D against the references of a set of images, whose document frequencies and vectors are computed once.
 
-    Captions are lists of words. Document frequencies come from these references alone, so the score of an image depends
-    on the set that it is evaluated in; in a set of one image it is 0.
+    Captions are lists of words. Document frequencies come from these references unless others are given, so the score
+    of an image depends on the set that it is evaluated in; in a set of one image it is 0.
     """
 
-    def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
+    def __init__(
+        self, references: Sequence[Sequence[Sequence[str]]], frequencies: DocumentFrequencies | None = None
+    ) -> None:
         """`references`: each image's captions."""
         counts = [[count_ngrams(caption) for caption in captions] for captions in references]
-        frequency = Counter(ngram for captions in counts for ngram in set().union(*captions))
-        self._unseen = math.log(len(counts))  # idf of an n-gram without a reference: as if one image had it
-        self._idf = {ngram: self._unseen - math.log(images) for ngram, images in frequency.items()}
+        self._frequencies = frequencies or DocumentFrequencies(set().union(*captions) for captions in counts)
         self._references = [[self._vector(caption) for caption in captions] for captions in counts]
 
     def per_image(self, candidates: Sequence[Sequence[str]]) -> list[float]:
@@ -55,7 +72,7 @@ class CiderD:
         return math.fsum(self.per_image(candidates)) / len(candidates)
 
     def _vector(self, counts: Counter[NGram]) -> _Vector:
-        weights = {ngram: count * self._idf.get(ngram, self._unseen) for ngram, count in counts.items()}
+        weights = {ngram: count * self._frequencies.idf(ngram) for ngram, count in counts.items()}
         squares = [0.0] * MAX_ORDER
         for ngram, weight in weights.items():
             squares[len(ngram) - 1] += weight * weight

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
 from ..data.records import Record
+from ..metrics import split_words
 from .batches import TokenizedRecord
 from .config import TrainConfig
 
@@ -14,14 +16,24 @@ STEPS_PER_EPOCH = 20
 """A smaller batch is used rather than fewer optimizer steps."""
 FEW_PHOTOS = 1000
 """With fewer training photos, captions mostly repeat phrases of the training captions."""
+FEW_CAPTIONS = 10
+"""So few captions say nothing about a captioner."""
 FEW_DISTINCT = 0.5
 """Share of different captions below which a captioner hardly looks at its photos."""
 MOST_TOKENS_PER_WORD = 2.5
+MOST_BAD_ENDINGS = 0.05
+"""Share of captions that end in the middle of a phrase, above which a captioner cuts them."""
+_UNFINISHED = re.compile(
+    "a|an|the|and|or|but|nor|while|as|because|that|which|who|whose|than|of|at|to|for|from|with|by|in|on|into|onto|upon|"
+    "under|over|near|beside|besides|between|behind|beyond|among|against|across|through|during|before|after|above|below|"
+    "along|around|toward|towards|within|without"
+)
+"""English articles, conjunctions and prepositions, after which a caption goes on."""
 
 
 def fitting_batch_size(config: TrainConfig, train: Sequence[Record]) -> int:
     """The batch size in captions, reduced so that an epoch has about STEPS_PER_EPOCH steps or more."""
-    captions = sum(len(record.captions) for record in train)
+    captions = int(sum(record.weight * len(record.captions) for record in train))
     return max(1, min(config.batch_size, captions // STEPS_PER_EPOCH))
 
 
@@ -54,10 +66,23 @@ def data_advice(
     return found
 
 
-def caption_advice(captions: Sequence[str]) -> str | None:
-    """A sentence if many photos get the same caption."""
-    distinct = len(set(captions)) / max(1, len(captions))
-    if len(captions) < 10 or distinct >= FEW_DISTINCT:
-        return None
-    most = max(set(captions), key=captions.count)
-    return f"only {len(set(captions))} different captions for {len(captions)} dev photos; the most frequent: {most!r}"
+def bad_endings(captions: Sequence[str]) -> float:
+    """The share of captions whose last word is an English article, preposition or conjunction."""
+    last = [words[-1] if (words := split_words(caption)) else "" for caption in captions]
+    return sum(map(bool, map(_UNFINISHED.fullmatch, last))) / max(1, len(last))
+
+
+def caption_advice(captions: Sequence[str]) -> list[str]:
+    """Sentences about the dev captions, if many are the same or end badly."""
+    found: list[str] = []
+    if len(captions) < FEW_CAPTIONS:
+        return found
+    if len(set(captions)) / len(captions) < FEW_DISTINCT:
+        most = max(set(captions), key=captions.count)
+        found.append(
+            f"only {len(set(captions))} different captions for {len(captions)} dev photos; the most frequent: {most!r}"
+        )
+    if (share := bad_endings(captions)) > MOST_BAD_ENDINGS:
+        example = next(caption for caption in captions if bad_endings([caption]))
+        found.append(f"{share:.0%} of the dev captions end in the middle of a phrase, such as {example!r}")
+    return found

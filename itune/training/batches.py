@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data.records import Record
+from ..runtime.engines.base import Int64
 from ..runtime.errors import ItuneError
 from ..runtime.settings import TextSettings
 from ..runtime.text import encode_caption, encode_text
@@ -29,6 +31,7 @@ class TokenizedRecord:
     prompt: tuple[int, ...]  # the tokens before a caption, which are not scored: [prefix] [begin] [prompt]
     captions: tuple[tuple[int, ...], ...]  # each with its end token
     mirrorable: bool  # no caption mentions left or right
+    weight: float = 1.0  # as in `Record`
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,21 @@ class Packing:
 class Batch:
     """Images that go through the model at once; rows are grouped by image, equally many for each."""
 
-    images: tuple[Path, ...]
+    records: tuple[TokenizedRecord, ...]
     flip: tuple[bool, ...]
     input_ids: Tensor  # int64 [rows, T], right-padded
     mask: Tensor  # bool [rows, T]: tokens to predict
     packing: Packing | None = None  # None: every row is one caption
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The photos."""
+        return tuple(record.image for record in self.records)
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on a device."""
+        packing = None if self.packing is None else self.packing.to(device)
+        return replace(self, input_ids=self.input_ids.to(device), mask=self.mask.to(device), packing=packing)
 
     @property
     def targets(self) -> int:
@@ -113,7 +126,7 @@ def tokenize(
         encoded = [encode_caption(tokenizer, text, caption) for caption in record.captions]
         captions = tuple(tuple([*ids, end] if len(ids) <= most else ids[:most]) for ids in encoded)
         one_sided = any(_SIDED.search(caption) for caption in record.captions)
-        tokenized.append(TokenizedRecord(record.image, prompt, captions, not one_sided))
+        tokenized.append(TokenizedRecord(record.image, prompt, captions, not one_sided, record.weight))
     return tokenized
 
 
@@ -136,8 +149,7 @@ def pack_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batc
             sources[row, start:end] = (len(record.prompt) - 1, *range(start, end - 1))
             start = end
     packing = Packing(*map(torch.from_numpy, (positions, segments, sources)))
-    images = tuple(record.image for record in records)
-    return Batch(images, tuple(flip), torch.from_numpy(input_ids), packing.segments > 0, packing)
+    return Batch(tuple(records), tuple(flip), torch.from_numpy(input_ids), packing.segments > 0, packing)
 
 
 def _packed_length(record: TokenizedRecord) -> int:
@@ -156,18 +168,39 @@ def make_batch(records: Sequence[TokenizedRecord], flip: Sequence[bool]) -> Batc
             start, end = len(record.prompt), len(record.prompt) + len(caption)
             input_ids[row, :end] = (*record.prompt, *caption)
             mask[row, start:end] = True
-    images = tuple(record.image for record in records)
-    return Batch(images, tuple(flip), torch.from_numpy(input_ids), torch.from_numpy(mask))
+    return Batch(tuple(records), tuple(flip), torch.from_numpy(input_ids), torch.from_numpy(mask))
 
 
 def _length(record: TokenizedRecord) -> int:
     return len(record.prompt) + max(map(len, record.captions))
 
 
+def epoch_size(records: Sequence[TokenizedRecord]) -> int:
+    """How many photos an epoch draws, each as often as its weight says."""
+    counts = Counter(record.weight for record in records)
+    return sum(int(weight) * photos + _drawn_once_more(weight, photos) for weight, photos in counts.items())
+
+
+def _drawn_once_more(weight: float, photos: int) -> int:
+    """Of photos of one weight, how many are drawn for the weight's fraction; at least one."""
+    return max(1, round(weight % 1 * photos)) if weight % 1 else 0
+
+
+def _draw(records: Sequence[TokenizedRecord], rng: np.random.Generator) -> Int64:
+    """An epoch's photos [epoch_size], as indices."""
+    weights = np.array([record.weight for record in records])
+    drawn = [np.repeat(np.arange(len(records)), weights.astype(int))]
+    for weight in np.unique(weights[weights % 1 > 0]):
+        alike = np.flatnonzero(weights == weight)
+        drawn.append(rng.choice(alike, _drawn_once_more(weight, len(alike)), replace=False))
+    return np.concatenate(drawn)
+
+
 def images_per_step(records: Sequence[TokenizedRecord], batch_size: int) -> int:
     """The number of images that have `batch_size` captions on average."""
-    captions = sum(len(record.captions) for record in records) / len(records)
-    return max(1, min(len(records), round(batch_size / captions)))
+    captions = sum(record.weight * len(record.captions) for record in records)
+    average = captions / sum(record.weight for record in records)
+    return max(1, min(epoch_size(records), round(batch_size / average)))
 
 
 def epoch_steps(
@@ -175,21 +208,26 @@ def epoch_steps(
 ) -> Iterator[list[Batch]]:
     """The optimizer steps of an epoch, each a list of batches; the same for the same seed and epoch.
 
-    Within a step, images are sorted by length to save padding. `pack` puts each image's captions into one row
-    (`Packing`) to save time with long prompts. Neither changes the result.
+    Within a step, images are sorted by their number of captions, then by length, to save padding. `pack` puts each
+    image's captions into one row (`Packing`) to save time with long prompts. Neither changes the result.
     """
-    length, batch = (_packed_length, pack_batch) if pack else (_length, make_batch)
+    shape, batch = (_packed_length, pack_batch) if pack else (_shape, make_batch)
     rng = np.random.default_rng([config.seed, epoch])
-    order = rng.permutation(len(records))
-    flips = rng.random(len(records)) < 0.5
-    mirrored = [config.flip and bool(flip) and record.mirrorable for flip, record in zip(flips, records, strict=True)]
+    drawn = [records[i] for i in _draw(records, rng)]
+    order = rng.permutation(len(drawn))
+    flips = rng.random(len(drawn)) < 0.5
+    mirrored = [config.flip and bool(flip) and record.mirrorable for flip, record in zip(flips, drawn, strict=True)]
     size, part = images_per_step(records, config.batch_size), config.images_per_forward
     for start in range(0, len(order), size):
-        chosen = sorted(order[start : start + size], key=lambda i: (length(records[i]), i), reverse=True)
+        chosen = sorted(order[start : start + size], key=lambda i: (shape(drawn[i]), i), reverse=True)
         parts = [chosen[at : at + part] for at in range(0, len(chosen), part)]
-        yield [batch([records[i] for i in indices], [mirrored[i] for i in indices]) for indices in parts]
+        yield [batch([drawn[i] for i in indices], [mirrored[i] for i in indices]) for indices in parts]
+
+
+def _shape(record: TokenizedRecord) -> tuple[int, int]:
+    return len(record.captions), _length(record)
 
 
 def steps_per_epoch(records: Sequence[TokenizedRecord], config: TrainConfig) -> int:
     """Optimizer steps in an epoch."""
-    return -(-len(records) // images_per_step(records, config.batch_size))
+    return -(-epoch_size(records) // images_per_step(records, config.batch_size))

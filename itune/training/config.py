@@ -22,6 +22,11 @@ from ..runtime.settings import MOST_BEAMS, Method, Settings
 
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "flag", "from_json", "resolve"]
 DEFAULT_RETRIEVE = 4
+_OBJECTIVE_FIELDS = {
+    "cross-entropy": ("dropout", "visual_dropout", "label_smoothing"),
+    "scst": ("scst_samples",),
+}
+"""Settings of one objective alone; the others leave them at their defaults."""
 
 
 class ConfigError(ItuneError):
@@ -50,6 +55,11 @@ class OptimisationSettings(Settings):
 
     model_config = ConfigDict(title="Optimisation")
 
+    objective: Literal["cross-entropy", "scst"] = "cross-entropy"
+    """Cross-entropy of the captions, or self-critical sequence training (SCST), which raises the CIDEr-D of captions
+    that the model draws; it needs `--init-from`."""
+    scst_samples: Annotated[int, Field(ge=2, le=MOST_BEAMS)] = 5
+    """SCST: captions drawn of each photo; the others are the baseline of each one."""
     epochs: Count = 30
     """Passes over the training photos (paper: 30; 10 for the Visual Genome stage)."""
     batch_size: Count = 4096
@@ -107,7 +117,9 @@ class EvaluationSettings(Settings):
     num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] = 5
     """Beams of the dev evaluation."""
     max_new_tokens: Count = 32
-    """Longest caption of the dev evaluation, in tokens."""
+    """Longest caption of the dev evaluation, and of SCST's samples, in tokens."""
+    patience: Count | None = None
+    """Stop after this many evaluations in a row without a better score. Default: train all epochs."""
 
 
 class TrainConfig(
@@ -198,6 +210,16 @@ PRESETS: dict[str, TrainConfig] = {
         warmup=0.035,
         max_grad_norm=0.0,
     ),
+    # Ours: continues a captioner that was trained by cross-entropy.
+    "scst": TrainConfig(
+        preset="scst",
+        objective="scst",
+        epochs=5,
+        batch_size=320,
+        images_per_forward=32,
+        learning_rate=2e-5,
+        weight_decay=0.0,
+    ),
     "small-data": TrainConfig(
         preset="small-data",
         lambda_=4.0,
@@ -225,6 +247,9 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     method = overrides.get("method", values["method"])
     if method != values["method"] and (settings := SETTINGS.get(method)):
         values |= {name: field.default for name, field in settings.model_fields.items()} | settings.other_defaults
+    objective = overrides.get("objective", values["objective"])
+    others = [name for other, names in _OBJECTIVE_FIELDS.items() if other != objective for name in names]
+    values |= {name: TrainConfig.model_fields[name].default for name in others}
     if "retrieve" not in overrides:
         values["retrieve"] = None
     try:
@@ -240,6 +265,7 @@ def resolve(preset: str, **overrides: Any) -> TrainConfig:
     foreign = {name: owner for name, owner in foreign.items() if name not in SETTINGS[config.method].model_fields}
     if config.mapper == "mlp":
         foreign |= dict.fromkeys(TRANSFORMER_FIELDS, "--mapper transformer, not to mlp")
+    foreign |= dict.fromkeys(others, f"another --objective than {objective}")
     if wrong := sorted(overrides.keys() & foreign.keys()):
         raise ConfigError(f"{flag(wrong[0])} belongs to {foreign[wrong[0]]}: leave it out")
     return config

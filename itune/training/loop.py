@@ -1,8 +1,8 @@
-"""Train a captioner's adapters: next-token cross-entropy on the captions, AdamW, best checkpoint by dev CIDEr-D.
+"""Train a captioner's adapters: the steps of an objective, AdamW, best checkpoint by dev CIDEr-D.
 
 The output folder gets `best/` and `last/` (adapter checkpoints), `config.json`, `metrics.jsonl` and TensorBoard events.
-`last/` also has the optimizer's state, so a run can stop anywhere and resume: order, mirroring and dropout are then the
-same as in an uninterrupted run.
+`last/` also has the optimizer's state, so a run can stop anywhere and resume: order, mirroring, dropout and drawn
+captions are then the same as in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -43,13 +43,25 @@ from ..license import LICENSE_FILE, License
 from ..methods.base import write_tensors
 from ..methods.registry import MODELS
 from ..methods.schemas import CHECKPOINTS
-from ..metrics import CiderD, split_words
 from ..runtime.errors import SearchError, reading
 from ..runtime.search import SearchConfig
 from ..runtime.settings import SearchDefaults
 from .advice import caption_advice
-from .batches import Batch, TokenizedRecord, epoch_steps, prompt_tokens, steps_per_epoch, tokenize
+from .batches import (
+    Batch,
+    TokenizedRecord,
+    epoch_size,
+    epoch_steps,
+    prompt_tokens,
+    special_token,
+    steps_per_epoch,
+    tokenize,
+)
 from .config import ConfigError, TrainConfig
+from .evaluation import DevResult, DevSets
+from .objectives.base import Objective
+from .objectives.cross_entropy import CrossEntropy
+from .objectives.scst import SelfCritical
 from .prompting import TrainingData
 from .run_folder import BEST, LAST, fingerprint, holds_run, log_epoch
 
@@ -127,19 +139,25 @@ class Trainer:
         torch.manual_seed(config.seed)
         visual = data.features.tokens, data.features.width
         self.model = MODELS[config.method].create(config, language.model, visual).to(self.device)
+        self.train = [record for records in data.train.values() for record in records]
         self.records = self._tokenize()
+        self.objective: Objective = CrossEntropy(config, self.model)
+        if config.objective == "scst":
+            end = special_token(language.tokenizer, self.text.end, "end")
+            self.objective = SelfCritical(config, self.model, tower, language.tokenizer, end, self.train)
         self.weights = {name: w for name, w in self.model.adapters.named_parameters() if w.requires_grad}
         self.average = moving_average(self.model.adapters, config.ema_decay)
         matrices = {"params": [w for w in self.weights.values() if w.ndim > 1], "weight_decay": config.weight_decay}
         vectors = {"params": [w for w in self.weights.values() if w.ndim < 2], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([matrices, vectors], lr=1.0)  # the schedule multiplies it by `learning_rate`
+        self.photos_per_epoch = epoch_size(self.records)
         self.steps_per_epoch = steps_per_epoch(self.records, config)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.schedule = LambdaLR(self.optimizer, self.learning_rate)
         self.progress = Progress()
         self.stop_requested = False
-        self.cider = CiderD([list(map(split_words, record.references)) for record in data.dev]) if data.dev else None
-        self._fingerprint = fingerprint(data.train, data.dev)
+        self.dev = DevSets(data.dev) if data.dev else None
+        self._fingerprint = fingerprint(self.train, *(data.dev.values() or [()]))
         self._saved = time.monotonic()
 
     def _tokenize(self) -> list[TokenizedRecord]:
@@ -154,9 +172,7 @@ class Trainer:
                 f"{len(prompt)} of them before a caption: set at most {room}, or shorten --prompt or --prefix-length"
             )
         longest, positions = self.config.max_caption_tokens, gpt2.n_positions
-        records = tokenize(
-            self.data.train, tokenizer, self.text, longest, prefix, prompts=self.prompts, positions=positions
-        )
+        records = tokenize(self.train, tokenizer, self.text, longest, prefix, prompts=self.prompts, positions=positions)
         largest = max((max(caption) for record in records for caption in record.captions), default=0)
         if largest >= gpt2.vocab_size:
             raise ConfigError(
@@ -179,23 +195,29 @@ class Trainer:
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def run(self, reporter: Reporter) -> Progress:
-        """Train from `progress` to the last epoch."""
+        """Train from `progress` to the last epoch, or until `is_patient` is False."""
         write_json(self.output / "config.json", self.config.to_json())
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step) as board:
-            if self.progress.step == 0 and self.cider is not None:
+            if self.progress.step == 0 and self.dev is not None:
                 self.save_last()  # in case it is interrupted
-                reporter.untrained(self.evaluate(reporter))
-            while self.progress.epoch < self.config.epochs:
+                untrained = self.evaluate(reporter)
+                self._show_samples(untrained, board)
+                reporter.untrained(untrained.metrics)
+            while self.progress.epoch < self.config.epochs and self.is_patient:
                 self._epoch(reporter, board)
                 self.save_last()
-                metrics = self.evaluate(reporter)
-                self._end_epoch(metrics, reporter, board)
+                self._end_epoch(self.evaluate(reporter), reporter, board)
         return self.progress
 
+    @property
+    def is_patient(self) -> bool:
+        """Whether the last `config.patience` evaluations have a best one among them."""
+        since_best = self.progress.epoch - 1 - self.progress.best_epoch
+        return self.config.patience is None or since_best < self.config.patience
+
     def _epoch(self, reporter: Reporter, board: Any) -> None:
-        self.model.train(True)
         # A prompt of retrieved captions is several times as long as a caption.
         steps = epoch_steps(self.records, self.config, self.progress.epoch, pack=self.prompts is not None)
         with ThreadPoolExecutor(1) as pool:
@@ -215,29 +237,13 @@ class Trainer:
                     self.save_last()
 
     def _step(self, batches: list[Batch], pool: ThreadPoolExecutor) -> dict[str, float]:
-        # Seeded by the step's number, so that a resumed run draws the same dropout.
+        # Seeded by the step's number, so that a resumed run draws the same dropout and captions.
         torch.manual_seed(self.config.seed * 1_000_003 + self.progress.step)
-        targets = sum(batch.targets for batch in batches)
-        metrics = {"loss": 0.0, "learning_rate": float(self.schedule.get_last_lr()[0])}
-        features = self.data.features
-        reading_ahead = pool.submit(features.read, batches[0].images, batches[0].flip)
-        for i, batch in enumerate(batches):
-            visual = reading_ahead.result().to(self.device)
-            if i + 1 < len(batches):
-                reading_ahead = pool.submit(features.read, batches[i + 1].images, batches[i + 1].flip)
-            visual = self._drop_visual(visual)
-            input_ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)
-            packing = None if batch.packing is None else batch.packing.to(self.device)
-            if i == 0 and self.progress.step % 50 == 0:
-                # In its own block: older torch caches the cast weights, which have no gradient here.
-                with self._autocast():
-                    entropy = self.model.attention_entropy(input_ids, mask, visual, packing)
-                if entropy is not None:
-                    metrics["attention_entropy"] = entropy
-            with self._autocast():
-                loss = self.model.loss(input_ids, mask, visual, self.config.label_smoothing, packing) / targets
-            loss.backward()  # type: ignore[no-untyped-call]
-            metrics["loss"] += float(loss.detach())
+        metrics = {"learning_rate": float(self.schedule.get_last_lr()[0])}
+        try:
+            metrics |= self.objective.backward(self.progress.step, batches, self._visuals(batches, pool))
+        except SearchError as error:  # the search has no other reason here
+            raise self._diverged("score of the next token") from error
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm or math.inf))
         metrics["grad_norm"] = norm
         if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
@@ -255,14 +261,14 @@ class Trainer:
             f"the {what} at step {self.progress.step} is not finite: lower --learning-rate or --lambda and {again}"
         )
 
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def _drop_visual(self, visual: Tensor) -> Tensor:
-        kept = round(visual.shape[1] * (1 - self.config.visual_dropout))
-        if kept == visual.shape[1]:
-            return visual
-        return visual[:, torch.randperm(visual.shape[1])[: max(1, kept)]]
+    def _visuals(self, batches: Sequence[Batch], pool: ThreadPoolExecutor) -> Iterator[Tensor]:
+        """The embeddings of each batch, while the next ones are read."""
+        ahead = pool.submit(self.data.features.read, batches[0].images, batches[0].flip)
+        for following in [*batches[1:], None]:
+            visual = ahead.result().to(self.device)
+            if following is not None:
+                ahead = pool.submit(self.data.features.read, following.images, following.flip)
+            yield visual
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -274,10 +280,10 @@ class Trainer:
         finally:
             self.model.adapters.load_state_dict(weights)
 
-    def evaluate(self, reporter: Reporter) -> dict[str, float]:
-        """CIDEr-D of the dev split with the averaged weights; empty without a dev split. May raise `Interrupted`."""
-        if self.cider is None:
-            return {}
+    def evaluate(self, reporter: Reporter) -> DevResult:
+        """Caption the dev sets with the averaged weights; empty without dev sets. May raise `Interrupted`."""
+        if self.dev is None:
+            return DevResult({}, {})
 
         def report(done: int, images: int) -> None:
             reporter.evaluating(done, images)
@@ -285,7 +291,7 @@ class Trainer:
                 raise Interrupted
 
         with self._averaged():
-            engine, images = EagerEngine(self.model, self.tower), [record.image for record in self.data.dev]
+            engine, images = EagerEngine(self.model, self.tower), self.dev.images
             settings = self.language.tokenizer, self.text, SearchConfig(**self.search.model_dump())
             try:
                 captions = caption_features(
@@ -293,13 +299,22 @@ class Trainer:
                 )
             except SearchError as error:  # the search has no other reason here
                 raise self._diverged("score of the next token") from error
-        if advice := caption_advice(captions):
+        for advice in caption_advice(captions):
             reporter.warn(advice)
-        return {"cider": self.cider.score(list(map(split_words, captions)))}
+        return self.dev.result(captions)
 
-    def _end_epoch(self, metrics: dict[str, float], reporter: Reporter, board: Any) -> None:
+    def _show_samples(self, result: DevResult, board: Any) -> None:
+        for name, caption in result.samples.items():
+            if self.dev is not None and self.progress.step == 0:
+                pixels = self.data.features.pixels(self.dev.samples[name])
+                board.add_image(f"samples/{name}", pixels, 0, dataformats="HWC")
+            board.add_text(f"samples/{name}", caption, self.progress.step)
+
+    def _end_epoch(self, result: DevResult, reporter: Reporter, board: Any) -> None:
+        metrics = result.metrics
         for name, value in metrics.items():
             board.add_scalar(f"dev/{name}", value, self.progress.step)
+        self._show_samples(result, board)
         is_best = metrics.get("cider", math.inf) > self.progress.best_cider
         if is_best:
             self.progress.best_cider = metrics.get("cider", -1.0)
@@ -308,7 +323,7 @@ class Trainer:
                 self._write_checkpoint(folder, self.output / BEST, metrics)
         self.progress.epoch += 1
         self.progress.step_in_epoch = 0
-        log_epoch(self.output, self.progress.epoch, {"step": self.progress.step, **metrics})
+        log_epoch(self.output, self.progress.epoch, {"step": self.progress.step, **metrics, "samples": result.samples})
         self.save_last()
         reporter.epoch(self.progress, metrics, is_best)
 

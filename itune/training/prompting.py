@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ class Prompting:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The splits of a training run; `features` are prepared for the photos of both."""
+    """The data sets of a training run, by name; `features` are prepared for the photos of all."""
 
-    train: Sequence[Record]
-    dev: Sequence[Record]
+    train: Mapping[str, Sequence[Record]]
+    dev: Mapping[str, Sequence[Record]]
     features: Features
     prompting: Prompting | None = None  # None: every caption has the same prompt
 
@@ -51,7 +51,7 @@ def prepare_prompts(
     cache: Path | None = None,
     progress: OnProgress = silent,
 ) -> Prompting:
-    """Retrieve captions from the datastore of `config` for every photo of both splits.
+    """Retrieve captions from the datastore of `config` for every photo.
 
     A photo never retrieves its own captions (SmallCap, section 3.3), not even a dev photo: the datastore may have both
     splits. `base`: the retrieval settings of the checkpoint that the training starts from. `cache`: a folder that
@@ -73,8 +73,10 @@ def prepare_prompts(
     positions: int = language.model.config.n_positions
     prompts: dict[Path, tuple[int, ...]] = {}
     retrieved = 0
-    splits: tuple[tuple[Sequence[Record], OwnCaptions], ...] = ((data.train, "captions"), (data.dev, "photo"))
-    for records, own in splits:
+    # Each set on its own, since another may have the same ids.
+    sets: list[tuple[Sequence[Record], OwnCaptions]] = [(records, "captions") for records in data.train.values()]
+    sets += [(records, "photo") for records in data.dev.values()]
+    for records, own in sets:
         found = retrieve_for(
             records, data.features, store, settings.k, head, leave_out=own, cache=cache, progress=progress
         )
@@ -84,7 +86,7 @@ def prepare_prompts(
             longest = max(config.max_new_tokens, min(max(lengths, default=0), config.max_caption_tokens + 1))
             # The last token of a caption needs no position: the language model does not read it.
             ids, written = writer.write(found[record.id], positions - longest + 1 - len(begin))
-            prompts.setdefault(record.image, (*begin, *ids))  # a photo in both splits keeps its training prompt
+            prompts.setdefault(record.image, (*begin, *ids))  # in several sets, a photo keeps its first prompt
             retrieved += len(written)
     manifest = store.manifest
     origin = {"kind": manifest.kind, "entries": manifest.entries, "captions": manifest.captions}

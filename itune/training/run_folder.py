@@ -59,10 +59,11 @@ def _epoch(line: str) -> object:
 
 
 def fingerprint(*splits: Sequence[Record]) -> str:
-    """Hash of the photos' ids and captions, in the order of the splits and of their records."""
+    """Hash of the photos' ids, captions and weights, in the order of the splits and of their records."""
     digest = hashlib.sha256()
     for records in splits:
         for record in records:
-            digest.update(f"{json.dumps([record.id, record.captions])}\n".encode())
+            weight = [] if record.weight == 1 else [record.weight]  # earlier versions had no weights
+            digest.update(f"{json.dumps([record.id, record.captions, *weight])}\n".encode())
         digest.update(b"\n")
     return digest.hexdigest()

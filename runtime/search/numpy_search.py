@@ -168,8 +168,7 @@ class NumpySearch:
             row = sample if len(image.beams) > 1 else 0
             beam, token, score = image.beams[row], self._end_token, -np.inf
             if beam.score > -np.inf:
-                number = uniform(config.seed, sample, self._generated - 1)
-                choice = choose(processed[row], token_ids[row], config, number)
+                choice = self.choose(processed[row], token_ids[row], sample)
                 if choice is not None:
                     token = int(token_ids[row, choice])
                     score = beam.score + float(log_probs[row, choice])
@@ -178,6 +177,10 @@ class NumpySearch:
                         score = -np.inf
             drawn.append((row, token, score))
         return drawn
+
+    def choose(self, logits: Float64, token_ids: Int64, sample: int) -> int | None:
+        """The index of the candidate that continues a sample; None if no candidate is possible."""
+        return choose(logits, token_ids, self._config, uniform(self._config.seed, sample, self._generated - 1))
 
     def _caption(self, image: _Image, beam: _Beam, last: int, score: float) -> Scored:
         """The caption that a beam becomes with its last token."""

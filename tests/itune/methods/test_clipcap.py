@@ -143,7 +143,7 @@ def make_trainer(lm: Path, vision: Path, records: list[Record], output: Path, **
     config = resolve("small-data", **(values | settings))
     tower = load_vision_tower(str(vision))
     language = load_language_model(str(lm))
-    data = TrainingData(records, records[3:], Features(tower))
+    data = TrainingData({"train": records}, {"dev": records[3:]}, Features(tower))
     return Trainer(config, language, tower, data, output, device=torch.device("cpu"))
 
 

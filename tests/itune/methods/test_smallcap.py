@@ -245,6 +245,10 @@ def test_trained_with_retrieved_captions_from_the_command_line(
     code, stderr = run(monkeypatch, capsys, *again, "-o", tmp_path / "again")
     assert code == 0, stderr
     assert json.loads((tmp_path / "again" / "last" / "itune.json").read_text())["retrieval"]["k"] == 2
+    # Self-critical training packs the captions that it draws.
+    code, stderr = run(monkeypatch, capsys, *again, "--preset", "scst", "-o", tmp_path / "scst")
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "scst" / "config.json").read_text())["objective"] == "scst"
     without = [argument for argument in again if argument not in ("--datastore", data / "store")]
     code, stderr = run(monkeypatch, capsys, *without, "-o", tmp_path / "without")
     assert code == 2
@@ -265,7 +269,7 @@ def test_prompts_leave_out_a_photos_own_captions_and_what_has_no_room(
     records = load_records(data / "captions.jsonl")
     features = Features(load_vision_tower(str(clip_folder)))
     language, text = load_language_model(str(long_language)), TextSettings()
-    split = TrainingData(records[:8], records[8:], features)
+    split = TrainingData({"train": records[:8]}, {"dev": records[8:]}, features)
 
     def prepare(**settings: object) -> Prompting:
         config = resolve("small-data", **{"vision": str(clip_folder), "datastore": str(data / "store"), **settings})

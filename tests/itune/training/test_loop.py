@@ -82,7 +82,7 @@ def make_trainer(
     }
     config = resolve("small-data", language_model=str(language_model), vision=str(vision), **({**values, **settings}))
     language, tower = load_language_model(str(language_model)), load_vision_tower(str(vision))
-    data = TrainingData(records[:5], records[4:], features)
+    data = TrainingData({"train": records[:5]}, {"dev": records[4:]}, features)
     return Trainer(config, language, tower, data, output, device=torch.device("cpu"))
 
 
@@ -457,8 +457,9 @@ def test_advice_about_captions(language_model_folder: Path) -> None:
     assert advice("a", 64) == ""
     assert "1000 of 1000" in advice("dogs on grass", 2)
     assert "tokens a word" in advice("犬が草の上を走る", 64)
-    assert caption_advice(["a dog", "a cat"] * 10) is not None
-    assert caption_advice([f"{i} dogs" for i in range(20)]) is None
+    assert "a cat" in " ".join(caption_advice(["a dog", *["a cat"] * 19]))
+    assert "'5 dogs on a'" in " ".join(caption_advice([f"{i} dogs{' on a' * (i == 5)}" for i in range(19)]))
+    assert caption_advice([f"{i} dogs" for i in range(20)]) == []
 
 
 def test_numbers_that_are_not_finite_before_the_first_step_name_their_cause(
