@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from tokenizers import Tokenizer
 
 from .bundle import BUNDLE_FOLDER, DEFAULT, TOKENIZER, Bundle, TokenSettings
@@ -27,8 +26,9 @@ from .pipeline import decode_ahead
 from .retrieval.prompts import Retriever
 from .search import SearchConfig
 from .search.loop import PADDING, search
+from .search.options import OptionReader
 from .settings import ImageSettings, SearchDefaults, Settings
-from .text import decode_text, encode_caption, encode_text, load_tokenizer
+from .text import decode_text, encode_caption, load_tokenizer
 
 if TYPE_CHECKING:
     from .attention.explanation import Explainer, Explanation, Layer
@@ -80,7 +80,6 @@ class Caption:
 class _StreamOptions(Settings):
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 1
     workers: Annotated[int, Field(ge=0, le=MOST)] = 0
-    bad_words: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
 
 
 class Captioner:
@@ -120,6 +119,14 @@ class Captioner:
         if self._reload is None:
             raise ItuneError("a checkpoint in PyTorch cannot be pickled: load it in the other process")
         return self._reload, ()
+
+    @property
+    def option_reader(self) -> OptionReader:
+        """Checks the search options of `caption`, `stream` and `explain`."""
+        room = self.tokens.room
+        if self.retriever is not None:
+            room += len(self.tokens.prompt) - self.retriever.writer.shortest
+        return OptionReader(self.search, self.tokenizer, room)
 
     @property
     def kernels(self) -> str | None:
@@ -218,7 +225,9 @@ class Captioner:
         if is_one(images):
             raise SearchError("stream takes several images: give a list, or call caption for one")
         workers = self.workers if workers is None else workers
-        own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
+        with reading("search options", SearchError):
+            own = _StreamOptions(batch_size=batch_size, workers=workers)
+        config = self.option_reader.read(options, _StreamOptions.model_fields)
         return self._stream(images, own.batch_size, own.workers, config)
 
     @cached_property
@@ -252,7 +261,7 @@ class Captioner:
         """
         explainer = self.explainer
         explainer.choose(layer)  # before the search
-        photo, (_, config) = decode(image), self._options(options)
+        photo, config = decode(image), self.option_reader.read(options)
         if caption is None:
             caption = self.caption(photo, **options)
         if isinstance(caption, str):
@@ -305,28 +314,3 @@ class Captioner:
         tokens = self.tokens.model_copy(update={"prompt": []})
         prompts, retrieved = self.retriever.prompts(state, tokens.room - config.max_new_tokens)
         return [[*tokens.prompt_tokens, *prompt] for prompt in prompts], [*retrieved]
-
-    def _options(self, options: dict[str, Any]) -> tuple[_StreamOptions, SearchConfig]:
-        """Validate the options of `stream`."""
-        known = [*_StreamOptions.model_fields, *SearchConfig.model_fields]
-        if unknown := next((name for name in options if name not in known), None):
-            nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(unknown, known, 1))
-            raise SearchError(f"there is no option {unknown}{nearest}")
-        chosen = {name: value for name, value in options.items() if value is not None}
-        if chosen.get("do_sample"):
-            chosen.setdefault("num_beams", 1)
-        with reading("search options", SearchError):
-            own = _StreamOptions(**{name: chosen.pop(name) for name in _StreamOptions.model_fields if name in chosen})
-            # A word has other tokens at the start of a caption than after a space.
-            words = sorted({space + word for word in own.bad_words for space in ("", " ")})
-            banned = tuple(tuple(encode_text(self.tokenizer, word)) for word in words)
-            config = SearchConfig(**(self.search.model_dump() | chosen), bad_words=banned)
-        room = self.tokens.room
-        if self.retriever is not None:
-            room += len(self.tokens.prompt) - self.retriever.writer.shortest
-        if config.max_new_tokens > room:
-            raise SearchError(
-                f"max_new_tokens must be at most {room}, not {config.max_new_tokens}: the prompt leaves no more "
-                "positions (for a TensorRT plan, export again with a larger --max-new-tokens)"
-            )
-        return own, config

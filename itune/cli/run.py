@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,22 +14,15 @@ from pydantic import Field
 from ..runtime.errors import ImageError, ItuneError, printable
 from ..runtime.search.config import SearchConfig
 from . import common, program
+from .engine import EngineOptions
 from .heatmap import HeatmapOptions
 from .photos import STDIN, Found
 from .program import Flags, Options, Switch, chosen
 
 
-class _Model(Options, title="Model"):
+class _Run(EngineOptions, title="Model"):
     bundle: Path | None = None
     """Folder that itune-export wrote. Default: the model inside the package."""
-    datastore: Path | None = None
-    """Folder of itune-datastore, for a bundle that retrieves. Default: datastore/ in the bundle."""
-    retrieve: Annotated[int, Field(ge=0)] | None = None
-    """Captions of similar images in the prompt; 0 is none. Default: the bundle's."""
-    engine: str = "auto"
-    """auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU)."""
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads. Default: the engine's choice."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Images at once through the model."""
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -52,7 +44,7 @@ def run(
     ],
     /,
     *,
-    model: _Model,
+    model: _Run,
     search: Annotated[
         Options,
         Flags(SearchConfig, "Search (default: the bundle's)", omit=("bad_words",), names={"do_sample": "--sample"}),
@@ -82,17 +74,14 @@ def run(
     from .heatmap import Heatmaps
 
     heatmaps = Heatmaps(heatmap, sources)
-    from ..runtime.captioner import Captioner
+    from ..caption_json import caption_json
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # ImageErrors carry what matters of its complaints
-    captioner = Captioner.load(
-        model.bundle, engine=model.engine, threads=model.threads, datastore=model.datastore, retrieve=model.retrieve
-    )
+    captioner = model.loader(model.bundle)()
     if captioner.engine_notice:
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if heatmaps:
         captioner.explainer.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
-    engine = {"engine": captioner.engine_name, "kernels": captioner.kernels}
     options = chosen(search)
     results = captioner.stream(
         (sys.stdin.buffer.read() if source == STDIN else source for source in sources),
@@ -112,10 +101,8 @@ def run(
                 elif Path(name).is_dir():
                     result = ImageError(f"{name}: there are no photos in this folder")
             if model.json_:
-                record = {"error": str(result)} if isinstance(result, ImageError) else asdict(result) | engine
-                for absent in [name for name in ("retrieved", "kernels") if record.get(name) is None]:
-                    record.pop(absent, None)
-                common.emit(json.dumps({"image": name, **record}), beside_progress=several)
+                record = caption_json(name, result, captioner.engine_name, captioner.kernels)
+                common.emit(json.dumps(record), beside_progress=several)
             elif isinstance(result, ImageError):
                 print(f"itune-run: {result}", file=sys.stderr)
             else:
