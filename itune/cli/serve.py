@@ -15,7 +15,7 @@ from ..runtime.errors import ItuneError, reading
 from ..serve.settings import Batching, Limits
 from . import common, program
 from .engine import EngineOptions
-from .program import Flags, Options, chosen
+from .program import Options
 
 _TOKEN_VARIABLE = "ITUNE_SERVE_TOKEN"
 
@@ -27,7 +27,7 @@ class _Server(Options, title="Server"):
     """Port to listen on; 0 takes a free one."""
     token_file: Path | None = None
     """File with the bearer token that captions and metrics need. Default: ITUNE_SERVE_TOKEN; without it, none."""
-    cors_origin: list[str] = []
+    cors_origin: tuple[str, ...] = ()
     """Origin of pages that may use the service from a browser, such as https://example.org; may be repeated."""
 
 
@@ -44,8 +44,8 @@ def serve(
     *,
     server: _Server,
     model: EngineOptions,
-    batching: Annotated[Options, Flags(Batching)],
-    limits: Annotated[Options, Flags(Limits)],
+    batching: Batching,
+    limits: Limits,
 ) -> None:
     """Caption photos over HTTP.
 
@@ -57,12 +57,11 @@ def serve(
         itune-serve my-bundle --host 0.0.0.0 --token-file token --workers 2 --threads 4
         curl -F image=@photo.jpg 'localhost:8000/v1/caption?num_beams=3'
     """
-    batches, bounds = Batching(**chosen(batching)), Limits(**chosen(limits))
     common.require("serve", "starlette", "uvicorn", "python_multipart", "prometheus_client")
     from ..runtime.cpus import available_cpus
 
     if model.threads is None:
-        model = model.model_copy(update={"threads": max(1, available_cpus() // batches.workers)})
+        model = model.model_copy(update={"threads": max(1, available_cpus() // batching.workers)})
     token = _token(server.token_file)
     with reading(f"--host {server.host} --port {server.port}"):
         family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
@@ -71,7 +70,7 @@ def serve(
     print(f"itune-serve: listening on http://{place}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     from ..serve.server import serve as run
 
-    run(model.loader(bundle), listener, batches, bounds, token=token, cors_origins=server.cors_origin)
+    run(model.loader(bundle), listener, batching, limits, token=token, cors_origins=server.cors_origin)
 
 
 def _token(file: Path | None) -> str | None:

@@ -29,7 +29,7 @@ from .metrics import Metrics, RequestMetrics
 from .openapi import describe_service
 from .pool import WorkerPool
 from .queue import QueueFull, Result
-from .refusal import RETRY_AFTER, Refusal, RefusalResponse
+from .refusal import RETRY_AFTER, Refusal, refuse
 from .settings import Limits
 from .worker import Loaded, WorkerLostError
 
@@ -81,9 +81,11 @@ class Service:
                 )
             )
         handlers: dict[Any, Any] = {
-            QueueFull: lambda *_: RefusalResponse(Refusal(503, "the queue is full: try again soon")),
-            Refusal: lambda _, error: RefusalResponse(error),
-            HTTPException: lambda _, error: RefusalResponse(Refusal(error.status_code, error.detail, error.headers)),
+            QueueFull: lambda request, _: refuse(request, Refusal(503, "the queue is full: try again soon")),
+            Refusal: refuse,
+            HTTPException: lambda request, error: refuse(
+                request, Refusal(error.status_code, error.detail, error.headers)
+            ),
             ClientDisconnect: lambda _, __: Response(status_code=499),
         }
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
@@ -180,10 +182,11 @@ async def _unless_client_leaves(request: Request, results: Sequence[asyncio.Futu
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    left = asyncio.create_task(leaving())
+    left, done = asyncio.create_task(leaving()), asyncio.gather(*results)
+    either: tuple[asyncio.Future[Any], ...] = (left, done)
     try:
-        await asyncio.wait({left, asyncio.gather(*results)}, return_when=asyncio.FIRST_COMPLETED)
-        if left.done():
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
             raise ClientDisconnect
     finally:
         left.cancel()

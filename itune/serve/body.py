@@ -81,6 +81,7 @@ async def read_body(
         async for chunk in request.stream():
             hold(len(chunk))
             yield chunk
+        request.state.read = True
 
     options = search_options.from_query(request.query_params.multi_items())
     try:

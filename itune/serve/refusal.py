@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 RETRY_AFTER = "1"
@@ -23,17 +24,21 @@ class Refusal(Exception):  # noqa: N818
         self.headers = (headers or {}) | ({"Retry-After": RETRY_AFTER} if status == 503 else {})
 
 
-class RefusalResponse(JSONResponse):
-    """Answers at once and closes the connection, after a moment in which a client that still sends can read the answer.
+def refuse(request: Request, refusal: Refusal) -> Response:
+    """The answer to a refused request. `request.state.read` is set once its body was read."""
+    content, whole = {"error": str(refusal)}, getattr(request.state, "read", False)
+    return (JSONResponse if whole else _EarlyResponse)(content, refusal.status, refusal.headers)
 
-    A connection that is closed with unread data is reset, and the answer may be lost.
+
+class _EarlyResponse(JSONResponse):
+    """Answers a client that may still send its body, drops what arrives for a moment, and closes the connection.
+
+    A connection that is closed with unread data is reset, and the client may lose the answer.
     """
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__({"error": str(refusal)}, refusal.status, {"Connection": "close", **refusal.headers})
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, then drop what else arrives."""
+        """Send the whole answer before the rest of the body is awaited."""
+        self.headers["Connection"] = "close"
 
         async def send_and_linger(message: Message) -> None:
             if message["type"] != "http.response.body":
