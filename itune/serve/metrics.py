@@ -26,7 +26,7 @@ class Metrics:
     """What `/metrics` shows; a registry of its own, so that several services fit in a process."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter(
