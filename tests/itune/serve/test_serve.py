@@ -389,7 +389,7 @@ def test_a_token_is_needed(guarded: Server, value: str) -> None:
     assert "security" in guarded.client.get("/openapi.json").json()["paths"]["/metrics"]["get"]
 
 
-@pytest.mark.parametrize("content", ["tooshort", "a token with spaces", "é" * 20])
+@pytest.mark.parametrize("content", ["tooshort", "a token with spaces", "é" * 20], ids=("few", "gap", "other"))
 def test_token_files(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
