@@ -64,9 +64,14 @@ def serve(
         model = model.model_copy(update={"threads": max(1, available_cpus() // batching.workers)})
     token = _token(server.token_file)
     with reading(f"--host {server.host} --port {server.port}"):
-        family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-        listener = socket.create_server((server.host, server.port), family=family, backlog=2048)
-    place = f"[{server.host}]" if ":" in server.host else server.host
+        v6 = ":" in server.host
+        listener = socket.create_server(
+            (server.host, server.port),
+            family=socket.AF_INET6 if v6 else socket.AF_INET,
+            backlog=1024,
+            dualstack_ipv6=v6 and socket.has_dualstack_ipv6(),
+        )
+    place = f"[{server.host}]" if v6 else server.host
     print(f"itune-serve: listening on http://{place}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     from ..serve.server import serve as run
 

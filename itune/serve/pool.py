@@ -29,7 +29,7 @@ class WorkerPool:
         self._load, self._batching, self._limits, self._metrics = load, batching, limits, metrics
         self.queue = JobQueue(limits.max_queue, batching.max_batch, batching.max_wait_ms / 1000)
         self.loaded: Loaded | None = None
-        """What the first worker said; None until then."""
+        """What the latest worker said; None until the first is loaded."""
         self.ready = 0
         """Workers that are loaded."""
         # One thread waits for a worker's answers, another for its end.
@@ -70,7 +70,7 @@ class WorkerPool:
         """Give batches to a worker until it ends, which raises WorkerLostError."""
         if self.loaded is None and loaded.notice:
             print(f"itune-serve: {loaded.notice}", file=sys.stderr, flush=True)
-        self.loaded = self.loaded or loaded
+        self.loaded = loaded
         self.ready += 1
         ended = asyncio.ensure_future(self._in_thread(worker.wait_for_end))
         taking = None
@@ -89,12 +89,17 @@ class WorkerPool:
     async def _caption(self, worker: Worker, batch: list[Job]) -> None:
         photos = [job.photo for job in batch]
         self._metrics.batch_photos.observe(len(photos))
+        seconds = self._limits.batch_timeout
         try:
-            with self._metrics.batch_seconds.time():
-                results = await self._in_thread(worker.caption, photos, batch[0].options, self._limits.batch_timeout)
-        except WorkerLostError as error:
-            self._answer(batch, [error] * len(batch))
-            raise
+            async with asyncio.timeout(seconds):
+                with self._metrics.batch_seconds.time():
+                    results = await self._in_thread(worker.caption, photos, batch[0].options)
+        except (WorkerLostError, TimeoutError) as error:
+            lost = (
+                error if isinstance(error, WorkerLostError) else WorkerLostError(f"no captions in {seconds:g} seconds")
+            )
+            self._answer(batch, [lost] * len(batch))
+            raise lost from error
         self._answer(batch, results)
 
     def _answer(self, batch: list[Job], results: list[Result]) -> None:

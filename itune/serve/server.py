@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ..runtime.captioner import Captioner
 from .app import Service
@@ -40,8 +40,8 @@ class _Protocol(H11Protocol):
     def _expect_request(self) -> None:
         self.loop.call_later(self._header_timeout, self._close_unless_after, self.cycle)
 
-    def _close_unless_after(self, cycle: object) -> None:
-        if self.cycle is cycle:
+    def _close_unless_after(self, cycle: RequestResponseCycle | None) -> None:
+        if self.cycle is cycle and (cycle is None or cycle.response_complete):
             self.timeout_keep_alive_handler()
 
 

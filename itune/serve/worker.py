@@ -18,6 +18,8 @@ from .queue import Result
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy the service's locks and connections
 
+_LOST = "the worker ended before it had captioned this photo's batch: send it again"
+
 
 class WorkerLostError(ItuneError):
     """The worker ended, or was stopped because its batch took too long."""
@@ -51,22 +53,22 @@ class Worker:
         Raises:
             ItuneError: what `load` raised, or WorkerLostError.
         """
-        answer = self._receive(None)
+        answer = self._receive()
         if isinstance(answer, ItuneError):
             raise answer
         return answer  # type: ignore[no-any-return]
 
-    def caption(self, photos: Sequence[bytes], options: dict[str, Any], timeout: float) -> list[Result]:
+    def caption(self, photos: Sequence[bytes], options: dict[str, Any]) -> list[Result]:
         """Caption a batch.
 
         Raises:
-            WorkerLostError: the process ended first, or `timeout` seconds passed.
+            WorkerLostError: the process ended first.
         """
         try:
             self._pipe.send((photos, options))
         except OSError as error:
-            raise WorkerLostError("the worker ended") from error
-        return self._receive(timeout)  # type: ignore[no-any-return]
+            raise WorkerLostError(_LOST) from error
+        return self._receive()  # type: ignore[no-any-return]
 
     def wait_for_end(self) -> None:
         """Wait until the process ends."""
@@ -78,13 +80,11 @@ class Worker:
         self._process.join()
         self._pipe.close()
 
-    def _receive(self, timeout: float | None) -> Any:
+    def _receive(self) -> Any:
         try:
-            if self._pipe.poll(timeout):
-                return self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise WorkerLostError("the worker ended while it captioned this photo's batch; send it again") from error
-        raise WorkerLostError(f"the photo's batch took longer than {timeout:g} seconds")
+            return self._pipe.recv()
+        except Exception as error:  # what a dying process leaves may be damaged
+            raise WorkerLostError(_LOST) from error
 
 
 def _work(pipe: Connection, load: Callable[[], Captioner]) -> None:
