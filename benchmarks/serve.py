@@ -63,8 +63,8 @@ class Client:
             self._idle.append((reader, writer))
         return int(answer.split()[1]), time.perf_counter() - start
 
-    async def saturate(self, images: Sequence[bytes], seconds: float, clients: int) -> float:
-        """Photos per second while each client asks again as soon as it has its answer."""
+    async def saturate(self, images: Sequence[bytes], seconds: float, clients: int) -> tuple[int, float]:
+        """Photos, and the seconds they took, while each client asks again as soon as it has its answer."""
         source, start, done = cycle(images), time.perf_counter(), 0
 
         async def ask() -> None:
@@ -76,7 +76,7 @@ class Client:
                 done += 1
 
         await asyncio.gather(*(ask() for _ in range(clients)))
-        return done / (time.perf_counter() - start)
+        return done, time.perf_counter() - start
 
     async def arrive(self, images: Sequence[bytes], seconds: float, rate: float) -> list[tuple[int, float]]:
         """Send `rate` requests per second, at fixed times; the answers' status and seconds."""
@@ -107,8 +107,8 @@ def serving(arguments: argparse.Namespace) -> Iterator[tuple[int, psutil.Process
         process.stderr.close()
 
 
-def stream_rate(captioner: Captioner, images: Sequence[bytes], seconds: float) -> float:
-    """Photos per second of `Captioner.stream`."""
+def stream(captioner: Captioner, images: Sequence[bytes], seconds: float) -> tuple[int, float]:
+    """Photos through `Captioner.stream`, and the seconds that they took."""
     start, done = time.perf_counter(), 0
 
     def until_the_end() -> Iterator[bytes]:
@@ -121,7 +121,7 @@ def stream_rate(captioner: Captioner, images: Sequence[bytes], seconds: float) -
         if isinstance(result, ImageError):
             raise result
         done += 1
-    return done / (time.perf_counter() - start)
+    return done, time.perf_counter() - start
 
 
 def cpu_seconds(service: psutil.Process) -> float:
@@ -156,17 +156,17 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         memory = {"start": memory_mb(service)}
         for _ in range(arguments.rounds):
             own, theirs = time.process_time(), cpu_seconds(service)
-            streamed = stream_rate(captioner, images, arguments.seconds)
+            streamed, stream_seconds = stream(captioner, images, arguments.seconds)
             between = time.process_time()
-            served = await Client(port).saturate(images, arguments.seconds, 2 * BATCH)
+            served, serve_seconds = await Client(port).saturate(images, arguments.seconds, 2 * BATCH)
             rounds.append(
                 {
-                    "streamed_per_s": streamed,
-                    "served_per_s": served,
-                    "ratio": served / streamed,
-                    "streamed_cpu_ms": 1000 * (between - own) / (streamed * arguments.seconds),
-                    "served_cpu_ms": 1000 * (cpu_seconds(service) - theirs) / (served * arguments.seconds),
-                    "client_cpu_ms": 1000 * (time.process_time() - between) / (served * arguments.seconds),
+                    "streamed_per_s": streamed / stream_seconds,
+                    "served_per_s": served / serve_seconds,
+                    "ratio": served / serve_seconds / (streamed / stream_seconds),
+                    "streamed_cpu_ms": 1000 * (between - own) / streamed,
+                    "served_cpu_ms": 1000 * (cpu_seconds(service) - theirs) / served,
+                    "client_cpu_ms": 1000 * (time.process_time() - between) / served,
                 }
             )
             print({name: round(value, 2) for name, value in rounds[-1].items()}, flush=True)

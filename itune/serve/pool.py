@@ -63,7 +63,10 @@ class WorkerPool:
             finally:
                 if worker:
                     worker.close()
-            if loaded is None:
+            if loaded is None:  # such as a bundle that was moved
+                if not self.ready:
+                    waiting = self.queue.take_all()
+                    self._answer(waiting, [WorkerLostError("no worker can be loaded now")] * len(waiting))
                 await asyncio.sleep(_PAUSE)
 
     async def _use(self, worker: Worker, loaded: Loaded) -> None:
@@ -95,9 +98,8 @@ class WorkerPool:
                 with self._metrics.batch_seconds.time():
                     results = await self._in_thread(worker.caption, photos, batch[0].options)
         except (WorkerLostError, TimeoutError) as error:
-            lost = (
-                error if isinstance(error, WorkerLostError) else WorkerLostError(f"no captions in {seconds:g} seconds")
-            )
+            late = isinstance(error, TimeoutError)
+            lost = WorkerLostError(f"the photo's batch took longer than {seconds:g} seconds" if late else str(error))
             self._answer(batch, [lost] * len(batch))
             raise lost from error
         self._answer(batch, results)

@@ -70,6 +70,11 @@ class JobQueue:
     def _remover(self, job: Job) -> Callable[[object], None]:
         return lambda _: self._waiting.pop(job, None)
 
+    def take_all(self) -> list[Job]:
+        """Empty the queue."""
+        jobs, self._waiting = list(self._waiting), {}
+        return jobs
+
     async def take(self) -> list[Job]:
         """Wait for the next batch: the oldest photo, and the oldest of those with the same options."""
         while True:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -341,6 +342,22 @@ def test_an_idle_worker_is_replaced(server: Server) -> None:
     answer = server.caption(RED)
     assert answer.status_code == 200
     assert server.worker().pid != old.pid
+
+
+def test_a_bundle_that_is_moved_and_comes_back(bundle: Path, tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "bundle", tmp_path / "elsewhere"
+    shutil.copytree(bundle, here)
+    with running(here, "--threads", 1) as server:
+        here.rename(elsewhere)
+        with server.busy() as worker:
+            waiting = server.later(RED, num_beams=2)
+            server.wait(lambda: server.metric("itune_queue_photos") == 1)
+            worker.kill()
+            assert waiting.result().status_code == 503
+            assert not server.is_ready()
+        elsewhere.rename(here)
+        server.wait(server.is_ready)
+        assert server.caption(RED).json()["caption"] == SENTENCES["red"]
 
 
 def test_the_service_does_not_load_the_engine(server: Server) -> None:
