@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from tokenizers import Tokenizer
 
 from .bundle import BUNDLE_FOLDER, DEFAULT, TOKENIZER, Bundle, TokenSettings
@@ -29,8 +28,9 @@ from .pipeline import decode_ahead
 from .retrieval.prompts import Retriever
 from .search import SearchConfig
 from .search.loop import PADDING, search
+from .search.options import OptionReader
 from .settings import ImageSettings, SearchDefaults, Settings
-from .text import decode_text, encode_caption, encode_text, load_tokenizer
+from .text import decode_text, encode_caption, load_tokenizer
 
 if TYPE_CHECKING:
     from .attention.explanation import Explainer, Explanation, Layer
@@ -48,8 +48,7 @@ _Decoded = tuple[NDArray[np.uint8], float]  # pixels, and the milliseconds that 
 
 class _StreamOptions(Settings):
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 1
-    workers: Annotated[int, Field(ge=0, le=MOST)] | None = None
-    bad_words: tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...] = ()
+    workers: Annotated[int, Field(ge=0, le=MOST)] = 0
 
 
 class Captioner:
@@ -89,6 +88,14 @@ class Captioner:
         if self._reload is None:
             raise ItuneError("a checkpoint in PyTorch cannot be pickled: load it in the other process")
         return self._reload, ()
+
+    @property
+    def option_reader(self) -> OptionReader:
+        """Checks the search options of `caption`, `stream` and `explain`."""
+        room = self.tokens.room
+        if self.retriever is not None:
+            room += len(self.tokens.prompt) - self.retriever.writer.shortest
+        return OptionReader(self.search, self.tokenizer, room)
 
     @property
     def kernels(self) -> str | None:
@@ -168,8 +175,7 @@ class Captioner:
         if is_one(images):
             return self.caption([images], batch_size=batch_size, workers=workers or 0, **options)[0]
         captions = []
-        own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
-        for _, result in self._stream(images, own, config, thumbnails=True):
+        for _, result in self._stream(images, batch_size, workers, options, thumbnails=True):
             if isinstance(result, ImageError):
                 raise result
             captions.append(result)
@@ -187,8 +193,7 @@ class Captioner:
         """
         if is_one(images):
             raise SearchError("stream takes several images: give a list, or call caption for one")
-        own, config = self._options({"batch_size": batch_size, "workers": workers, **options})
-        return self._stream(images, own, config)
+        return self._stream(images, batch_size, workers, options)
 
     @cached_property
     def explainer(self) -> Explainer:
@@ -221,7 +226,7 @@ class Captioner:
         """
         explainer = self.explainer
         explainer.choose(layer)  # before the search
-        photo, (_, config) = decode(image), self._options(options)
+        photo, config = decode(image), self.option_reader.read(options)
         if caption is None:
             caption = self.caption(photo, **options)
         if isinstance(caption, str):
@@ -233,10 +238,24 @@ class Captioner:
         return explainer.explain(photo, tokens, layer, lambda state: self.prompts(state, config)[0][0])
 
     def _stream(
-        self, images: Iterable[T], options: _StreamOptions, config: SearchConfig, *, thumbnails: bool = False
+        self,
+        images: Iterable[T],
+        batch_size: int,
+        workers: int | None,
+        options: dict[str, Any],
+        *,
+        thumbnails: bool = False,
     ) -> Iterator[tuple[T, Caption | ImageError]]:
-        workers = self.workers if options.workers is None else options.workers
-        with closing(decode_ahead(images, self._decode, batch_size=options.batch_size, workers=workers)) as batches:
+        """As `stream`; with `thumbnails`, captions of images without a path keep a small picture."""
+        with reading("search options", SearchError):
+            own = _StreamOptions(batch_size=batch_size, workers=self.workers if workers is None else workers)
+        return self._results(images, own, self.option_reader.read(options, _StreamOptions.model_fields), thumbnails)
+
+    def _results(
+        self, images: Iterable[T], options: _StreamOptions, config: SearchConfig, thumbnails: bool
+    ) -> Iterator[tuple[T, Caption | ImageError]]:
+        decoded = decode_ahead(images, self._decode, batch_size=options.batch_size, workers=options.workers)
+        with closing(decoded) as batches:
             for batch in batches:
                 good = [image for _, image in batch if not isinstance(image, ImageError)]
                 captions = iter(self._caption_batch(good, config) if good else ())
@@ -244,10 +263,8 @@ class Captioner:
                     if isinstance(image, ImageError):
                         yield source, image
                     else:
-                        yield (
-                            source,
-                            replace(next(captions), picture=_picture(source, image[0] if thumbnails else None)),
-                        )
+                        picture = _picture(source, image[0] if thumbnails else None)
+                        yield source, replace(next(captions), picture=picture)
                 del batch  # release its images before the next batch
 
     def _decode(self, source: Source) -> _Decoded | ImageError:
@@ -281,31 +298,6 @@ class Captioner:
         tokens = self.tokens.model_copy(update={"prompt": []})
         prompts, retrieved = self.retriever.prompts(state, tokens.room - config.max_new_tokens)
         return [[*tokens.prompt_tokens, *prompt] for prompt in prompts], [*retrieved]
-
-    def _options(self, options: dict[str, Any]) -> tuple[_StreamOptions, SearchConfig]:
-        """Validate the options of `stream`."""
-        known = [*_StreamOptions.model_fields, *SearchConfig.model_fields]
-        if unknown := next((name for name in options if name not in known), None):
-            nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(unknown, known, 1))
-            raise SearchError(f"there is no option {unknown}{nearest}")
-        chosen = {name: value for name, value in options.items() if value is not None}
-        if chosen.get("do_sample"):
-            chosen.setdefault("num_beams", 1)
-        with reading("search options", SearchError):
-            own = _StreamOptions(**{name: chosen.pop(name) for name in _StreamOptions.model_fields if name in chosen})
-            # A word has other tokens at the start of a caption than after a space.
-            words = sorted({space + word for word in own.bad_words for space in ("", " ")})
-            banned = tuple(tuple(encode_text(self.tokenizer, word)) for word in words)
-            config = SearchConfig(**(self.search.model_dump() | chosen), bad_words=banned)
-        room = self.tokens.room
-        if self.retriever is not None:
-            room += len(self.tokens.prompt) - self.retriever.writer.shortest
-        if config.max_new_tokens > room:
-            raise SearchError(
-                f"max_new_tokens must be at most {room}, not {config.max_new_tokens}: the prompt leaves no more "
-                "positions (for a TensorRT plan, export again with a larger --max-new-tokens)"
-            )
-        return own, config
 
 
 def _picture(source: Source, pixels: NDArray[np.uint8] | None) -> str | None:

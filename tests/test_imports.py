@@ -73,6 +73,13 @@ def test_only_commands_import_export(path: Path) -> None:
         assert [name for name in imported(path) if inside(name, "itune.export")] == []
 
 
+@pytest.mark.parametrize("path", files("itune/serve"), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_the_service_imports_no_training(path: Path) -> None:
+    allowed = ("itune.serve", "itune.runtime", "itune.caption_json", "itune.__version__")
+    for name in imported(path):
+        assert not inside(name, "itune") or any(inside(name, each) for each in allowed), name
+
+
 def modules_after(code: str) -> set[str]:
     script = f"import sys, json\n{code}\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -104,7 +111,7 @@ def test_help_and_a_plain_import_are_quick() -> None:
 @pytest.mark.parametrize(
     ("program", "arguments"),
     [
-        *((program, ["--help"]) for program in ("run", "train", "evaluate", "export", "datastore")),
+        *((program, ["--help"]) for program in ("run", "train", "evaluate", "export", "datastore", "serve")),
         ("export", ["--compare", "--help"]),
         ("datastore", ["build", "--help"]),
     ],
@@ -116,7 +123,7 @@ def test_help_needs_no_numpy(program: str, arguments: list[str]) -> None:
         "assert 'Examples' in out.getvalue()"
     )
     assert "cyclopts" in modules
-    assert not modules & {"numpy", "onnxruntime", "PIL", "tokenizers", "torch", "transformers", "onnx"}
+    assert not modules & {"numpy", "onnxruntime", "PIL", "tokenizers", "torch", "transformers", "onnx", "starlette"}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from ..runtime.errors import ImageError, ItuneError
 from ..runtime.search.config import SearchConfig
 from . import common
+from .engine import EngineOptions
 from .heatmap import HeatmapError, HeatmapOptions, Heatmaps
 from .outputs.base import Captioned, SidecarError
 from .outputs.options import OutputOptions, Outputs
@@ -20,17 +21,9 @@ from .photos import STDIN, PhotoOptions, watch
 from .program import Flags, Options, Program, chosen
 
 
-class _Model(Options, title="Model"):
+class _Run(EngineOptions, title="Model"):
     bundle: Path | None = None
     """Folder that itune-export wrote. Default: the model inside the package."""
-    datastore: Path | None = None
-    """Folder of itune-datastore, for a bundle that retrieves. Default: datastore/ in the bundle."""
-    retrieve: Annotated[int, Field(ge=0)] | None = None
-    """Captions of similar images in the prompt; 0 is none. Default: the bundle's."""
-    engine: str = "auto"
-    """auto, tensorrt, onnxruntime-cuda or onnxruntime (the CPU)."""
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads. Default: the engine's choice."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Images at once through the model."""
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -50,7 +43,7 @@ def run(
     *,
     photos: PhotoOptions,
     output: OutputOptions,
-    model: _Model,
+    model: _Run,
     search: Annotated[
         Options,
         Flags(SearchConfig, "Search (default: the bundle's)", omit=("bad_words",), names={"do_sample": "--sample"}),
@@ -87,17 +80,13 @@ def run(
         sidecar.check(sources)
     if not photos.watch and all(map(outputs.has, sources)):
         return 0
-    from ..runtime.captioner import Captioner
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # ImageErrors carry what matters of its complaints
-    captioner = Captioner.load(
-        model.bundle, engine=model.engine, threads=model.threads, datastore=model.datastore, retrieve=model.retrieve
-    )
+    captioner = model.loader(model.bundle)()
     if captioner.engine_notice:
         print(f"itune-run: {captioner.engine_notice}", file=sys.stderr)
     if heatmaps:
         captioner.explainer.choose(heatmaps.layer)  # refuses a wrong layer before anything is captioned
-    engine = {"engine": captioner.engine_name, "kernels": captioner.kernels}
     options = chosen(search)
     failures = 0
     with outputs, heatmaps, common.progress("images", enabled=several) as update:
@@ -114,7 +103,7 @@ def run(
                     failures += 1
                     result = _explained(name, result)
                 try:
-                    outputs.write(Captioned(name, result, engine))
+                    outputs.write(Captioned(name, result, captioner.engine_name, captioner.kernels))
                     if heatmaps and not isinstance(result, ImageError):
                         heatmaps.add(captioner, done - 1, name, image, result, **options)
                 except (SidecarError, HeatmapError) as error:

@@ -15,6 +15,7 @@ PROGRAMS = {
     "export": "export",
     "run": "run",
     "datastore": "datastore",
+    "serve": "serve",
 }
 """The module of each program in this folder: only that of the chosen one is imported."""
 
@@ -24,7 +25,7 @@ def umbrella() -> Program:
     from .program import Program
 
     programs = [import_module(f".{module}", __package__).PROGRAM for module in PROGRAMS.values()]
-    return Program("itune", *programs, completion, help="Train, evaluate, export and run image captioners.")
+    return Program("itune", *programs, completion, help="Train, evaluate, export, run and serve image captioners.")
 
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:

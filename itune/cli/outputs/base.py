@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,8 +25,9 @@ class Captioned:
     image: str
     """As the user named it."""
     result: Caption | ImageError
-    engine: Mapping[str, str | None]
-    """The name of the engine, and of its kernels."""
+    engine: str
+    kernels: str | None
+    """Of the native engine."""
 
 
 class Writer(AbstractContextManager["Writer"], ABC):

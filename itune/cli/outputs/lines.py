@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
+from ...caption_json import caption_json
 from ...files import unwritable
 from ...runtime.errors import ImageError, ItuneError, printable, reading
 from .. import common
@@ -47,14 +47,7 @@ class JsonLines:
 
     def record(self, captioned: Captioned) -> str:
         """As in Format."""
-        if isinstance(captioned.result, ImageError):
-            fields: dict[str, object] = {"error": str(captioned.result)}
-        else:
-            fields = {**asdict(captioned.result), **captioned.engine}
-            del fields["picture"]
-            for absent in [name for name in ("retrieved", "kernels") if fields.get(name) is None]:
-                fields.pop(absent, None)
-        return json.dumps({"image": captioned.image, **fields}) + "\n"
+        return json.dumps(caption_json(**vars(captioned))) + "\n"
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
         """As in Format."""
