@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
-from ...caption_json import caption_json
 from ...files import unwritable
 from ...runtime.errors import ImageError, ItuneError, printable, reading
 from .. import common
@@ -47,6 +46,8 @@ class JsonLines:
 
     def record(self, captioned: Captioned) -> str:
         """As in Format."""
+        from ...caption_json import caption_json
+
         return json.dumps(caption_json(**vars(captioned))) + "\n"
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:

@@ -68,7 +68,7 @@ HOSTILE = {
 
 def captioned(image: str, caption: str = RED) -> Captioned:
     result = Caption(caption, -0.5, (1,), (Candidate(caption, -0.5),), Timings(0, 0, 0))
-    return Captioned(image, result, {"engine": "native", "kernels": None})
+    return Captioned(image, result, "native", None)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -96,7 +96,7 @@ def test_csv(run: Run, paint: Paint, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jpg", 'a "b",\nc\r\n.jpg', "\x1b[2J\t.jpg", " ", "-", "\udce9.jpg", "é\u2028.jpg"])
 def test_records_keep_names_and_captions(format: Csv | JsonLines, name: str, tmp_path: Path) -> None:
     content = format.record(captioned(name, 'two\nlines, and "quotes"\x00'))
-    content += format.record(Captioned("b", ImageError(f"{name}: no"), {}))
+    content += format.record(Captioned("b", ImageError(f"{name}: no"), "native", None))
     (tmp_path / "file").write_bytes(content.encode())
     with (tmp_path / "file").open("rb") as file:
         found = [format.image(record.decode()) for record in format.records(file)]
