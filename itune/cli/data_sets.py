@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
 
-from ..methods.settings import Positive
 from ..runtime.errors import ItuneError
 from . import common
 from .program import Options, Switch
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     Sets = Mapping[Path, Sequence[Record]]
     """Records by the file or folder that they are from."""
 
+_Weight = Annotated[float, Field(gt=0, le=1000)]
 _NO_DEFAULT = Parameter(show_default=False)
 
 
@@ -31,7 +30,7 @@ class DataSets(Options, title="Data"):
     data: tuple[Path, ...]
     """Captions: CSV, JSONL, Flickr8k/30k token file, Karpathy or COCO JSON, or a folder with one of these; again for
     further data sets."""
-    data_weight: Annotated[tuple[Positive, ...], _NO_DEFAULT] = ()
+    data_weight: Annotated[tuple[_Weight, ...], _NO_DEFAULT] = ()
     """How many times an epoch draws each photo of a data set, such as 2 or 0.5, once for every --data. Default: 1."""
     images: Annotated[tuple[Path, ...], _NO_DEFAULT] = ()
     """Folder of the photos, once for all data sets or once for every --data, then every --dev-data. Default: beside the
@@ -64,20 +63,26 @@ class DataSets(Options, title="Data"):
                 f"{len(self.images)} --images for {len(files)} --data and --dev-data: name one folder for all, or one "
                 "for each"
             )
-        folders = dict(zip(files, cycle(self.images or (None,)), strict=False))
+        folders = self.images * len(files) if len(self.images) == 1 else self.images or (None,) * len(files)
+        train_folders, dev_folders = folders[: len(self.data)], folders[len(self.data) :]
 
-        def load(file: Path, split: str | None, **options: Any) -> list[Record]:
-            return load_records(file, images=folders[file], split=split, skip_missing=self.skip_missing, **options)
+        def load(
+            files: Sequence[Path], folders: Sequence[Path | None], split: str | None, **options: Any
+        ) -> dict[Path, list[Record]]:
+            options |= {"split": split, "skip_missing": self.skip_missing}
+            return {
+                file: load_records(file, images=folder, **options) for file, folder in zip(files, folders, strict=True)
+            }
 
-        train = {file: load(file, "train") for file in self.data}
+        train = load(self.data, train_folders, split="train")
         if self.dev_fraction is not None:
             splits = {file: split_records(records, self.dev_fraction, seed) for file, records in train.items()}
             train, dev = ({file: split[side] for file, split in splits.items()} for side in (0, 1))
         elif self.dev_data:
-            dev = {file: load(file, None) for file in self.dev_data}
+            dev = load(self.dev_data, dev_folders, split=None)
         else:
             mend = "name a dev split with --dev-data, or hold one out with --dev-fraction 0.1"
-            dev = {file: load(file, "dev", mend=mend) for file in self.data}
+            dev = load(self.data, train_folders, split="dev", mend=mend)
         train = {
             file: [replace(record, weight=weight) for record in records]
             for (file, records), weight in zip(train.items(), weights, strict=True)

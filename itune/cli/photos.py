@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import sys
@@ -64,6 +65,9 @@ def read_list(path: Path, *, null: bool) -> list[str]:
     """
     with reading(f"--from-file {path}", mend="name another list"):
         content = sys.stdin.buffer.read() if path == Path(STDIN) else path.read_bytes()
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ItuneError(f"--from-file {path}: it is in UTF-16: save it as UTF-8")
     lines = content.split(b"\0") if null else [line.removesuffix(b"\r") for line in content.split(b"\n")]
     if not null and b"\0" in content:
         raise ItuneError(f"--from-file {path}: there are NUL characters in it: add --null")

@@ -78,8 +78,9 @@ def run(
     common.check_apart([*outputs.files, *heatmaps.files], inputs)
     for sidecar in () if photos.watch else outputs.sidecars:
         sidecar.check(sources)
-    if not photos.watch and all(map(outputs.has, sources)):
-        return 0
+    if not photos.watch and all(map(outputs.has, sources)):  # also if the list is empty
+        with outputs:
+            return 0
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # ImageErrors carry what matters of its complaints
     captioner = model.loader(model.bundle)()

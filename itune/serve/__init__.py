@@ -1,1 +1,1 @@
-"""The HTTP service: `app.py` answers requests, `queue.py` makes batches of them, `workers.py` runs the captioners."""
+"""The HTTP service: `app.py` answers requests, `queue.py` makes batches, `pool.py` keeps workers running."""

@@ -182,12 +182,14 @@ async def _unless_client_leaves(request: Request, results: Sequence[asyncio.Futu
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    left, done = asyncio.create_task(leaving()), asyncio.gather(*results)
-    either: tuple[asyncio.Future[Any], ...] = (left, done)
+    left = asyncio.create_task(leaving())
+    waiting: set[asyncio.Future[Any]] = set(results)
     try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise ClientDisconnect
+        while waiting:
+            finished, _ = await asyncio.wait({left, *waiting}, return_when=asyncio.FIRST_COMPLETED)
+            waiting -= finished
+            if waiting and left in finished:
+                raise ClientDisconnect
     finally:
         left.cancel()
 

@@ -96,6 +96,11 @@ async def read_body(
 
 class _Parser(MultiPartParser):
     spool_max_size = 0  # in memory however large: the body has a limit, and the disk may be read-only
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+        super().on_end()
 
     def on_part_begin(self) -> None:
         if len(self.items) == self.max_files:
@@ -106,10 +111,15 @@ class _Parser(MultiPartParser):
 async def _read_parts(
     headers: Headers, chunks: AsyncGenerator[bytes, None], max_images: int
 ) -> tuple[list[Photo], dict[str, Any]]:
+    parser = _Parser(headers, chunks, max_files=max_images + 1)
     try:
-        form = await _Parser(headers, chunks, max_files=max_images + 1).parse()
+        form = await parser.parse()
     except MultiPartException as error:
         raise Refusal(400, f"multipart/form-data: {error.message}") from error
+    except UnicodeError as error:  # of a charset that the client names
+        raise Refusal(400, f"multipart/form-data: {error}") from error
+    if not parser.ended:
+        raise Refusal(400, "multipart/form-data: the body ends before its last boundary")
     photos: list[Photo] = []
     options: dict[str, Any] = {}
     for name, part in form.multi_items():

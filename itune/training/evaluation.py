@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from ..data.records import Record
@@ -31,7 +32,7 @@ class DevSets:
     def __init__(self, sets: Mapping[str, Sequence[Record]]) -> None:
         self.images = [record.image for records in sets.values() for record in records]
         self.samples = {
-            f"{name}/{record.id}": record.image
+            f"{name}/{Path(record.id).name}": record.image
             for name, records in sets.items()
             for record in records[:: -(-len(records) // _SAMPLES)]
         }

@@ -61,6 +61,7 @@ from .config import ConfigError, TrainConfig
 from .evaluation import DevResult, DevSets
 from .objectives.base import Objective
 from .objectives.cross_entropy import CrossEntropy
+from .objectives.rewards import RewardsLostError
 from .objectives.scst import SelfCritical
 from .prompting import TrainingData
 from .run_folder import BEST, LAST, fingerprint, holds_run, log_epoch
@@ -199,7 +200,7 @@ class Trainer:
         write_json(self.output / "config.json", self.config.to_json())
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step) as board:
+        with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step + 1) as board:
             if self.progress.step == 0 and self.dev is not None:
                 self.save_last()  # in case it is interrupted
                 untrained = self.evaluate(reporter)
@@ -224,7 +225,11 @@ class Trainer:
             for number, batches in enumerate(steps):
                 if number < self.progress.step_in_epoch:
                     continue
-                metrics = self._step(batches, pool)
+                try:
+                    metrics = self._step(batches, pool)
+                except RewardsLostError:
+                    self.save_last()  # the step changed nothing
+                    raise
                 self.progress.step += 1
                 self.progress.step_in_epoch += 1
                 for name, value in metrics.items():

@@ -19,6 +19,7 @@ from .. import common
 from .base import Captioned, Writer
 
 COLUMNS = ("image", "caption", "score", "error")
+_JSON_START = b'{"image": '
 
 
 class Format(Protocol):
@@ -31,6 +32,9 @@ class Format(Protocol):
 
     def records(self, file: BinaryIO) -> Iterator[bytes]:
         """The records in a file, without a last one that was cut off."""
+
+    def is_torn(self, end: bytes) -> bool:
+        """Whether the rest of a file can be the beginning of a record of ours."""
 
     def image(self, record: str) -> str:
         """The image that a record is about. May raise anything if the record is none of ours."""
@@ -53,6 +57,10 @@ class JsonLines:
     def records(self, file: BinaryIO) -> Iterator[bytes]:
         """As in Format."""
         return (line for line in file if line.endswith(b"\n"))
+
+    def is_torn(self, end: bytes) -> bool:
+        """As in Format."""
+        return end.startswith(_JSON_START) or _JSON_START.startswith(end)
 
     def image(self, record: str) -> str:
         """As in Format."""
@@ -86,6 +94,10 @@ class Csv:
             if line.endswith(b"\n") and marks % 2 == 0:
                 yield b"".join(lines)
                 lines.clear()
+
+    def is_torn(self, end: bytes) -> bool:
+        """As in Format. A stray quotation mark makes one record of many."""
+        return b"\r\n" not in end
 
     def image(self, record: str) -> str:
         """As in Format."""
@@ -159,11 +171,14 @@ class RecordFile(Writer):
             for number, record in enumerate(self.format.records(file), 1):
                 self._length += len(record)
                 if number == 1 and self.format.header:
-                    if record.decode("utf-8-sig").rstrip() != self.format.header.rstrip():
-                        raise ValueError(f"does not begin with {self.format.header.rstrip()}")
+                    if record.decode("utf-8-sig") != self.format.header:
+                        raise ValueError(f"does not begin with {self.format.header.rstrip()} and a CRLF")
                 elif record.strip():
                     with reading(f"{self.path}: record {number}", mend="it is not of itune-run: name another --output"):
                         self._known.add(self.format.image(record.decode()))
+            file.seek(self._length)
+            if not self.format.is_torn(file.read()):
+                raise ValueError("does not end with a record of itune-run")
 
     def has(self, image: str) -> bool:
         """As in Writer."""

@@ -26,7 +26,8 @@ class Sidecars(Writer):
 
     def __init__(self, *, resume: bool, overwrite: bool) -> None:
         self.resume, self.overwrite = resume, overwrite
-        self._ours: set[Path] = set()
+        self._ours: dict[Path, str] = {}
+        """The photos of the sidecars that this run wrote."""
         self._folders: set[Path] = set()
 
     @abstractmethod
@@ -64,8 +65,9 @@ class Sidecars(Writer):
                 )
 
     def has(self, image: str) -> bool:
-        """As in Writer."""
-        return self.resume and self.is_captioned(self.path(image))
+        """As in Writer. A photo whose sidecar this run wrote comes again because it has changed."""
+        path = self.path(image)
+        return self.resume and path not in self._ours and self.is_captioned(path)
 
     def __enter__(self) -> Self:
         return self
@@ -75,14 +77,17 @@ class Sidecars(Writer):
         if isinstance(captioned.result, ImageError):
             return
         path = self.path(captioned.image)
+        owner = self._ours.get(path, captioned.image)
+        if owner != captioned.image:
+            raise ItuneError(f"{path} is the sidecar of {owner}: rename {captioned.image}")
         if not (self.overwrite or path in self._ours) and self.is_captioned(path):
             raise ItuneError(f"{path}: there is a caption already; --overwrite replaces it")
         content = self.content(path, captioned.result.caption)
         if path.parent not in self._folders:
             sweep_small(path.parent)
             self._folders.add(path.parent)
-        write_small(path, content)
-        self._ours.add(path)
+        write_small(path.resolve(), content)  # a link stays one
+        self._ours[path] = captioned.image
 
 
 class TextSidecars(Sidecars):

@@ -67,7 +67,7 @@ class Sidecar:
 
     def describe(self, text: str) -> None:
         """Set the default language of `dc:description`; other languages stay."""
-        owners = self._rdf.findall(f"{_RDF}Description") or [
+        owners = self._rdf.findall("*") or [
             ElementTree.SubElement(self._rdf, f"{_RDF}Description", {f"{_RDF}about": ""})
         ]
         for each in owners:
@@ -83,7 +83,7 @@ class Sidecar:
             description.tail = tail
             languages = ElementTree.SubElement(description, f"{_RDF}Alt")
         for each in languages.findall(f"{_RDF}li"):
-            if each.get(f"{_XML}lang") == _DEFAULT:
+            if each.get(f"{_XML}lang", "").lower() == _DEFAULT:
                 languages.remove(each)
         default = ElementTree.Element(f"{_RDF}li", {f"{_XML}lang": _DEFAULT})
         default.text = _NOT_XML.sub("\ufffd", text)

@@ -13,14 +13,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
 
 from ...metrics.cider import CiderD, DocumentFrequencies
 from ...metrics.tokenize import count_ngrams, split_words
+from ...runtime.errors import ItuneError
 
 Rewards = list[list[float]]
 """[images, samples]."""
@@ -54,6 +57,13 @@ def caption_words(caption: str, ended: bool) -> list[str]:
     return [*split_words(caption), *[END] * ended]
 
 
+class RewardsLostError(ItuneError):
+    """The process that computes rewards is gone."""
+
+    def __init__(self) -> None:
+        super().__init__("the process that computes rewards was killed, perhaps out of memory: add --resume to go on")
+
+
 class Rewarder:
     """Computes rewards in another process, which ends with this object."""
 
@@ -62,19 +72,44 @@ class Rewarder:
         # A forked copy of a process with torch's threads may hang.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, context, _prepare, (references,))
+        # Signals that ask a program to end reach all its processes, but the step is to be finished. Blocked signals
+        # stay blocked in the process that the first call starts.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        try:
+            self._pool.submit(os.getpid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def submit(
         self, photos: Sequence[Path], samples: Sequence[Sequence[str]], ends: Sequence[Sequence[bool]]
-    ) -> Future[Rewards]:
-        """Start to compute what `CaptionRewards` returns."""
-        return self._pool.submit(_reward, photos, samples, ends)
+    ) -> Callable[[], Rewards]:
+        """Start to compute what `CaptionRewards` returns; the result waits for it.
+
+        Raises:
+            RewardsLostError: the process was killed; by the result, too.
+        """
+        with _losing():
+            future = self._pool.submit(_reward, photos, samples, ends)
+
+        def result() -> Rewards:
+            with _losing():
+                return future.result()
+
+        return result
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RewardsLostError from error
 
 
 _prepared: list[CaptionRewards] = []  # in the process of a `Rewarder`
 
 
 def _prepare(references: Mapping[Path, Sequence[str]]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but the step is to be finished
     Thread(target=_end_with_parent, daemon=True).start()
     _prepared.append(CaptionRewards(references))
 

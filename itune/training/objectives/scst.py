@@ -20,8 +20,7 @@ and label smoothing do not apply.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -53,7 +52,7 @@ class _Drawn:
 
     batch: Batch  # K captions of each photo
     visual: Tensor
-    rewards: Future[Rewards]
+    rewards: Callable[[], Rewards]
 
 
 class SelfCritical(Objective):
@@ -93,7 +92,7 @@ class SelfCritical(Objective):
             if not found:
                 metrics |= self.entropy(step, drawn.batch, drawn.visual)
             asked = time.monotonic()
-            rewards = torch.tensor(drawn.rewards.result(), dtype=torch.float32)
+            rewards = torch.tensor(drawn.rewards(), dtype=torch.float32)
             waited += time.monotonic() - asked
             advantages = rewards - (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
             loss = self._loss(drawn, advantages) / samples

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -124,6 +125,50 @@ def test_resume_repairs_a_cut_record(run: Run, paint: Paint, tmp_path: Path, opt
         assert run(option, "-o", output, "--resume", *paths).status == 0
         assert named() == expected, cut
     assert run(option, "-o", output, "--resume", *paths, model=tmp_path / "none").status == 0  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("option", "content"),
+    [
+        ("--json", b"precious text without a line break"),
+        ("--csv", b'image,caption,score,error\r\nx".jpg,edited by hand,,\r\n1.jpg,one,-1,\r\n2.jpg,two,-1,\r\n'),
+        ("--csv", b"image,caption,score,error\n1.jpg,one,-1,\n"),
+    ],
+)
+def test_an_end_that_is_no_cut_record_is_kept(
+    run: Run, paint: Paint, tmp_path: Path, option: str, content: bytes
+) -> None:
+    output = tmp_path / "out"
+    output.write_bytes(content)
+    result = run(option, "-o", output, "--resume", paint("red"))
+    assert (result.status, output.read_bytes()) == (2, content)
+    assert str(output) in result.err
+
+
+def test_an_empty_list_makes_an_empty_output(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "list").touch()
+    (tmp_path / "out.csv").write_text("yesterday's")
+    assert run("--csv", "-o", tmp_path / "out.csv", "--overwrite", "--from-file", tmp_path / "list").status == 0
+    assert (tmp_path / "out.csv").read_bytes() == b"image,caption,score,error\r\n"
+
+
+def test_a_photo_that_changes_gets_a_new_sidecar_and_no_other_photo_takes_it(tmp_path: Path) -> None:
+    sidecars = TextSidecars(resume=True, overwrite=False)
+    jpg, png = str(tmp_path / "a.jpg"), str(tmp_path / "a.png")
+    for caption in ("a dog", "a cat"):
+        assert not sidecars.has(jpg)
+        sidecars.write(captioned(jpg, caption))
+    assert not sidecars.has(png)
+    with pytest.raises(ItuneError, match=re.escape(png)):
+        sidecars.write(captioned(png, "a bird"))
+    assert (tmp_path / "a.txt").read_text() == "a cat\n"
+
+
+def test_a_linked_sidecar_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg.xmp").symlink_to(tmp_path / "real.xmp")
+    XmpSidecars(resume=False, overwrite=False).write(captioned(str(tmp_path / "a.jpg"), "a dog"))
+    assert (tmp_path / "a.jpg.xmp").is_symlink()
+    assert Sidecar((tmp_path / "real.xmp").read_bytes()).description == "a dog"
 
 
 @pytest.mark.parametrize("content", [b"text of mine\n", b'{"other": 1}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
@@ -326,6 +371,14 @@ def test_descriptions_without_a_language(short: bytes) -> None:
     sidecar.describe("A cat")
     assert Sidecar(sidecar.to_bytes()).description == "A cat"
     assert Sidecar(short.decode().replace("UTF-8", "UTF-16").encode("utf-16")).description == "My dog"
+
+
+@pytest.mark.parametrize("change", [(b"x-default", b"X-Default"), (b"rdf:Description", b"mine:Photo")])
+def test_one_description_is_left(change: tuple[bytes, bytes]) -> None:
+    content = DESCRIBED.replace(b"<x:xmpmeta", b'<x:xmpmeta xmlns:mine="urn:mine/"').replace(*change)
+    sidecar = Sidecar(content)
+    sidecar.describe("A cat")
+    assert Sidecar(sidecar.to_bytes()).description == "A cat Mein Hund"
 
 
 @pytest.mark.parametrize("caption", ["<b> & ]]>", "\x00\x1b[2J\ufffe\udce9", "two\r\nlines", "é 日本 🐕"])

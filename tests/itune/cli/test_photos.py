@@ -40,7 +40,7 @@ def test_lists(run: Run, paint: Paint, tmp_path: Path, monkeypatch: pytest.Monke
     def feed(content: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
-    feed(content.replace(b"\r\n", b"\n"))
+    feed(b"\xef\xbb\xbf" + content.replace(b"\r\n", b"\n"))  # with a byte order mark, as some editors write
     assert run("--from-file", "-").out.count("\n") == len(names)
     odd = shutil.copy("red.png", "x\ny\r.png")
     feed(f"red.png\0{odd}\0".encode())

@@ -262,6 +262,18 @@ def test_hostile_images(server: Server) -> None:
             "multipart/form-data; boundary=x",
             b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n',
         ),
+        (
+            400,
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n'
+            + RED
+            + b"\r\n--x\r\nContent-Dis",
+        ),
+        (
+            400,
+            "multipart/form-data; boundary=x; charset=undefined",
+            b'--x\r\nContent-Disposition: form-data; name="\xff"\r\n\r\nb\r\n--x--\r\n',
+        ),
         (422, "image/png", b""),
         (413, "image/png", bytes(200_001)),
     ],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from itune.cli.data_sets import DataSets
 from itune.cli.train import main
 from itune.data.features import Features
 from itune.data.records import DataError, Record, short_names
@@ -178,6 +179,18 @@ def test_two_data_sets(run: Run, records: list[Record], tmp_path: Path) -> None:
     earlier = {name: value for name, value in config.items() if name not in ("objective", "scst_samples", "patience")}
     (tmp_path / "run" / "config.json").write_text(json.dumps(earlier))
     assert run(*command, "--dev-images", 1, "-o", tmp_path / "run", "--resume").endswith(" 0")
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert len(board.Scalars("dev/cider")) == 2, "resuming keeps the curves"
+    both = tmp_path / "both.jsonl"
+    rows = [{"image": f"{i}.png", "captions": ["a dog"], "split": split} for i, split in enumerate(("train", "dev"))]
+    both.write_text("\n".join(map(json.dumps, rows)))
+    for i, record in enumerate(records[:2]):
+        (tmp_path / str(i)).mkdir()
+        shutil.copy(record.image, tmp_path / str(i) / f"{i}.png")
+    sets = DataSets(data=(both,), dev_data=(both,), images=(tmp_path / "0", tmp_path / "1"), skip_missing=True)
+    found = [[record.image for record in split[both]] for split in sets.load(0)]
+    assert found == [[tmp_path / "0" / "0.png"], [tmp_path / "1" / "1.png"]]
     other = [*data, "--data-weight", 2, "--data-weight", 0.5, *command[8:], "--dev-images", 1]
     said = run(*other, "-o", tmp_path / "run", "--resume")
     assert said.endswith(" 2")
@@ -186,6 +199,7 @@ def test_two_data_sets(run: Run, records: list[Record], tmp_path: Path) -> None:
         ([*data, "--data-weight", 2], "1 --data-weight for 2 --data"),
         ([*command, "--images", tmp_path, "--images", tmp_path], "2 --images for 4"),
         (["--data", few, "--data-weight", 0], "--data-weight"),
+        (["--data", few, "--data-weight", 1e30], "--data-weight"),
         (["--data", few, "--data", few], str(few)),
         (["--data", few, "--dev-data", dev1, "--dev-data", dev1], str(dev1)),
         (["--data", few, "--dev-data", dev1, "--objective", "scst"], "--init-from"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +27,7 @@ from itune.runtime.search.loop import search
 from itune.training.batches import Batch, TokenizedRecord, make_batch, pack_batch
 from itune.training.config import ConfigError, resolve
 from itune.training.loop import Interrupted, Trainer
-from itune.training.objectives.rewards import CaptionRewards, Rewarder, caption_words
+from itune.training.objectives.rewards import CaptionRewards, Rewarder, RewardsLostError, caption_words
 from itune.training.objectives.scst import SelfCritical, _Drawn
 from tests.conftest import refused
 from tests.itune.methods import test_clipcap
@@ -161,7 +163,7 @@ def test_rewards_are_cider_d_with_an_end() -> None:
     for j in range(2):
         words = [*(caption_words(samples[i][j], ends[i][j]) for i in range(2)), []]
         assert [row[j] for row in found] == cider.per_image(words)[:2]
-    assert Rewarder(references).submit(photos, samples, ends).result() == found
+    assert Rewarder(references).submit(photos, samples, ends)() == found
     cut, ended = CaptionRewards(references)([Path("a")], [["a man on a", "a man on a"]], [[False, True]])[0]
     plain = CiderD([list(map(str.split, own)) for own in references.values()])
     without = (
@@ -203,6 +205,20 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     fresh = trainer("fresh").model.adapter_state()
     assert any(not torch.equal(weight, fresh[name]) for name, weight in whole.model.adapter_state().items())
+
+
+def test_the_reward_process_survives_signals_but_not_a_kill() -> None:
+    rewarder = Rewarder({Path("a"): ["a man on a horse"], Path("b"): ["two dogs"]})
+    arguments = [Path("a")], [["a man", "a man on a horse"]], [[True, True]]
+    expected = rewarder.submit(*arguments)()
+    (process,) = rewarder._pool._processes.values()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(process.pid, number)
+    assert rewarder.submit(*arguments)() == expected
+    process.kill()
+    process.join()
+    with pytest.raises(RewardsLostError):
+        rewarder.submit(*arguments)()
 
 
 def test_settings_of_the_other_objective_are_refused() -> None:
