@@ -15,7 +15,7 @@ BASE = "i-tuning"
 PROMPTED = "²"
 """Marks rows on the language model that was trained with prompts."""
 _PROMPTED_NOTE = f"""{PROMPTED} On a frozen language model of the same size that has 128 positions and was trained with
-prompts of retrieved captions (`recipes/flickr8k/prompted_language_model.py`). The packaged model's has 64 positions
+prompts of retrieved captions (`recipes/prompted_language_model.py`). The packaged model's has 64 positions
 and was trained on bare captions, so every text after a prompt is new to it.
 
 """

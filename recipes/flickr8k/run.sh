@@ -5,15 +5,13 @@ set -euo pipefail
 data=$(realpath "$1")
 mkdir -p "$2"
 work=$(realpath "$2")
-cd "$(dirname "$0")"
+recipe=$(realpath "$(dirname "$0")")
+cd "$recipe/../.."
 
-[ -e "$work/dev.jsonl" ] || python prepare.py --data "$data" --output "$work"
-[ -e "$work/vision" ] || python build_tower.py --data "$data" --output "$work"
-if [ ! -e "$work/language-model" ]; then
-    resume=()
-    [ ! -e "$work/language-model-training" ] || resume=(--resume)
-    python language_model.py --data "$data" --output "$work" "${resume[@]}"
-fi
+[ -e "$work/dev.jsonl" ] || python -m recipes.flickr8k.prepare --data "$data" --output "$work"
+[ -e "$work/vision" ] || python -m recipes.build_tower --train "$work/train.jsonl" --dev "$work/dev.jsonl" --output "$work"
+[ -e "$work/language-model" ] || python -m recipes.language_model --text "$work/text.txt" --dev "$work/dev.jsonl" \
+    --output "$work" --vocab-size 6000 --epochs 8 --dropout 0.3 --bf16
 resume=()
 [ ! -e "$work/adapters/last" ] || resume=(--resume)
 itune-train --preset small-data --data "$work/train.jsonl" --dev-data "$work/dev.jsonl" --dev-images 300 \
@@ -24,6 +22,6 @@ for precision in fp32 int8; do
     # The last epoch: `best` was chosen on 300 photos; on all 1,000, the last one is as good or better.
     [ -e "$work/bundle-$precision" ] || itune-export "$work/adapters/last" --target onnx --precision "$precision" \
         --name itune-flickr8k --num-beams 5 --max-new-tokens 24 --length-penalty 0.8 \
-        --license "$(cat weights-license.txt)" --model-card model-card.md --output "$work/bundle-$precision"
+        --license "$(cat "$recipe/weights-license.txt")" --model-card "$recipe/model-card.md" --output "$work/bundle-$precision"
     itune-eval "$work/bundle-$precision" --data "$data" --split dev --output "$work/dev-$precision.json"
 done

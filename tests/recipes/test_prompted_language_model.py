@@ -27,11 +27,11 @@ def test_it_learns_to_read_prompts(tmp_path: Path, language_model_folder: Path, 
             lines.append(json.dumps({"image": f"{i}.png", "captions": [CAPTIONS[i % 6], CAPTIONS[(i + 1) % 6]]}))
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     build_datastore(CaptionSource(captions=tmp_path / "train.jsonl"), str(clip_folder), tmp_path / "datastore")
-    script = REPOSITORY / "recipes" / "flickr8k" / "prompted_language_model.py"
 
     def run(epochs: int) -> str:
-        command = [sys.executable, script.name, "--work-dir", tmp_path, "--epochs", str(epochs), "--warmup", "1"]
-        done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "recipes.prompted_language_model", "--work-dir", tmp_path]
+        command += ["--epochs", str(epochs), "--warmup", "1"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

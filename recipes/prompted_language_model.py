@@ -4,7 +4,7 @@ The recipe's own language model was trained on bare captions only. It has 64 pos
 This script extends it to 128 positions and continues training on the training captions, after prompts of four,
 fewer or no captions retrieved for the same photo, and without a prompt. It sees no image.
 
-    python prompted_language_model.py --work-dir WORK       # WORK/prompted/language-model/; started again, it resumes
+    python -m recipes.prompted_language_model --work-dir WORK    # writes WORK/prompted/language-model/; can resume
 
 WORK contains `train.jsonl`, `dev.jsonl`, `language-model/`, `vision/` and the `datastore/` of the training captions.
 """
@@ -20,17 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from language_model import (
-    State,
-    add_training_options,
-    console,
-    learning_rate,
-    optimizer_step,
-    parameter_groups,
-    save_checkpoint,
-    save_model,
-    snap_to_int8,
-)
 from rich.progress import track
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
@@ -43,6 +32,17 @@ from itune.runtime.retrieval.datastore import Datastore
 from itune.runtime.retrieval.prompts import PromptWriter
 from itune.runtime.settings import RetrievalSettings, TextSettings
 from itune.training.batches import Batch, TokenizedRecord, pack_batch, prompt_tokens, tokenize
+from recipes.language_model import (
+    State,
+    add_training_options,
+    console,
+    learning_rate,
+    optimizer_step,
+    parameter_groups,
+    save_checkpoint,
+    save_model,
+    snap_to_int8,
+)
 
 POSITIONS = 128
 LONGEST_PROMPT = 100  # tokens

