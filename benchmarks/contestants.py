@@ -93,7 +93,7 @@ _TORCH, _PLAIN, _OPENVINO = "peers.torch_eager:Eager", "peers.plain_onnx:PlainOn
 _LLAMA, _PLAIN_GPT2 = "peers.llama:LlamaCpp", "decodes a plain GPT-2, without adapters and image"
 _LLAMA_CPP: dict[str, Any] = {
     "requires": ("llama_cpp", "gguf"),
-    "install": "llama-cpp-python gguf",  # not in the extra, because it takes ten minutes to compile
+    "install": "llama-cpp-python gguf",  # not in the extra, because it takes minutes to compile
     "note": f"{_PLAIN_GPT2}; the search is not timed",
 }
 PEERS = {

@@ -72,13 +72,8 @@ class Rewarder:
         # A forked copy of a process with torch's threads may hang.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, context, _prepare, (references,))
-        # Signals that ask a program to end reach all its processes, but the step is to be finished. Blocked signals
-        # stay blocked in the process that the first call starts.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        try:
-            self._pool.submit(os.getpid)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with _blocking_signals():
+            self._pool.submit(os.getpid)  # the first call starts the process
 
     def submit(
         self, photos: Sequence[Path], samples: Sequence[Sequence[str]], ends: Sequence[Sequence[bool]]
@@ -96,6 +91,21 @@ class Rewarder:
                 return future.result()
 
         return result
+
+
+@contextmanager
+def _blocking_signals() -> Iterator[None]:
+    """Signals that ask a program to end reach all its processes, but the step is to be finished: they stay blocked in a
+    process that the block starts.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -332,6 +332,18 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     assert server.metric("itune_held_bytes") == 0
 
 
+def test_clients_that_leave_are_not_logged(bundle: Path) -> None:
+    with running(bundle, "--threads", 1) as server:
+        with server.busy(), connect(server) as client:
+            client.sendall(head(len(RED)) + RED)
+            server.wait(lambda: server.metric("itune_queue_photos") == 1)
+        assert server.caption(RED).status_code == 200
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+        assert server.process.stderr is not None
+        assert server.process.stderr.read() == ""
+
+
 def test_a_killed_worker_loses_its_batch_only(server: Server) -> None:
     restarts = server.metric("itune_worker_restarts_total")
     worker = server.worker()
